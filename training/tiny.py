@@ -1,0 +1,130 @@
+"""An untrained Qwen2.5-VL of a few million parameters, with a tokenizer and an image processor that fit it.
+
+It has the stock classes and the stock file names, so that whatever starts from a Qwen2.5-VL folder starts from this
+one too; two CPU cores train it on GlyphSearch within the hour.
+"""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessor
+
+from vreflection_hub_card.glyphsearch import COLOURS, CROP_QUESTION, GLYPHS, RELATIONS, SHAPES
+
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+# As with the real Qwen2.5-VL, the embedding has more rows than the tokenizer has tokens: room for reflection's three.
+VOCAB_SIZE = 512
+PATCH_SIZE = 14
+MERGE_SIZE = 2
+
+
+def tiny_tokenizer() -> Qwen2Tokenizer:
+    """Trains a byte-level BPE tokenizer on GlyphSearch's own texts, so that each of their words is one token."""
+    names = [f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]
+    corpus = [f"Which glyph is on the {name}?" for name in names]
+    corpus += [f"Which glyph is on the shape {side} the {name}?" for side, name in product(RELATIONS, names)]
+    corpus += [f"{glyph} {name}" for glyph, name in product(GLYPHS, names)]
+    corpus += [CROP_QUESTION, "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+
+    # Qwen2Tokenizer builds its own normalizer and pre-tokenizer when it is loaded: train behind those and no others.
+    stock = Qwen2Tokenizer().backend_tokenizer
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer, bpe.pre_tokenizer = stock.normalizer, stock.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 32, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(corpus, trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    return Qwen2Tokenizer(
+        vocab=trained["vocab"],
+        merges=[tuple(merge) for merge in trained["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=list(SPECIAL_TOKENS),
+        model_max_length=4096,
+    )
+
+
+def tiny_image_processor() -> Qwen2VLImageProcessor:
+    """The stock image processor, from one merged patch up (a crop isn't enlarged) to 576 of them."""
+    side = PATCH_SIZE * MERGE_SIZE
+    return Qwen2VLImageProcessor(
+        patch_size=PATCH_SIZE,
+        merge_size=MERGE_SIZE,
+        size={"shortest_edge": side * side, "longest_edge": 576 * side * side},
+    )
+
+
+def tiny_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
+    """The architecture: see the comments for what differs from a scaled-down Qwen2.5-VL, and why."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    width = 192
+    return Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 4,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_heads": 4,
+            "out_hidden_size": width,
+            "patch_size": PATCH_SIZE,
+            "spatial_merge_size": MERGE_SIZE,
+            # A window is a cell of GlyphSearch's grid: what is learned on a crop holds in a whole scene.
+            "window_size": 56,
+            "fullatt_block_indexes": [2, 3],
+            # A network this narrow stands still for hundreds of steps at the stock 0.02.
+            "initializer_range": 0.06,
+        },
+        text_config={
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": width,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "max_position_embeddings": 4096,
+            # Pictures are 6 to 8 merged patches wide: with the stock base of 1e6 the rotation of neighbours is nil.
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [4, 6, 6]},
+            "initializer_range": 0.05,
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+
+
+def tiny_backbone(
+    seed: int = 0,
+) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessor]:
+    """Builds the untrained model, whose float32 weights depend on `seed` alone, and its tokenizer and image processor."""
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(tiny_config(tokenizer))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer, tiny_image_processor()
+
+
+def save_tiny_backbone(folder: str | Path, seed: int = 0) -> Path:
+    """Writes the untrained model as a stock Qwen2.5-VL folder, and returns the folder."""
+    folder = Path(folder)
+    for part in tiny_backbone(seed):
+        part.save_pretrained(folder)
+    return folder
