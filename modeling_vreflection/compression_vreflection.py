@@ -98,7 +98,9 @@ class DynamicAutoregressiveCompression(LatentCrossAttention):
         """
         if self.source == "static":
             if states.shape[1] != len(self.queries):
-                raise ValueError(f"DAC has {len(self.queries)} static queries and was asked for {states.shape[1]} steps.")
+                raise ValueError(
+                    f"DAC has {len(self.queries)} static queries and was asked for {states.shape[1]} steps."
+                )
             states = self.queries.expand(len(states), -1, -1)
         elif self.source == "random":
             states = torch.randn_like(states)

@@ -80,6 +80,14 @@ class VReflectionConfig(Qwen2_5_VLConfig):
                 f"`compression_num_heads` ({self.compression_num_heads}) must divide the hidden size ({hidden_size})."
             )
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Reads a config; a stock Qwen2.5-VL one counts as ours without tokens and modules of its own."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config.get("model_type") == Qwen2_5_VLConfig.model_type:
+            config = {**config, "model_type": cls.model_type}
+        return config, kwargs
+
     @property
     def latent_token_ids(self) -> tuple[int | None, int | None, int | None]:
         """Ids of the start, slot and end token."""

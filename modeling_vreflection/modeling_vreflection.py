@@ -251,7 +251,7 @@ class VReflectionModel(Qwen2_5_VLModel):
 
     def _roll_out(self, inputs: dict, embeds: torch.Tensor, rows: torch.Tensor, first: torch.Tensor):
         """Does what decoding does: the prompt into a cache, S single steps that feed each state back, then the rest."""
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and self.language_model.layers[0].gradient_checkpointing:
             raise ValueError(
                 "Feeding the states back needs a cache, which gradient checkpointing forbids: set "
                 "`gradient_checkpointing=False`, or another `latent_inputs`."
@@ -264,7 +264,9 @@ class VReflectionModel(Qwen2_5_VLModel):
                 "Feeding the states back needs one segment a row, all starting in one column (pad the prompts on the "
                 f"left); the segments of rows {rows.tolist()} start at {first.tolist()}."
             )
-        kwargs = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask", "position_ids")}
+        kwargs = {
+            key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask", "position_ids")
+        }
         grids = {key: kwargs.pop(key, None) for key in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
         attention_mask = inputs["attention_mask"]
         if position_ids is None:
@@ -374,7 +376,9 @@ class VReflectionForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         )
         ids = tuple(processor.tokenizer.convert_tokens_to_ids(latent_tokens))
         if ids != model.config.latent_token_ids:
-            raise ValueError(f"The tokenizer gave the latent tokens the ids {ids}, the model {model.config.latent_token_ids}.")
+            raise ValueError(
+                f"The tokenizer gave the latent tokens the ids {ids}, the model {model.config.latent_token_ids}."
+            )
         return model, processor
 
     def add_latent_tokens(self, first_id: int):
@@ -526,7 +530,9 @@ class VReflectionForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             step = tokens_since_start(sequences, self.config.latent_start_token_id)
             cut = (step <= options.latent_steps).nonzero().flatten().tolist()
             if cut:
-                warnings.warn(f"The length limit cut the reflection of rows {cut}: raise `max_new_tokens`.", stacklevel=2)
+                warnings.warn(
+                    f"The length limit cut the reflection of rows {cut}: raise `max_new_tokens`.", stacklevel=3
+                )
         return result
 
     def _check_prompt(self, prompt: torch.Tensor | None):
@@ -578,7 +584,9 @@ class VReflectionForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     def _features_of_rows(self, input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """All image features of each row (B, L, D) and their mask (B, L): what DAC interrogates while decoding."""
         features = self.model._image_features(
-            model_kwargs.get("pixel_values"), model_kwargs.get("image_grid_thw"), model_kwargs.get("mm_encoder_outputs")
+            model_kwargs.get("pixel_values"),
+            model_kwargs.get("image_grid_thw"),
+            model_kwargs.get("mm_encoder_outputs"),
         )
         counts = (input_ids == self.config.image_token_id).sum(1).tolist()
         if not all(counts):

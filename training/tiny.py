@@ -35,7 +35,7 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
     names = [f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]
     corpus = [f"Which glyph is on the {name}?" for name in names]
     corpus += [f"Which glyph is on the shape {side} the {name}?" for side, name in product(RELATIONS, names)]
-    corpus += [f"{glyph} {name}" for glyph, name in product(GLYPHS, names)]
+    corpus += [f"{name} {glyph}, {name} {glyph}" for glyph, name in product(GLYPHS, names)]
     corpus += [CROP_QUESTION, "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
 
     # Qwen2Tokenizer builds its own normalizer and pre-tokenizer when it is loaded: train behind those and no others.
@@ -95,7 +95,7 @@ def tiny_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
             "num_key_value_heads": 6,
             "max_position_embeddings": 4096,
             # Pictures are 6 to 8 merged patches wide: with the stock base of 1e6 the rotation of neighbours is nil.
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [4, 6, 6]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [4, 6, 6]},
             "initializer_range": 0.05,
             "bos_token_id": ids["<|endoftext|>"],
             "eos_token_id": ids["<|im_end|>"],

@@ -1,0 +1,274 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
+
+from modeling_vreflection import VReflectionForConditionalGeneration
+from vreflection_hub_card.glyphsearch import glyphsearch_dataset
+from vreflection_training import VReflectionDataCollator, VReflectionSFTConfig, VReflectionSFTTrainer
+from vreflection_training.trainer import states_learn
+
+
+@pytest.fixture(scope="session")
+def rows():
+    return glyphsearch_dataset("train", 8)
+
+
+@pytest.fixture
+def make_trainer(tmp_path, model, processor, rows):
+    def make(dataset=rows, data_collator=None, trained=model, **options):
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "train_sampling_strategy": "sequential",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "bf16": False,
+            "use_cpu": True,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "max_grad_norm": 1e9,
+        }
+        args = VReflectionSFTConfig(**{**defaults, **options})
+        return VReflectionSFTTrainer(
+            trained, args, processing_class=processor, train_dataset=dataset, data_collator=data_collator
+        )
+
+    return make
+
+
+def moved(before, after):
+    """Names of parameters that differ in any bit."""
+    return {name for name, value in after.items() if not torch.equal(value, before[name])}
+
+
+@pytest.mark.parametrize(
+    "options, trained, frozen",
+    [
+        ({"stage": "sft"}, ("language_model",), ("visual", "bcm", "dac")),
+        ({"stage": "sft", "freeze_vision": False}, ("language_model", "visual"), ("bcm", "dac")),
+        ({"stage": "1"}, ("language_model", "bcm"), ("visual", "dac")),
+        ({"stage": "1", "latent_inputs": "hidden", "bernoulli_p": 0.0}, ("language_model", "bcm"), ("visual", "dac")),
+        ({"stage": "2"}, ("language_model", "dac"), ("visual", "bcm")),
+        ({"stage": "2", "latent_inputs": "bcm"}, ("language_model", "dac"), ("visual", "bcm")),
+        ({"stage": "2", "latent_inputs": "hidden"}, ("language_model", "dac"), ("visual", "bcm")),
+        ({"stage": "joint", "bernoulli_p": 0.0}, ("language_model", "bcm", "dac"), ("visual",)),
+    ],
+)
+def test_every_trainable_parameter_moves_and_frozen_ones_keep_each_bit(make_trainer, model, options, trained, frozen):
+    before = copy.deepcopy(model.state_dict())
+    make_trainer(weight_decay=0.0, **options).train()
+    changed = moved(before, model.state_dict())
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[1]
+        if part in frozen:
+            assert not parameter.requires_grad and name not in changed
+        else:
+            assert part in trained
+            # A key's bias shifts all of a query's scores alike, and softmax doesn't see it: its gradient is rounding.
+            assert name in changed or name.endswith("k_proj.bias")
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        ({"stage": "sft"}, set()),
+        ({"stage": "1"}, {"loss_bcm"}),
+        ({"stage": "2"}, {"loss_feat", "loss_attn"}),
+        ({"stage": "joint"}, {"loss_bcm", "loss_feat", "loss_attn"}),
+    ],
+)
+def test_the_total_is_the_weighted_sum_of_the_logged_components(make_trainer, options, names):
+    weights = {"lambda_bcm": 0.3, "lambda_dac": 0.2, "lambda_feat": 0.7, "lambda_attn": 1.3}
+    trainer = make_trainer(max_steps=1, **options, **weights)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert {name for name in log if name.startswith("loss_")} == names | {"loss_ce"}
+    factors = {"loss_ce": 1, "loss_bcm": 0.3, "loss_feat": 0.14, "loss_attn": 0.26}
+    assert log["loss"] == pytest.approx(sum(factors[name] * log[name] for name in names | {"loss_ce"}), rel=1e-5)
+
+
+def gradients(trainer):
+    """One optimiser step with plain SGD at rate 1: the step is the gradient."""
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    return {name: before[name] - value.detach() for name, value in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_accumulated_micro_batches_equal_one_batch(make_trainer, checkpoint, model, stage):
+    # Rows of different lengths, and one without a reflection, so that micro-batches weigh differently.
+    scenes = glyphsearch_dataset("train", 3)
+    plain = {"id": "text", "images": [], "messages": [{"role": "user", "content": "Hello"}]}
+    plain["messages"].append({"role": "assistant", "content": "Which glyph is on the red cross?"})
+    data = [scenes[0], scenes[1], scenes[2], plain]
+    other = copy.deepcopy(model)
+    options = {"stage": stage, "optim": "sgd", "learning_rate": 1.0, "max_steps": 1, "weight_decay": 0.0}
+    whole = make_trainer(Rows(data), per_device_train_batch_size=4, **options)
+    parts = make_trainer(
+        Rows(data), trained=other, per_device_train_batch_size=1, gradient_accumulation_steps=4, **options
+    )
+    expected, got = gradients(whole), gradients(parts)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=2e-5, msg=name)
+    for name, value in whole.state.log_history[0].items():
+        if name.startswith("loss"):
+            assert parts.state.log_history[0][name] == pytest.approx(value, rel=1e-4), name
+
+
+class Rows(TorchDataset):
+    """Rows as they are: `Dataset.from_list` would give text-only rows the columns of the others."""
+
+    def __new__(cls, rows):
+        return Dataset.from_dict({"index": range(len(rows))}).with_transform(
+            lambda batch: {
+                key: [rows[index][key] for index in batch["index"]] for key in ("id", "images", "messages")
+            }
+        )
+
+
+def test_a_zero_weight_is_the_cross_entropy_alone(make_trainer, model, processor, rows):
+    other = copy.deepcopy(model)
+    trainer = make_trainer(stage="1", lambda_bcm=0.0, optim="sgd", learning_rate=1.0, max_steps=1, weight_decay=0.0)
+    got = gradients(trainer)
+    batch = VReflectionDataCollator(processor, model.config)([rows[0], rows[1]])
+    labels, _ = batch.pop("labels"), batch.pop("sample_ids")
+    other.model.visual.requires_grad_(False)
+    logits = other(**batch, latent_inputs="bcm").logits[:, :-1]
+    loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    loss.backward()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    for name, parameter in other.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(got[name], expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_bernoulli_draw_depends_on_seed_and_step_alone():
+    draws = [states_learn(3, step, 0.5) for step in range(2000)]
+    assert draws == [states_learn(3, step, 0.5) for step in range(2000)]
+    assert draws != [states_learn(4, step, 0.5) for step in range(2000)]
+    assert 0.45 < sum(draws) / 2000 < 0.55
+    assert not any(states_learn(3, step, 0.0) for step in range(100))
+    assert all(states_learn(3, step, 1.0) for step in range(100))
+
+
+@pytest.mark.parametrize("states, learner, frozen", [(1.0, "language_model", "bcm"), (0.0, "bcm", "language_model")])
+def test_the_draw_decides_who_learns_from_the_alignment(make_trainer, model, states, learner, frozen):
+    """With the cross-entropy taken away, Eq. 2 leaves one side without a gradient.
+
+    The slots are filled with detached latents here, since Eq. 2 reaches BCM through them otherwise.
+    """
+
+    class AlignmentOnly(VReflectionSFTTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            inputs = {key: value for key, value in inputs.items() if key not in ("labels", "sample_ids")}
+            outputs = model(**inputs, latent_inputs="bcm", bcm_receives_ce=False)
+            return self.latent_losses(outputs, len(outputs.latent_states))["loss_bcm"]
+
+    trainer = make_trainer(stage="1", bernoulli_p=states)
+    trainer.__class__ = AlignmentOnly
+    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
+    trainer.compute_loss(model, batch).backward()
+    got = {name.split(".")[1] for name, value in model.named_parameters() if value.grad is not None and value.grad.any()}
+    assert learner in got and frozen not in got
+
+
+def test_stage_2_refuses_an_untrained_teacher_unless_told(make_trainer, model):
+    with torch.no_grad():
+        model.model.bcm.norm.bias.zero_()
+    with pytest.raises(ValueError, match="never trained: start from a stage 1 checkpoint, or set"):
+        make_trainer(stage="2")
+    make_trainer(stage="2", allow_untrained_bcm=True, max_steps=1).train()
+
+
+def test_stage_2_runs_without_any_teacher(make_trainer, checkpoint):
+    model = VReflectionForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32, has_bcm=False)
+    options = {"stage": "2", "latent_inputs": "hidden", "allow_untrained_bcm": True, "max_steps": 1}
+    trainer = make_trainer(trained=model, **options)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert "loss_attn" in log and "loss_feat" not in log
+    with pytest.raises(ValueError, match="trains BCM"):
+        make_trainer(trained=model, stage="1")
+
+
+def test_a_batch_without_any_reflection_trains(make_trainer):
+    rows = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Which glyph"}]
+    data = Dataset.from_list([{"id": str(number), "messages": rows} for number in range(4)])
+    trainer = make_trainer(data, stage="1")
+    trainer.train()
+    assert "loss_bcm" not in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("where, name", [("lm_head", "loss"), ("bcm", "Z_T"), ("norm", "H")])
+def test_a_non_finite_loss_stops_the_run_with_the_samples(make_trainer, model, where, name):
+    parameter = {
+        "lm_head": model.model.language_model.embed_tokens.weight[5:6],
+        "bcm": model.model.bcm.norm.weight,
+        "norm": model.model.language_model.norm.weight,
+    }[where]
+    with torch.no_grad():
+        parameter.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="is not finite; the batch's samples: glyphsearch-train-0, glyphs"):
+        make_trainer(stage="1").train()
+
+
+def test_gradient_checkpointing_changes_nothing(make_trainer, model):
+    other = copy.deepcopy(model)
+    options = {"stage": "2", "optim": "sgd", "learning_rate": 1.0, "max_steps": 1, "weight_decay": 0.0}
+    expected = gradients(make_trainer(**options))
+    got = gradients(make_trainer(trained=other, **{**options, "gradient_checkpointing": True}))
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_evaluation_logs_the_components(make_trainer, rows):
+    trainer = make_trainer(stage="joint")
+    metrics = trainer.evaluate(rows.select(range(3)))
+    assert metrics["eval_loss"] > 0
+    log = trainer.state.log_history[-1]
+    assert {"eval_loss_ce", "eval_loss_bcm", "eval_loss_feat", "eval_loss_attn"} <= set(log)
+
+
+def test_a_checkpoint_resumes_bit_for_bit(make_trainer, checkpoint, model, tmp_path):
+    other = copy.deepcopy(model)
+    straight = make_trainer(stage="1", max_steps=4, output_dir=str(tmp_path / "a"))
+    straight.train()
+    options = {"stage": "1", "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path / "b")}
+    make_trainer(trained=other, **options).train()
+    fresh = VReflectionForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    resumed = make_trainer(trained=fresh, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    assert not moved(model.state_dict(), fresh.state_dict())
+    losses = [[log["loss"] for log in run.state.log_history if "loss" in log] for run in (straight, resumed)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"stage": 3}, "`stage` must be one of sft, 1, 2, joint"),
+        ({"alignment": "both"}, "`alignment` must be one of"),
+        ({"latent_loss": "l2"}, "`latent_loss`"),
+        ({"latent_inputs": "teacher"}, "`latent_inputs`"),
+        ({"bernoulli_p": 1.5}, "`bernoulli_p` must lie in"),
+        ({"lambda_bcm": -1.0}, "`lambda_bcm` must not be negative"),
+        ({"attention_temperature": 0.0}, "`attention_temperature` must be above 0"),
+        ({"stage": "sft", "latent_inputs": "bcm"}, "no slots to fill"),
+        ({"stage": "1", "latent_inputs": "dac"}, "Stage 1 doesn't train DAC"),
+        ({"latent_inputs": "hidden", "gradient_checkpointing": True}, "set `gradient_checkpointing=False`"),
+        ({"packing": True}, "doesn't support `packing=True`"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
+    ],
+)
+def test_wrong_settings_raise(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        VReflectionSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
