@@ -18,6 +18,7 @@ Examples:
 """
 
 import random
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,9 @@ BACKGROUND = (236, 236, 232)
 CLUTTER = (188, 188, 184)
 INK = (16, 16, 16)
 
-CROP_QUESTION = "What is this?"
+DESCRIBE = "What is this?"
+
+RowFunction = Callable[[int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -266,38 +269,38 @@ def glyphsearch_dataset(
         reflection=reflection,
         questions_per_scene=questions_per_scene,
     )
-    return _lazy_dataset(partial(_render, first=row, first_count=start + count, then=row), start, count)
+    return _lazy_dataset([(count, row)], start)
 
 
 def glyphsearch_curriculum(
     crops: int,
+    lists: int,
     scenes: int,
     split: str = "train",
     difficulty: str | Difficulty = "default",
     questions_per_scene: int = 12,
 ) -> "Dataset":
-    """A dataset that teaches an untrained model to see, if it is read in order: first crops, then whole scenes.
+    """A dataset that teaches an untrained model to see, if it is read in order; no row holds a reflection.
 
-    A model that starts from nothing learns nothing from the answer alone. The first rows therefore show a scene cell
-    by cell and ask for glyph, colour and form; the others ask many questions about one picture. No row holds a
-    reflection. A crop's answer begins with the glyph, so that later answers stand at the same place.
+    A model that starts from nothing learns nothing from answers alone. Crops teach it colours, forms and glyphs, with
+    nothing to search for. Lists name what is in a whole scene, in random order, so that each word of a name is a query
+    whose answer is the next word: the model learns to find. Only then do questions about scenes pay.
 
     Args:
         crops (`int`): Rows of the first part: one scene each, one turn and one picture for each of its objects.
-        scenes (`int`): Rows of the second part.
+        lists (`int`): Rows of the second part: one scene each, one turn that names all its objects.
+        scenes (`int`): Rows of the third part: one scene each, `questions_per_scene` turns.
         split (`str`): One of `SPLITS`.
         difficulty (`str` or `Difficulty`): A preset's name, or a difficulty.
-        questions_per_scene (`int`): Turns of a row of the second part; fewer where a scene allows no more.
+        questions_per_scene (`int`): Turns of a row of the third part; fewer where a scene allows no more.
 
     Returns:
         `Dataset`: Rows of `id`, `images` and `messages`.
     """
-    difficulty = get_difficulty(difficulty)
-    crop = partial(crops_row, split=split, difficulty=difficulty)
-    scene = partial(
-        scene_row, split=split, difficulty=difficulty, reflection=False, questions_per_scene=questions_per_scene
-    )
-    return _lazy_dataset(partial(_render, first=crop, first_count=crops, then=scene), 0, crops + scenes)
+    options = {"split": split, "difficulty": get_difficulty(difficulty)}
+    questions_row = partial(scene_row, reflection=False, questions_per_scene=questions_per_scene, **options)
+    parts = [(crops, partial(crops_row, **options)), (lists, partial(list_row, **options)), (scenes, questions_row)]
+    return _lazy_dataset(parts)
 
 
 def scene_row(
@@ -320,19 +323,33 @@ def scene_row(
 
 
 def crops_row(index: int, split: str, difficulty: Difficulty) -> dict[str, Any]:
-    """One scene, seen cell by cell: a picture and a turn for each object, the answer e.g. `"T red triangle"`."""
+    """One scene, seen cell by cell: a picture and a turn for each object, the answer e.g. `"red triangle T"`."""
     scene = make_scene(scene_seed(split, index), difficulty)
     images, messages = [], []
     for item in scene.objects:
         x, y = item.cell[1] * difficulty.cell, item.cell[0] * difficulty.cell
         images.append(scene.image.crop((x, y, x + difficulty.cell, y + difficulty.cell)))
-        question = [{"type": "image"}, {"type": "text", "text": CROP_QUESTION}]
-        answer = [{"type": "text", "text": f"{item.glyph} {item.name}"}]
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages += _description([item])
     return {"id": f"glyphsearch-{split}-{index}-crops", "images": images, "messages": messages}
 
 
-def _neighbour(cell: tuple[int, int], occupied: Any, relation: str) -> tuple[int, int] | None:
+def list_row(index: int, split: str, difficulty: Difficulty) -> dict[str, Any]:
+    """One scene and all that is in it, the answer e.g. `"red triangle T, blue circle A, …"`."""
+    scene = make_scene(scene_seed(split, index), difficulty)
+    messages = _description(scene.objects)
+    return {"id": f"glyphsearch-{split}-{index}-list", "images": [scene.image], "messages": messages}
+
+
+def _description(objects: Sequence[SceneObject]) -> list[dict[str, Any]]:
+    """A turn that shows a picture and names the objects in it, each with its glyph."""
+    answer = ", ".join(f"{item.name} {item.glyph}" for item in objects)
+    return [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": DESCRIBE}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
+def _neighbour(cell: tuple[int, int], occupied: Iterable[tuple[int, int]], relation: str) -> tuple[int, int] | None:
     """The occupied cell next to `cell`, if it is the only one on that side of it in its row or column."""
     down, right = RELATIONS[relation]
     row, column = cell
@@ -380,14 +397,19 @@ def _draw_object(
     return x + x0, y + y0, x + x1, y + y1
 
 
-def _lazy_dataset(render: Any, start: int, count: int) -> "Dataset":
-    """A dataset that stores indices and draws rows as they are read: drawing 100,000 of them ahead takes minutes."""
+def _lazy_dataset(parts: list[tuple[int, RowFunction]], start: int = 0) -> "Dataset":
+    """A dataset that stores indices and draws rows as they are read: drawing 100,000 of them ahead takes minutes.
+
+    `parts` holds, in order, how many rows to draw by which function.
+    """
     from datasets import Dataset  # not everything that draws scenes has it
 
-    return Dataset.from_dict({"index": range(start, start + count)}).with_transform(render)
+    part = [number for number, (count, _) in enumerate(parts) for _ in range(count)]
+    rows = Dataset.from_dict({"index": range(start, start + len(part)), "part": part})
+    return rows.with_transform(partial(_draw_rows, functions=[function for _, function in parts]))
 
 
-def _render(batch: dict[str, list[int]], first: Any, first_count: int, then: Any) -> dict[str, list[Any]]:
-    """Turns a batch of indices into columns, by `first` below `first_count` and by `then` from there on."""
-    rows = [first(index) if index < first_count else then(index) for index in batch["index"]]
+def _draw_rows(batch: dict[str, list[int]], functions: list[RowFunction]) -> dict[str, list[Any]]:
+    """Turns a batch of stored numbers into columns."""
+    rows = [functions[part](index) for index, part in zip(batch["index"], batch["part"])]
     return {key: [row[key] for row in rows] for key in ("id", "images", "messages")}

@@ -59,6 +59,12 @@ class VReflectionDataCollator:
                         "raise the limit, shrink the pictures, or drop the sample."
                     )
         batch["labels"] = self._labels(batch.pop("assistant_masks"), batch)
+        for name, labelled in zip(ids, (batch["labels"] != -100).any(1).tolist()):
+            if not labelled:
+                raise ValueError(
+                    f"Sample {name} has nothing to learn from: no assistant's turn, or transformers below 5.18, which "
+                    "doesn't find it beside pictures."
+                )
         if self.align_segments:
             batch = self._align(batch)
         batch["sample_ids"] = ids

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessor
 
-from vreflection_hub_card.glyphsearch import COLOURS, CROP_QUESTION, GLYPHS, RELATIONS, SHAPES
+from vreflection_hub_card.glyphsearch import COLOURS, DESCRIBE, GLYPHS, RELATIONS, SHAPES
 
 
 SPECIAL_TOKENS = (
@@ -36,7 +36,7 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
     corpus = [f"Which glyph is on the {name}?" for name in names]
     corpus += [f"Which glyph is on the shape {side} the {name}?" for side, name in product(RELATIONS, names)]
     corpus += [f"{name} {glyph}, {name} {glyph}" for glyph, name in product(GLYPHS, names)]
-    corpus += [CROP_QUESTION, "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+    corpus += [DESCRIBE, "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
 
     # Qwen2Tokenizer builds its own normalizer and pre-tokenizer when it is loaded: train behind those and no others.
     stock = Qwen2Tokenizer().backend_tokenizer

@@ -2,7 +2,7 @@
 
 import pickle
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 
@@ -39,7 +39,7 @@ def test_a_seed_gives_the_same_scene_and_another_seed_another():
 def test_splits_are_disjoint():
     ranges = [(scene_seed(split, 0), scene_seed(split, SPLIT_SIZE - 1)) for split in SPLITS]
     assert all(last - first == SPLIT_SIZE - 1 for first, last in ranges)
-    assert all(last < next_first for (_, last), (next_first, _) in zip(ranges, ranges[1:]))
+    assert all(last < next_first for (_, last), (next_first, _) in pairwise(ranges))
     for index in (-1, SPLIT_SIZE):
         with pytest.raises(ValueError, match="index"):
             scene_seed("train", index)
@@ -162,17 +162,18 @@ def test_a_conversation_shows_its_picture_once_and_repeats_no_question():
         assert 6 <= len(texts) == len(set(texts)) <= 8
 
 
-def test_curriculum_begins_with_crops():
-    dataset = glyphsearch_curriculum(crops=3, scenes=2)
-    rows = list(dataset)
-    assert len(rows) == 5
-    for index, row in enumerate(rows[:3]):
-        scene = make_scene(scene_seed("train", index))
-        assert len(row["images"]) == len(scene.objects) == len(row["messages"]) // 2
+def test_curriculum_goes_from_crops_to_lists_to_questions():
+    rows = list(glyphsearch_curriculum(crops=3, lists=2, scenes=2, questions_per_scene=5))
+    scenes = [make_scene(scene_seed("train", index)) for index in range(7)]
+    names = [[f"{item.name} {item.glyph}" for item in scene.objects] for scene in scenes]
+    answers = [[message["content"][0]["text"] for message in row["messages"][1::2]] for row in rows]
+    assert answers[:3] == names[:3]
+    assert answers[3:5] == [[", ".join(name)] for name in names[3:5]]
+    assert [len(turns) for turns in answers[5:]] == [5, 5]
+    for row, name in zip(rows[:3], names):
+        assert len(row["images"]) == len(name)
         assert {image.size for image in row["images"]} == {(56, 56)}
-        answers = [message["content"][0]["text"] for message in row["messages"][1::2]]
-        assert answers == [f"{item.glyph} {item.name}" for item in scene.objects]
-    assert all(len(row["images"]) == 1 and row["images"][0].size == (168, 168) for row in rows[3:])
+    assert all([image.size for image in row["images"]] == [(168, 168)] for row in rows[3:])
 
 
 def test_dataset_draws_lazily_and_in_workers():

@@ -72,6 +72,11 @@ def test_a_sample_over_the_limit_is_named_not_cut(collate):
         collate([TEXT_ONLY, scene(1)], max_length=40)
 
 
+def test_a_sample_without_an_answer_is_named(collate):
+    with pytest.raises(ValueError, match="Sample question has nothing to learn from"):
+        collate([scene(0), {"id": "question", "messages": TEXT_ONLY["messages"][:1]}])
+
+
 def test_a_bad_box_names_the_sample(collate):
     row = scene(3)
     row["messages"][1]["content"][0]["box"] = [0.5, 0.1, 0.4, 0.3]

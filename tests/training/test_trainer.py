@@ -128,9 +128,7 @@ class Rows(TorchDataset):
 
     def __new__(cls, rows):
         return Dataset.from_dict({"index": range(len(rows))}).with_transform(
-            lambda batch: {
-                key: [rows[index][key] for index in batch["index"]] for key in ("id", "images", "messages")
-            }
+            lambda batch: {key: [rows[index][key] for index in batch["index"]] for key in ("id", "images", "messages")}
         )
 
 
@@ -176,7 +174,9 @@ def test_the_draw_decides_who_learns_from_the_alignment(make_trainer, model, sta
     trainer.__class__ = AlignmentOnly
     batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
     trainer.compute_loss(model, batch).backward()
-    got = {name.split(".")[1] for name, value in model.named_parameters() if value.grad is not None and value.grad.any()}
+    got = {
+        name.split(".")[1] for name, value in model.named_parameters() if value.grad is not None and value.grad.any()
+    }
     assert learner in got and frozen not in got
 
 
@@ -241,7 +241,13 @@ def test_a_checkpoint_resumes_bit_for_bit(make_trainer, checkpoint, model, tmp_p
     other = copy.deepcopy(model)
     straight = make_trainer(stage="1", max_steps=4, output_dir=str(tmp_path / "a"))
     straight.train()
-    options = {"stage": "1", "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path / "b")}
+    options = {
+        "stage": "1",
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "output_dir": str(tmp_path / "b"),
+    }
     make_trainer(trained=other, **options).train()
     fresh = VReflectionForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
     resumed = make_trainer(trained=fresh, **options)

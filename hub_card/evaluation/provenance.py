@@ -1,0 +1,59 @@
+"""What a result must say about itself so that somebody else can get it again."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from modeling_vreflection import VReflectionForConditionalGeneration
+
+
+PACKAGES = ("vreflection", "torch", "transformers")
+
+
+def describe_model(model: VReflectionForConditionalGeneration, folder: Path, name: str | None = None) -> dict:
+    """The checkpoint's name, a Hub id or its folder's name without the path; its weights' hashes; how it computed."""
+    is_hub_id = name is not None and not Path(name).exists()
+    return {
+        "name": name if is_hub_id else folder.resolve().name,
+        "sha256": {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that compute."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def describe_machine(device: torch.device) -> dict:
+    """The processor, the number of its cores and torch's threads, and the GPU if it was used."""
+    machine = {
+        "system": platform.system(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return machine
+
+
+def processor_name() -> str:
+    """The processor's name; Linux tells it in a file only."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

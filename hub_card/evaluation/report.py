@@ -1,0 +1,76 @@
+"""Renders a result file as Markdown, so that no number in a document is written by hand.
+
+`python -m vreflection_hub_card.evaluation.report RESULT.json DOCUMENT.md` puts the table between the document's markers.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+
+BEGIN, END = "<!-- glyphsearch -->", "<!-- /glyphsearch -->"
+
+
+def glyphsearch_table(report: dict) -> str:
+    """The results of GlyphSearch as a Markdown table, with what they were measured on.
+
+    Args:
+        report (`dict`): What `vreflection evaluate` wrote.
+    """
+    result = report["tasks"]["glyphsearch"]
+    data, decoding, machine, versions = result["data"], result["decoding"], report["machine"], report["versions"]
+    rows = [("Accuracy", result["accuracy"]["overall"])]
+    rows += [(f"- {kind} questions", result["accuracy"][kind]) for kind in ("attribute", "relation")]
+    rows += [
+        ("Answers that begin to reflect", result["reflection_rate"]),
+        ("Accuracy without latents (`latent_steps=0`)", result["without_latents"]["accuracy"]["overall"]),
+        ("Accuracy with another sample's latents", result["shuffled_latents"]["accuracy"]["overall"]),
+    ]
+    rows += [
+        (f"Largest attention inside the target's box, {source.upper()}", value)
+        for source, value in result["pointing"].items()
+    ]
+    lines = [f"| {data['count']} unseen scenes, `{data['difficulty']}` difficulty | share | 95 % interval |"]
+    lines += ["|---|---|---|"]
+    lines += [
+        f"| {name} | {percent(row['share'])} | {percent(row['low'])} to {percent(row['high'])} |" for name, row in rows
+    ]
+    lines += [f"| The box's share of the picture | {percent(result['mean_box_area'])} | |"]
+    lines += [
+        "",
+        f"Measured by `{report['command']}` on {report['date'][:10]} ({data['split']} seeds {data['first_seed']} to "
+        f'{data["last_seed"]}, `latent_feedback="{decoding["latent_feedback"]}"`; chance is {percent(data["chance"])}; '
+        f"torch {versions['torch']}, transformers {versions['transformers']}, {machine['processor']}, "
+        f"{machine['cores']} cores).",
+    ]
+    return "\n".join(lines)
+
+
+def with_interval(proportion: dict) -> str:
+    """The cells of a proportion: share and interval, or that nothing was counted."""
+    if not proportion["count"]:
+        return "none counted | "
+    return f"{percent(proportion['share'])} | {percent(proportion['low'])} to {percent(proportion['high'])}"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with one decimal."""
+    return f"{100 * share:.1f} %"
+
+
+def insert_table(document: str, table: str) -> str:
+    """The document with the table between its markers.
+
+    Raises:
+        ValueError: A document without the markers.
+    """
+    if BEGIN not in document or END not in document:
+        raise ValueError(f"The document has no {BEGIN} and {END} to put the table between.")
+    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n\n{table}\n\n{END}", document, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    result_file, document_file = map(Path, sys.argv[1:])
+    table = glyphsearch_table(json.loads(result_file.read_text()))
+    document_file.write_text(insert_table(document_file.read_text(), table))

@@ -1,0 +1,67 @@
+"""Reading any picture file into the plain RGB that the model's processor wants."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import InputError
+
+
+# Qwen2.5-VL's image processor refuses longer strips.
+MAX_ASPECT_RATIO = 200
+# What Pillow's decoders raise for files that are damaged or end too early.
+DAMAGE = (OSError, SyntaxError, EOFError, ValueError, struct.error)
+
+
+def load_picture(path: str | Path) -> Image.Image:
+    """Reads a picture, of an animation the first frame.
+
+    Its EXIF rotation is applied, transparency is laid on white, and greyscale, palette, 16-bit and CMYK pictures become
+    RGB.
+
+    Raises:
+        InputError: A missing, unreadable, damaged or overlong picture; a file that is none.
+    """
+    try:
+        with Image.open(path) as file:
+            file.load()
+            picture = to_rgb(ImageOps.exif_transpose(file))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: is a folder, not a picture") from error
+    except PermissionError as error:
+        raise InputError(f"{path}: may not be read") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path}: not a picture, or of a kind that Pillow can't read") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: too many pixels; scale it down first") from error
+    except DAMAGE as error:
+        raise InputError(f"{path}: damaged or incomplete ({error})") from error
+    if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
+        raise InputError(
+            f"{path}: {picture.width} x {picture.height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the other"
+        )
+    return picture
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Converts a picture of any mode to RGB."""
+    if picture.mode.startswith("I;16"):
+        return _grey(np.asarray(picture, dtype=np.float64) / 65_535)
+    if picture.mode in ("I", "F"):  # no fixed range: from the darkest value to the brightest
+        values = np.asarray(picture, dtype=np.float64)
+        low, high = values.min(), values.max()
+        return _grey((values - low) / max(high - low, 1e-12))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    """An RGB picture from grey values in [0, 1]."""
+    return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")

@@ -1,0 +1,83 @@
+import json
+import re
+
+import pytest
+import torch
+
+from modeling_vreflection import VReflectionForConditionalGeneration
+from vreflection_training.cli import RECIPES, find_recipe, main, parse
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses(path):
+    script, args = parse([str(path), "--use_cpu", "--bf16", "false"])
+    assert script.dataset_name and args.max_steps > 0
+
+
+def test_the_tiny_recipes_follow_one_another():
+    parsed = [parse([name, "--use_cpu"]) for name in ("tiny_base", "tiny_stage1", "tiny_stage2")]
+    assert [args.stage for _, args in parsed] == ["sft", "1", "2"]
+    assert parsed[0][0].from_scratch and not parsed[0][1].freeze_vision
+    assert parsed[1][0].model_name_or_path == parsed[0][1].output_dir
+    assert parsed[2][0].model_name_or_path == parsed[1][1].output_dir
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        short = "--max_steps 2 --per_device_train_batch_size 2 --dataloader_num_workers 0 --use_cpu --logging_steps 1"
+        return main([*arguments, *short.split()])
+
+    return run
+
+
+def test_the_recipes_run_in_order_and_leave_checkpoints_without_pickles(run, tmp_path):
+    for name in ("tiny_base", "tiny_stage1", "tiny_stage2"):
+        assert run(name) == 0
+        files = {path.name for path in (tmp_path / "outputs" / name).iterdir()}
+        assert {"model.safetensors", "config.json", "tokenizer.json", "modeling_vreflection.py"} <= files
+        assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    model = VReflectionForConditionalGeneration.from_pretrained(tmp_path / "outputs" / "tiny_stage2")
+    assert model.dtype == torch.bfloat16 and model.model.bcm.is_trained and model.model.dac.is_trained
+
+
+def test_stage_2_of_the_base_is_refused(run):
+    assert run("tiny_base") == 0
+    with pytest.raises(ValueError, match="never trained"):
+        run("tiny_stage2", "--model_name_or_path", "outputs/tiny_base")
+
+
+def test_the_feedback_lands_in_the_generation_config_and_no_weight_in_the_config(run, tmp_path):
+    assert run("tiny_base", "--latent_feedback", "dac", "--output_dir", "out") == 0
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["latent_feedback"] == "dac"
+    assert "lambda" not in (tmp_path / "out" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["no_such_recipe"], "No recipe 'no_such_recipe'.*tiny_base"),
+        (["tiny_base", "--stage", "4"], "invalid choice|must be one of"),
+        (["tiny_stage1", "--from_scratch", "true"], "Set either `model_name_or_path` or `from_scratch: true`"),
+    ],
+)
+def test_a_bad_command_line_is_one_clear_line(run, capsys, arguments, message):
+    try:
+        assert run(*arguments) == 2
+    except SystemExit as stop:  # argparse's own refusal
+        assert stop.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_unknown_key_in_a_recipe_is_refused(run, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(find_recipe("tiny_base").read_text() + "\nlambda_bmc: 0.1\n")
+    assert run(str(recipe)) == 2
+    assert "lambda_bmc" in capsys.readouterr().err
+
+
+def test_help_lists_the_recipes(capsys):
+    assert main([]) == 0
+    assert "tiny_stage1" in capsys.readouterr().out
