@@ -36,6 +36,8 @@ COLOURS = {
     "green": (64, 178, 84),
     "blue": (72, 132, 238),
     "purple": (172, 96, 214),
+    "pink": (250, 150, 200),
+    "brown": (150, 98, 52),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 
@@ -81,6 +83,8 @@ class Difficulty:
         extent (`int`): Width and height of a shape, in pixels. It stands anywhere inside its cell, so that the slack
             `cell - extent` is the range of its jitter.
         glyph_cell (`int`): Side of one of the 5 x 5 cells of a glyph, in pixels.
+        distinct_colours (`bool`): Whether no colour comes twice in a scene, so that finding a shape takes one feature
+            instead of the conjunction of two; `max_objects` is at most 8 then.
         clutter (`int`): Grey strokes drawn under the shapes.
         relation_share (`float`): Share of relation questions; the others are attribute questions.
     """
@@ -91,8 +95,9 @@ class Difficulty:
     max_objects: int = 8
     extent: int = 48
     glyph_cell: int = 6
+    distinct_colours: bool = True
     clutter: int = 0
-    relation_share: float = 0.5
+    relation_share: float = 0.25
 
     @property
     def image_size(self) -> int:
@@ -103,7 +108,9 @@ class Difficulty:
 DIFFICULTIES = {
     "easy": Difficulty(min_objects=4, max_objects=5, relation_share=0.0),
     "default": Difficulty(),
-    "hard": Difficulty(grid=4, min_objects=8, max_objects=12, extent=40, glyph_cell=4, clutter=24),
+    "hard": Difficulty(
+        grid=4, min_objects=8, max_objects=12, extent=40, glyph_cell=4, distinct_colours=False, clutter=24
+    ),
 }
 
 
@@ -186,7 +193,10 @@ def make_scene(seed: int, difficulty: str | Difficulty = "default") -> Scene:
     cells = rng.sample(all_cells, count)
     while not any(_neighbour(cell, cells, relation) for cell in cells for relation in RELATIONS):
         cells = rng.sample(all_cells, count)
-    names = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
+    if difficulty.distinct_colours:
+        names = [(colour, rng.choice(SHAPES)) for colour in rng.sample(list(COLOURS), count)]
+    else:
+        names = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
 
     image = Image.new("RGB", (difficulty.image_size, difficulty.image_size), BACKGROUND)
     draw = ImageDraw.Draw(image)

@@ -83,7 +83,7 @@ def tiny_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
             # A window is a cell of GlyphSearch's grid: what is learned on a crop holds in a whole scene.
             "window_size": 56,
             "fullatt_block_indexes": [2, 3],
-            # A network this narrow stands still for hundreds of steps at the stock 0.02.
+            # Nearer to 1 / sqrt(width) than the stock 0.02, which is meant for networks thirty times as wide.
             "initializer_range": 0.06,
         },
         text_config={
@@ -94,7 +94,7 @@ def tiny_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
             "num_attention_heads": 6,
             "num_key_value_heads": 6,
             "max_position_embeddings": 4096,
-            # Pictures are 6 to 8 merged patches wide: with the stock base of 1e6 the rotation of neighbours is nil.
+            # The stock base, and the stock sections scaled to a head of 32.
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [4, 6, 6]},
             "initializer_range": 0.05,
             "bos_token_id": ids["<|endoftext|>"],
