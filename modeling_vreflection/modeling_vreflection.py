@@ -45,8 +45,8 @@ LATENT_INPUTS = ("bcm", "dac", "hidden")
 
 
 @dataclass
-class VReflectionModelOutputWithPast(BaseModelOutputWithPast):
-    """The backbone's output and what was seen at the reflection segments, in the order of the segments in the batch.
+class LatentOutput:
+    """What was seen at the reflection segments, in the order of the segments in the batch.
 
     Args:
         latent_states (`torch.Tensor` of shape `(G, S, D)`): H, the states that predict the slots.
@@ -66,15 +66,15 @@ class VReflectionModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class VReflectionCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """The usual fields, `last_hidden_state` of shape `(B, T, D)`, and those of [`VReflectionModelOutputWithPast`]."""
+class VReflectionModelOutputWithPast(LatentOutput, BaseModelOutputWithPast):
+    """The backbone's usual fields, and those of [`LatentOutput`]."""
+
+
+@dataclass
+class VReflectionCausalLMOutputWithPast(LatentOutput, CausalLMOutputWithPast):
+    """The usual fields, those of [`LatentOutput`], and `last_hidden_state` (B, T, D)."""
 
     last_hidden_state: torch.Tensor | None = None
-    latent_states: torch.Tensor | None = None
-    teacher_latents: torch.Tensor | None = None
-    student_latents: torch.Tensor | None = None
-    teacher_attention: torch.FloatTensor | None = None
-    student_attention: torch.FloatTensor | None = None
 
 
 class VReflectionModel(Qwen2_5_VLModel):
@@ -563,6 +563,8 @@ class VReflectionForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         if options.can_start:
             if generation_config.prompt_lookup_num_tokens is not None:
                 raise ValueError(unsupported("prompt lookup decoding", "leave `prompt_lookup_num_tokens` out"))
+            if generation_config.guidance_scale not in (None, 1):
+                raise ValueError(unsupported("guidance (`guidance_scale`)", "leave `guidance_scale` out"))
             if not generation_config.use_cache:
                 raise ValueError(unsupported("`use_cache=False`", "leave the cache on"))
             room = generation_config.max_length - input_ids_seq_length
@@ -607,9 +609,15 @@ class VReflectionForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         return past_key_values
 
     def prepare_inputs_for_generation(
-        self, input_ids, *args, reflection: ReflectionOptions | None = None, global_features=None, **kwargs
+        self,
+        input_ids,
+        *args,
+        inputs_embeds=None,  # spelled out, else `generate` takes none
+        reflection: ReflectionOptions | None = None,
+        global_features=None,
+        **kwargs,
     ):
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         if reflection is None or not reflection.can_start or kwargs.get("is_first_iteration"):
             return inputs
         state = kwargs["past_key_values"].latent_state

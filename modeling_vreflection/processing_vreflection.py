@@ -15,7 +15,8 @@ from .compression_vreflection import BOX_UNIT
 LATENT_TOKENS = ("<|sovt|>", "<|lvr|>", "<|eovt|>")
 
 # Qwen2.5-VL's conversation format. A reflection is rendered in the turn that follows the last question and dropped from
-# earlier ones: what was seen there is gone. `{% generation %}` marks what the assistant says, for the loss.
+# earlier ones: what was seen there is gone. `{% generation %}` marks what the assistant says, for the loss. Text is joined
+# before it is escaped, for a token's name may be spread over parts.
 CHAT_TEMPLATE = """\
 {%- macro plain(text) -%}
     {{- text __ESCAPES__ -}}
@@ -38,33 +39,37 @@ CHAT_TEMPLATE = """\
             {%- if message.content is string -%}
                 {{- plain(message.content) -}}
             {%- else -%}
+                {%- set run = namespace(text='') -%}
                 {%- for part in message.content -%}
                     {%- if part.type == 'reflection' -%}
                         {%- if turn.question == last.question -%}
-                            {{- '__SEGMENT__' -}}
+                            {{- plain(run.text) + '__SEGMENT__' -}}
+                            {%- set run.text = '' -%}
                         {%- endif -%}
                     {%- elif part.type == 'text' -%}
-                        {{- plain(part.text) -}}
+                        {%- set run.text = run.text + part.text -%}
                     {%- else -%}
                         {{- raise_exception("An assistant's content part is 'text' or 'reflection', not '" + part.type + "'.") -}}
                     {%- endif -%}
                 {%- endfor -%}
+                {{- plain(run.text) -}}
             {%- endif -%}
             {{- '<|im_end|>' -}}
         {%- endgeneration -%}
     {%- elif message.content is string -%}
         {{- plain(message.content) + '<|im_end|>' -}}
     {%- else -%}
+        {%- set run = namespace(text='') -%}
         {%- for part in message.content -%}
             {%- if part.type in ('image', 'image_url') -%}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+                {%- set run.text = run.text + '<|vision_start|><|image_pad|><|vision_end|>' -%}
             {%- elif part.type == 'text' -%}
-                {{- plain(part.text) -}}
+                {%- set run.text = run.text + part.text -%}
             {%- else -%}
                 {{- raise_exception("A content part of a user is 'text' or 'image', not '" + part.type + "'.") -}}
             {%- endif -%}
         {%- endfor -%}
-        {{- '<|im_end|>' -}}
+        {{- plain(run.text) + '<|im_end|>' -}}
     {%- endif -%}
     {{- '\\n' -}}
 {%- endfor -%}
@@ -121,9 +126,9 @@ class VReflectionProcessor(Qwen2_5_VLProcessor):
         **kwargs,
     ) -> "VReflectionProcessor":
         """Makes a processor from a stock Qwen2.5-VL folder or Hub id; see the model's `from_backbone`."""
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        # Prompts are padded on the left; given here, the side is saved with the tokenizer.
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, padding_side="left", **kwargs)
         tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in latent_tokens], True)
-        tokenizer.padding_side = "left"
         return cls(
             AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
             tokenizer,
@@ -204,9 +209,10 @@ def quantise_box(box: Sequence[float] | None, where: str = "The box") -> list[in
     Raises:
         ValueError: Not four numbers, NaN, outside [0, 1], reversed or without area.
     """
-    if box is None or len(box) != 4:
-        raise ValueError(f"{where} must be [x0, y0, x1, y1], got {box}.")
-    x0, y0, x1, y1 = box = [float(corner) for corner in box]
+    try:
+        x0, y0, x1, y1 = box = [float(corner) for corner in box]
+    except (TypeError, ValueError):
+        raise ValueError(f"{where} must be [x0, y0, x1, y1], got {box}.") from None
     if not all(0 <= corner <= 1 for corner in box):  # also false for NaN
         raise ValueError(f"{where} must have corners in [0, 1], as fractions of the image's sides, got {box}.")
     if x0 >= x1 or y0 >= y1:

@@ -1,6 +1,9 @@
 """The README tells the truth: its layout, its Python, its recipes."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,14 +32,13 @@ def test_the_layout_names_every_file_and_no_other():
     assert {str(path) for path in files if "vreflection_tiny" not in path.parts} <= named
 
 
-def test_the_loading_example_runs(tmp_path, monkeypatch, capsys):
+def test_the_loading_example_runs(tmp_path):
     (tmp_path / "hub_card").symlink_to(ROOT / "hub_card")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    make_scene(scene_seed("test", 0)).image.save("scene.png")
+    make_scene(scene_seed("test", 0)).image.save(tmp_path / "scene.png")
     code = re.search(r"```python\n(.*?)```", section("Load"), re.DOTALL)[1]
-    exec(compile(code, "README.md", "exec"), {})
-    assert re.fullmatch(r"[A-Z]\n", capsys.readouterr().out)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert re.fullmatch(r"[A-Z]\n", ran.stdout), ran.stderr
 
 
 @pytest.mark.parametrize("path", re.findall(r"[\w/]+\.yaml", README))

@@ -1,0 +1,576 @@
+"""`generate` against uncached re-computation, over batches, beams, caches and streamers; and what it refuses."""
+
+import warnings
+
+import pytest
+import torch
+from reference import (
+    END,
+    SLOT,
+    START,
+    OpenReflections,
+    Row,
+    answer,
+    ask,
+    attend,
+    decode_uncached,
+    encode,
+    picture,
+)
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    LogitsProcessor,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+)
+from transformers.generation.streamers import BaseStreamer
+
+
+NEW_TOKENS = 26
+# Rows enter and leave at different steps; the first row reflects twice, in the last one a reflection ends with the text.
+STARTS = ({0, 13}, {3}, {6}, {15})
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return [
+        ask("Which glyph is on the red triangle?", picture(1)),
+        ask("What?", picture(2, (112, 56))),
+        ask("Which glyph is on the shape left of the blue circle?", picture(3, (84, 140)), picture(4, (56, 56))),
+        ask("Hello, who are you and what do you know?"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def batch(processor, prompts):
+    return encode(processor, *prompts)
+
+
+@pytest.fixture(scope="module")
+def eos(model):
+    return model.generation_config.eos_token_id
+
+
+def decode(model, inputs, starts=None, new_tokens=NEW_TOKENS, **kwargs):
+    """New tokens (B, T) of a run that doesn't end early; `starts` opens reflections as `OpenReflections` does."""
+    length = inputs["input_ids"].shape[1]
+    processors = [] if starts is None else [OpenReflections(model.config.latent_start_token_id, length, *starts)]
+    kwargs = {"do_sample": False, "min_new_tokens": new_tokens, **kwargs}
+    result = model.generate(**inputs, max_new_tokens=new_tokens, logits_processor=processors, **kwargs)
+    return result[:, length:] if isinstance(result, torch.Tensor) else result
+
+
+@pytest.fixture(scope="module")
+def words_only(processor, ids):
+    """Keeps the model from writing other special tokens, so that all that it writes can be seen in the text."""
+    return {"suppress_tokens": [token for token in processor.tokenizer.added_tokens_decoder if token not in ids]}
+
+
+@pytest.fixture(scope="module")
+def greedy(model, batch):
+    """The batch of prompts, greedy, reflections opened by `STARTS`."""
+    return decode(model, batch, STARTS, return_dict_in_generate=True, output_logits=True)
+
+
+@pytest.fixture(scope="module")
+def uncached(stock, batch, ids, eos):
+    """The same from scratch at every step: a list of (tokens, logits)."""
+    return [
+        decode_uncached(Row(stock, batch, row), ids, NEW_TOKENS, STARTS[row], banned=eos) for row in range(len(STARTS))
+    ]
+
+
+def new_tokens_of(result, inputs):
+    return result.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_greedy_batch_equals_uncached_decoding(batch, greedy, uncached):
+    assert new_tokens_of(greedy, batch) == [tokens for tokens, _ in uncached]
+
+
+def test_logits_equal_uncached_decoding(greedy, uncached):
+    logits = torch.stack(greedy.logits, 1)
+    for row, (_, expected) in enumerate(uncached):
+        computed = logits[row].abs().amax(1) > 0  # forced steps of the whole batch have no logits
+        assert computed.sum() >= NEW_TOKENS - 2
+        torch.testing.assert_close(logits[row][computed], expected[computed], atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_batch_equals_single_runs(model, processor, prompts, batch, greedy):
+    for row, prompt in enumerate(prompts):
+        single = decode(model, encode(processor, prompt), STARTS[row : row + 1])
+        assert single[0].tolist() == new_tokens_of(greedy, batch)[row]
+
+
+def test_latents_change_what_is_decoded(stock, batch, ids, uncached):
+    """The tests above would not notice lost latents if latents made no difference."""
+    for row, (tokens, logits) in enumerate(uncached):
+        after = min(STARTS[row]) + 10
+        options = {"feedback": torch.zeros_like, "given": tokens[: after + 1]}
+        _, zeroed = decode_uncached(Row(stock, batch, row), ids, after + 1, **options)
+        assert (zeroed[after] - logits[after]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("steps", [1, 3, 11])
+def test_other_numbers_of_latent_steps_equal_uncached_decoding(model, stock, processor, prompts, ids, eos, steps):
+    inputs = encode(processor, prompts[0])
+    expected, _ = decode_uncached(Row(stock, inputs), ids, 20, {2}, steps, banned=eos)
+    tokens = decode(model, inputs, [{2}], 20, latent_steps=steps)[0].tolist()
+    assert tokens == expected
+    assert tokens[2 : steps + 4] == [ids[0], *[ids[1]] * steps, ids[2]]
+
+
+@pytest.mark.parametrize("plain", [{"latent_steps": 0}, {"latent_steps": 0, "use_cache": False}, {"reflect": False}])
+def test_without_latents_it_is_the_stock_model(model, stock, batch, plain):
+    ours = decode(model, batch, new_tokens=8, **plain)
+    assert torch.equal(ours, stock_tokens(stock, batch, 8))
+
+
+def stock_tokens(stock, inputs, new_tokens):
+    sequences = stock.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+    return sequences[:, inputs["input_ids"].shape[1] :]
+
+
+@pytest.mark.parametrize("plain", [{"latent_steps": 0}, {"reflect": False}])
+def test_without_latents_no_reflection_token_appears(model, batch, ids, plain):
+    class WantReflections(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores = scores.clone()
+            scores[:, ids] += 100.0
+            return scores
+
+    tokens = model.generate(**batch, max_new_tokens=6, do_sample=False, logits_processor=[WantReflections()], **plain)
+    assert not torch.isin(tokens, torch.tensor(ids)).any()
+
+
+def test_slots_and_end_appear_only_in_a_reflection(model, batch, ids):
+    class WantSlots(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores = scores.clone()
+            scores[:, ids[1:]] += 100.0
+            return scores
+
+    tokens = model.generate(**batch, max_new_tokens=6, do_sample=False, logits_processor=[WantSlots()])
+    assert not torch.isin(tokens, torch.tensor(ids[1:])).any()
+
+
+def test_a_user_processor_cannot_break_a_reflection(model, processor, prompts, ids):
+    class Forbid(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores = scores.clone()
+            scores[:, ids] = float("-inf")
+            return scores
+
+    inputs = encode(processor, prompts[0])
+    sequences = model.generate(**inputs, max_new_tokens=12, reflect=True, logits_processor=[Forbid()])
+    new = sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    assert new[:10] == [ids[0], *[ids[1]] * 8, ids[2]]
+
+
+def test_reflect_true_begins_with_one_reflection(model, stock, batch, ids, eos):
+    tokens = decode(model, batch, new_tokens=14, reflect=True).tolist()
+    for row in range(len(tokens)):
+        assert tokens[row] == decode_uncached(Row(stock, batch, row), ids, 14, {0}, banned=eos)[0]
+
+
+def test_a_row_that_ends_leaves_the_others_alone(model, processor, prompts, batch, eos, greedy):
+    """Row 0 says its last word while row 1 reflects."""
+
+    class End(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] == length + 5:
+                scores = scores.clone()
+                scores[0] = float("-inf")
+                scores[0, eos[0]] = 0.0
+            return scores
+
+    length = batch["input_ids"].shape[1]
+    starts = OpenReflections(model.config.latent_start_token_id, length, set(), {3}, {2}, {9})
+    tokens = model.generate(**batch, max_new_tokens=20, do_sample=False, logits_processor=[starts, End()])[:, length:]
+    assert tokens[0, 5] == eos[0] and (tokens[0, 6:] == model.generation_config.pad_token_id).all()
+    alone = decode(model, encode(processor, prompts[1]), [{3}], 20)
+    assert tokens[1].tolist() == alone[0].tolist()
+
+
+def test_dac_feedback_equals_uncached_decoding(model, stock, processor, prompts, ids, eos):
+    """Latents are what the states query from all images of the row, padding excluded."""
+    inputs = encode(processor, *prompts[:3])
+    tokens = decode(model, inputs, STARTS[:3], latent_feedback="dac").tolist()
+    hidden = decode(model, inputs, STARTS[:3]).tolist()
+    for row in range(3):
+        reference = Row(stock, inputs, row)
+        images = torch.cat(reference.features)[None]
+
+        def query(state, images=images):
+            return attend(model.model.dac, state[None, None], images)[0][0, 0]
+
+        expected, _ = decode_uncached(reference, ids, NEW_TOKENS, STARTS[row], feedback=query, banned=eos)
+        assert tokens[row] == expected
+        assert tokens[row] != hidden[row]
+
+
+def test_dac_feedback_with_beams_and_several_sequences(model, processor, prompts):
+    inputs = encode(processor, *prompts[:3])
+    kwargs = {"latent_feedback": "dac", "reflect": True, "new_tokens": 13}
+    greedy = decode(model, inputs, **kwargs)
+    copies = decode(model, inputs, **kwargs, do_sample=True, top_k=1, num_return_sequences=2)
+    assert torch.equal(copies, greedy.repeat_interleave(2, 0))
+    assert decode(model, inputs, **kwargs, num_beams=3).shape == greedy.shape
+
+
+def test_sampling_follows_the_seed_and_several_sequences_differ(model, processor, prompts, ids):
+    inputs = encode(processor, *prompts[:2])
+
+    def sample(seed):
+        torch.manual_seed(seed)
+        return decode(model, inputs, STARTS[:2], do_sample=True, temperature=1.5, top_k=0, num_return_sequences=3)
+
+    tokens = sample(0)
+    assert torch.equal(tokens, sample(0)) and not torch.equal(tokens, sample(1))
+    assert tokens.shape == (6, NEW_TOKENS) and len(tokens.unique(dim=0)) == 6
+    for found in tokens.tolist():
+        assert ids[0] in found
+        for start in range(NEW_TOKENS - 10):
+            if found[start] == ids[0]:
+                assert found[start + 1 : start + 10] == [*[ids[1]] * 8, ids[2]]
+
+
+def test_sampled_sequences_carry_their_own_states(model, stock, processor, prompts, ids):
+    """Two samples of one prompt reflect at different steps: the logits of each follow from its own words."""
+    inputs = encode(processor, prompts[0])
+    length = inputs["input_ids"].shape[1]
+    torch.manual_seed(3)
+    starts = OpenReflections(ids[0], length, {2}, {5})
+    result = model.generate(
+        **inputs,
+        max_new_tokens=18,
+        min_new_tokens=18,
+        do_sample=True,
+        temperature=2.0,
+        top_k=0,
+        num_return_sequences=2,
+        logits_processor=[starts],
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    logits = torch.stack(result.logits, 1)
+    for row, tokens in enumerate(result.sequences[:, length:].tolist()):
+        _, expected = decode_uncached(Row(stock, inputs), ids, 18, given=tokens)
+        computed = logits[row].abs().amax(1) > 0
+        torch.testing.assert_close(logits[row][computed], expected[computed], atol=1e-4, rtol=1e-4)
+
+
+class Conductor(LogitsProcessor):
+    """Makes beams enter at different steps, and move while they are in latents.
+
+    After two free words every beam goes on with its best word alone, at a bonus in even steps and a fine in odd ones,
+    and reflects at some step for a fixed price: it falls behind there, and overtakes in the next step, which is free.
+    """
+
+    bonus, price = 6.0, -3.0
+
+    def __init__(self, ids, prompt_length, beams):
+        self.ids, self.prompt_length, self.beams = ids, prompt_length, beams
+
+    def __call__(self, input_ids, scores):
+        step = input_ids.shape[1] - self.prompt_length
+        scores = scores.clone()
+        scores[:, self.ids] = float("-inf")
+        if step < 2:
+            return scores
+        best = scores.max(1)
+        scores = torch.full_like(scores, float("-inf"))
+        for row, new in enumerate(input_ids[:, self.prompt_length :].tolist()):
+            if self.ids[0] not in new and {2: row % self.beams == 2, 4: row % self.beams == 0, 6: True}.get(step):
+                scores[row, self.ids[0]] = self.price
+            else:
+                scores[row, best.indices[row]] = best.values[row] + self.extra(step)
+        return scores
+
+    def extra(self, step):
+        return 0.0 if step < 2 else -self.bonus if step % 2 else self.bonus
+
+
+@pytest.mark.parametrize("feedback", ["hidden", "dac"])
+def test_every_beam_has_the_score_of_its_sequence(model, stock, processor, prompts, ids, feedback):
+    """Teacher-forced, uncached re-scoring; what a reflection forces costs nothing."""
+    new_tokens, beams = 18, 4
+    inputs = encode(processor, *prompts[:2])
+    length = inputs["input_ids"].shape[1]
+    conductor = Conductor(ids, length, beams)
+    result = model.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        num_beams=beams,
+        num_return_sequences=beams,
+        do_sample=False,
+        length_penalty=0.0,
+        latent_feedback=feedback,
+        logits_processor=[conductor],
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    sequences = result.sequences[:, length:].tolist()
+    starts = [tokens.index(ids[0]) for tokens in sequences]
+    assert len(set(starts)) > 1, "all beams enter at one step: the test shows nothing"
+    places = [moves[start + 1 : start + 9] for moves, start in zip(result.beam_indices.tolist(), starts)]
+    assert any(len(set(place)) > 1 for place in places), "no beam moves within its reflection: the test shows nothing"
+    for number, (tokens, start) in enumerate(zip(sequences, starts)):
+        row = Row(stock, inputs, number // beams)
+        images = torch.cat(row.features)[None]
+
+        def query(state, images=images):
+            return attend(model.model.dac, state[None, None], images)[0][0, 0]
+
+        _, logits = decode_uncached(row, ids, new_tokens, given=tokens, feedback=query if feedback == "dac" else None)
+        costs = logits.log_softmax(-1)[range(new_tokens), tokens]
+        costs += torch.tensor([conductor.extra(step) for step in range(new_tokens)])
+        costs[start : start + 10] = 0.0
+        costs[start] = conductor.price
+        assert result.sequences_scores[number].item() == pytest.approx(costs.sum().item(), abs=5e-4)
+
+
+def test_static_cache_equals_dynamic(model, batch, greedy):
+    tokens = decode(model, batch, STARTS, cache_implementation="static")
+    assert tokens.tolist() == new_tokens_of(greedy, batch)
+
+
+def test_compiled_forward_equals_eager(model, processor, prompts):
+    """Full graph, static cache; the backend that only traces shows whatever a graph can't hold."""
+    inputs = encode(processor, *prompts[:2])
+    expected = decode(model, inputs, [{0}, {3}], 16)
+    options = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    options._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    try:
+        tokens = decode(model, inputs, [{0}, {3}], 16, cache_implementation="static", compile_config=options)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"
+    finally:
+        model.__dict__.pop("_compiled_call", None)
+        torch._dynamo.reset()
+    assert torch.equal(tokens, expected)
+
+
+def test_a_prompt_of_embeddings_equals_one_of_ids(model, processor):
+    inputs = encode(processor, ask("Hello, what do you know?"), ask("Well?"))
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    options = {"reflect": True, "max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+    tokens = model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **options)
+    assert torch.equal(tokens, decode(model, inputs, new_tokens=16, reflect=True))
+
+
+@pytest.mark.parametrize("chunk", [7, 16])
+def test_chunked_prefill_equals_whole(model, batch, greedy, chunk):
+    tokens = decode(model, batch, STARTS, prefill_chunk_size=chunk)
+    assert tokens.tolist() == new_tokens_of(greedy, batch)
+
+
+def test_chunked_prefill_with_dac_feedback_equals_whole(model, processor, prompts):
+    inputs = encode(processor, *prompts[:3])
+    whole = decode(model, inputs, STARTS[:3], latent_feedback="dac")
+    assert torch.equal(decode(model, inputs, STARTS[:3], latent_feedback="dac", prefill_chunk_size=16), whole)
+
+
+def test_a_step_that_is_forced_in_all_rows_does_not_project(model, processor, prompts):
+    calls = []
+    inputs = encode(processor, *prompts[:2])
+    hook = model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        decode(model, inputs, new_tokens=14, reflect=True)
+        # Not after the start token, the slots but the last, and the last: 9 of 14.
+        assert len(calls) == 14 - 9
+        calls.clear()
+        decode(model, inputs, new_tokens=14, reflect=False)
+        assert len(calls) == 14
+        calls.clear()
+        decode(model, inputs, [{0}, {3}], new_tokens=14)  # steps 4 to 9 are forced in both
+        assert len(calls) == 14 - 6
+    finally:
+        hook.remove()
+
+
+class Collect(BaseStreamer):
+    def __init__(self):
+        self.values, self.ended = [], 0
+
+    def put(self, value):
+        self.values.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+def test_a_streamer_gets_the_prompt_and_the_words(model, processor, prompts, ids):
+    inputs = encode(processor, prompts[0])
+    streamer = Collect()
+    tokens = decode(model, inputs, STARTS[:1], streamer=streamer)[0].tolist()
+    assert streamer.values[0] == inputs["input_ids"].tolist()
+    assert [token for value in streamer.values[1:] for token in value] == [t for t in tokens if t not in ids]
+    assert streamer.ended == 1
+
+
+def test_text_streamer_never_shows_placeholders(model, processor, prompts, ids, words_only, capsys):
+    inputs = encode(processor, prompts[0])
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True)  # doesn't skip special tokens by itself
+    tokens = decode(model, inputs, STARTS[:1], streamer=streamer, **words_only)[0].tolist()
+    shown = capsys.readouterr().out
+    assert ids[0] in tokens and not any(name in shown for name in (START, SLOT, END))
+    assert shown.strip() == processor.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_text_iterator_streamer_gives_the_decoded_text(model, processor, prompts, words_only):
+    inputs = encode(processor, prompts[1])
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, timeout=10)
+    tokens = decode(model, inputs, STARTS[1:2], streamer=streamer, **words_only)[0].tolist()
+    assert "".join(streamer) == processor.decode(tokens, skip_special_tokens=True)
+
+
+def test_options_of_the_generation_config_are_honoured(model, processor, prompts, ids, monkeypatch):
+    inputs = encode(processor, prompts[0])
+
+    def slots(**kwargs):
+        return int((decode(model, inputs, reflect=True, **kwargs) == ids[1]).sum())
+
+    dac = decode(model, inputs, reflect=True, latent_feedback="dac")
+    assert slots() == 8
+    own = {"max_new_tokens": NEW_TOKENS, "eos_token_id": 0, "pad_token_id": 0}
+    assert slots(generation_config=GenerationConfig(**own, latent_steps=2)) == 2
+    assert slots(generation_config=GenerationConfig(**own, latent_steps=2), latent_steps=3) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(model.generation_config, "latent_steps", 5)
+        patch.setattr(model.generation_config, "latent_feedback", "dac")
+        assert slots() == 5
+        assert slots(generation_config=GenerationConfig(**own)) == 5, "what a call's config leaves out is the model's"
+        assert torch.equal(decode(model, inputs, reflect=True, latent_steps=8), dac)
+
+
+def test_decoding_drops_the_reflection_from_the_text(model, processor, prompts, ids):
+    tokens = decode(model, encode(processor, prompts[0]), STARTS[:1])[0].tolist()
+    words = [token for token in tokens if token not in ids]
+    assert processor.decode(tokens, skip_special_tokens=True) == processor.decode(words, skip_special_tokens=True)
+
+
+def test_scores_and_states_of_an_earlier_call_do_not_matter(model, batch, processor, prompts, greedy):
+    decode(model, encode(processor, prompts[1]), STARTS[1:2])
+    model(**encode(processor, prompts[0]))
+    assert decode(model, batch, STARTS).tolist() == new_tokens_of(greedy, batch)
+
+
+# What is refused
+
+
+@pytest.fixture(scope="module")
+def one(processor, prompts):
+    return encode(processor, prompts[0])
+
+
+def test_assisted_decoding_is_refused(model, stock, one):
+    with pytest.raises(ValueError, match=r"(?s)assistant_model.*latent_steps=0"):
+        model.generate(**one, max_new_tokens=16, assistant_model=stock)
+
+
+def test_prompt_lookup_is_refused(model, one):
+    with pytest.raises(ValueError, match=r"(?s)prompt lookup.*latent_steps=0"):
+        model.generate(**one, max_new_tokens=16, prompt_lookup_num_tokens=2)
+    with pytest.raises(ValueError, match=r"(?s)prompt lookup.*latent_steps=0"):
+        model.generate(**one, generation_config=GenerationConfig(max_new_tokens=16, prompt_lookup_num_tokens=2))
+
+
+def test_no_cache_is_refused(model, one):
+    with pytest.raises(ValueError, match=r"(?s)use_cache=False.*latent_steps=0"):
+        model.generate(**one, max_new_tokens=16, use_cache=False)
+    with pytest.raises(ValueError, match=r"(?s)use_cache=False.*latent_steps=0"):
+        model.generate(**one, generation_config=GenerationConfig(max_new_tokens=16, use_cache=False))
+
+
+def test_guidance_is_refused(model, one):
+    """Its second, unconditional run would not get the states."""
+    with pytest.raises(ValueError, match=r"(?s)guidance_scale.*latent_steps=0"):
+        model.generate(**one, max_new_tokens=16, guidance_scale=1.5)
+
+
+def test_continuous_batching_is_refused(model, one):
+    with pytest.raises(ValueError, match="continuous batching.*call `generate`"):
+        model.generate_batch(inputs=one["input_ids"].tolist())
+    with pytest.raises(ValueError, match="continuous batching.*call `generate`"):
+        model.generate(**one, max_new_tokens=16, cache_implementation="paged")
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_tokens_of_a_reflection_in_the_prompt_are_refused(model, processor, prompts, batch, ids, which):
+    inputs = dict(batch)
+    inputs["input_ids"] = inputs["input_ids"].clone()
+    inputs["input_ids"][2, -3] = ids[which]
+    with pytest.raises(ValueError, match=r"prompts \[2\] hold tokens of a reflection.*reflect=True"):
+        model.generate(**inputs, max_new_tokens=16)
+    with pytest.raises(ValueError, match=r"prompts \[2\] hold tokens of a reflection"):
+        model.generate(inputs.pop("input_ids"), **inputs, max_new_tokens=16, latent_steps=0)
+
+
+def test_a_conversation_with_a_past_reflection_can_go_on(model, processor, prompts):
+    conversation = prompts[0] + answer([0.1, 0.1, 0.9, 0.9], "Z") + ask("Sure?")
+    tokens = decode(model, encode(processor, conversation), new_tokens=4)
+    assert tokens.shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"reflect": True, "latent_steps": 0}, "reflect=True.*latent_steps=0.*above 0"),
+        ({"latent_steps": -1}, "latent_steps.*negative.*-1"),
+        ({"latent_feedback": "tokens"}, "latent_feedback.*hidden, dac.*'tokens'"),
+        ({"reflect": True, "max_new_tokens": 10}, "8 latent steps takes 10 tokens.*max_new_tokens"),
+        ({"reflect": True, "max_new_tokens": 4, "latent_steps": 3}, "3 latent steps takes 5 tokens.*max_new_tokens"),
+    ],
+)
+def test_contradictions_are_refused(model, one, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**one, **{"max_new_tokens": 16, **kwargs})
+
+
+def test_one_token_after_the_reflection_is_room_enough(model, one):
+    assert decode(model, one, new_tokens=11, reflect=True).shape == (1, 11)
+
+
+def test_dac_feedback_needs_dac(make_model, one):
+    model = make_model(has_dac=False)
+    with pytest.raises(ValueError, match="needs a checkpoint with DAC.*hidden"):
+        model.generate(**one, max_new_tokens=16, latent_feedback="dac")
+    assert decode(model, one, new_tokens=12, reflect=True).shape == (1, 12)
+
+
+@pytest.mark.parametrize("config", [{"dac_queries": "static"}, {"query_position": "at"}])
+def test_dac_feedback_needs_queries_that_decoding_has(make_model, one, config):
+    with pytest.raises(ValueError, match="dac_queries='states'.*hidden"):
+        make_model(**config).generate(**one, max_new_tokens=16, latent_feedback="dac")
+
+
+def test_dac_feedback_names_the_row_without_a_picture(model, batch):
+    with pytest.raises(ValueError, match="picture in every row; row 3"):
+        model.generate(**batch, max_new_tokens=16, latent_feedback="dac")
+
+
+def test_a_cut_reflection_warns_and_names_the_rows(model, batch):
+    with pytest.warns(UserWarning, match=r"cut the reflection of rows \[1, 3\].*max_new_tokens") as caught:
+        decode(model, batch, [{0}, {3}, {2}, {8}], 12)
+    assert [warning.filename for warning in caught] == [__file__], "points at the caller's line"
+
+
+def test_a_whole_reflection_does_not_warn(model, batch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        decode(model, batch, [{0}, {2}, {1}, set()], 12)
+
+
+def test_pipeline_answers_in_text(model, processor):
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    content = [{"type": "image", "image": picture(1)}, {"type": "text", "text": "What?"}]
+    kwargs = {"max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False, "reflect": True}
+    text = pipe(text=[{"role": "user", "content": content}], return_full_text=False, generate_kwargs=kwargs)
+    inputs = encode(processor, ask("What?", picture(1)))
+    expected = processor.batch_decode(decode(model, inputs, new_tokens=14, reflect=True), skip_special_tokens=True)
+    assert text[0]["generated_text"] == expected[0]
