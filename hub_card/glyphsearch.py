@@ -97,7 +97,7 @@ class Difficulty:
     glyph_cell: int = 6
     distinct_colours: bool = True
     clutter: int = 0
-    relation_share: float = 0.25
+    relation_share: float = 0.0
 
     @property
     def image_size(self) -> int:
@@ -106,10 +106,18 @@ class Difficulty:
 
 
 DIFFICULTIES = {
-    "easy": Difficulty(min_objects=4, max_objects=5, relation_share=0.0),
+    "easy": Difficulty(max_objects=5),
     "default": Difficulty(),
+    "mixed": Difficulty(relation_share=0.25),
     "hard": Difficulty(
-        grid=4, min_objects=8, max_objects=12, extent=40, glyph_cell=4, distinct_colours=False, clutter=24
+        grid=4,
+        min_objects=8,
+        max_objects=12,
+        extent=40,
+        glyph_cell=4,
+        distinct_colours=False,
+        clutter=24,
+        relation_share=0.5,
     ),
 }
 
@@ -333,7 +341,7 @@ def scene_row(
 
 
 def crops_row(index: int, split: str, difficulty: Difficulty) -> dict[str, Any]:
-    """One scene, seen cell by cell: a picture and a turn for each object, the answer e.g. `"red triangle T"`."""
+    """One scene, seen cell by cell: a picture and a turn for each object, the answer e.g. `"the red triangle\\nT"`."""
     scene = make_scene(scene_seed(split, index), difficulty)
     images, messages = [], []
     for item in scene.objects:
@@ -344,15 +352,18 @@ def crops_row(index: int, split: str, difficulty: Difficulty) -> dict[str, Any]:
 
 
 def list_row(index: int, split: str, difficulty: Difficulty) -> dict[str, Any]:
-    """One scene and all that is in it, the answer e.g. `"red triangle T, blue circle A, …"`."""
+    """One scene and all that is in it, the answer e.g. `"the red triangle\\nT\\nthe blue circle\\nA"`."""
     scene = make_scene(scene_seed(split, index), difficulty)
     messages = _description(scene.objects)
     return {"id": f"glyphsearch-{split}-{index}-list", "images": [scene.image], "messages": messages}
 
 
 def _description(objects: Sequence[SceneObject]) -> list[dict[str, Any]]:
-    """A turn that shows a picture and names the objects in it, each with its glyph."""
-    answer = ", ".join(f"{item.name} {item.glyph}" for item in objects)
+    """A turn that shows a picture and names the objects in it, each with its glyph.
+
+    Names and glyphs are the same tokens as in questions and answers: after "the", and alone on a line.
+    """
+    answer = "\n".join(f"the {item.name}\n{item.glyph}" for item in objects)
     return [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": DESCRIBE}]},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},

@@ -510,6 +510,10 @@ class VReflectionForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             ValueError: A mode that would silently do without latents: assisted decoding, prompt lookup,
                 `use_cache=False`, continuous batching, tokens of a reflection in the prompt; no room for an answer.
         """
+        if self.config.latent_token_id is None:
+            raise ValueError(
+                "The model has no latent tokens: make it with `from_backbone`, or call `add_latent_tokens`."
+            )
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
         options = ReflectionOptions(
             first_given(latent_steps, config, self.generation_config, "latent_steps", self.config.num_latent_tokens),
@@ -648,11 +652,12 @@ def find_segments(input_ids: torch.LongTensor, config: VReflectionConfig) -> tup
     ends = in_slot.clone()
     ends[:, :-1] &= ~in_slot[:, 1:]
     lengths = lengths[ends] - lengths[begins] + 1
-    wrong = (lengths != config.num_latent_tokens).nonzero().flatten().tolist()
-    if wrong or (first == 0).any():
+    opened = input_ids[rows, first - 1] == config.latent_start_token_id
+    wrong = ((lengths != config.num_latent_tokens) | ~opened | (first == 0)).nonzero().flatten().tolist()
+    if wrong:
         raise ValueError(
-            f"A segment is a start token and {config.num_latent_tokens} slots; segments {wrong or 'without a start token'} "
-            f"of rows {rows.tolist()} have {lengths.tolist()} slots."
+            f"A segment is a start token and {config.num_latent_tokens} slots; segments {wrong} in rows "
+            f"{rows[wrong].tolist()} have {lengths[wrong].tolist()} slots, or no start token before them."
         )
     return rows, first
 

@@ -183,8 +183,8 @@ class VReflectionProcessor(Qwen2_5_VLProcessor):
             for number, item in enumerate(sample_boxes):
                 item = item if isinstance(item, dict) else {"box": item}
                 where, image = f"Box {number} of sample {sample}", item.get("image_index") or 0
-                if not 0 <= image < images:
-                    raise ValueError(f"{where} has `image_index` {image}, but the sample has {images} images.")
+                if not isinstance(image, int) or not 0 <= image < images:
+                    raise ValueError(f"{where} has `image_index` {image!r}, but the sample has {images} images.")
                 rows.append([first_image + image, *quantise_box(item.get("box"), where)])
             first_image += images
         return rows

@@ -35,7 +35,7 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
     names = [f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]
     corpus = [f"Which glyph is on the {name}?" for name in names]
     corpus += [f"Which glyph is on the shape {side} the {name}?" for side, name in product(RELATIONS, names)]
-    corpus += [f"{name} {glyph}, {name} {glyph}" for glyph, name in product(GLYPHS, names)]
+    corpus += [f"the {name}\n{glyph}\n" for glyph, name in product(GLYPHS, names)]
     corpus += [DESCRIBE, "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
 
     # Qwen2Tokenizer builds its own normalizer and pre-tokenizer when it is loaded: train behind those and no others.
@@ -73,16 +73,17 @@ def tiny_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
     width = 192
     return Qwen2_5_VLConfig(
         vision_config={
-            "depth": 4,
+            "depth": 5,
             "hidden_size": 128,
             "intermediate_size": 384,
             "num_heads": 4,
             "out_hidden_size": width,
             "patch_size": PATCH_SIZE,
             "spatial_merge_size": MERGE_SIZE,
-            # A window is a cell of GlyphSearch's grid: what is learned on a crop holds in a whole scene.
+            # A window is a cell of GlyphSearch's grid, and only the last layer looks past it: a glyph that was learned
+            # on a crop is read in a whole scene, too. With two full layers, only 61 % of them were.
             "window_size": 56,
-            "fullatt_block_indexes": [2, 3],
+            "fullatt_block_indexes": [4],
             # Nearer to 1 / sqrt(width) than the stock 0.02, which is meant for networks thirty times as wide.
             "initializer_range": 0.06,
         },

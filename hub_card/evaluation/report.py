@@ -9,9 +9,6 @@ import sys
 from pathlib import Path
 
 
-BEGIN, END = "<!-- glyphsearch -->", "<!-- /glyphsearch -->"
-
-
 def glyphsearch_table(report: dict) -> str:
     """The results of GlyphSearch as a Markdown table, with what they were measured on.
 
@@ -21,7 +18,8 @@ def glyphsearch_table(report: dict) -> str:
     result = report["tasks"]["glyphsearch"]
     data, decoding, machine, versions = result["data"], result["decoding"], report["machine"], report["versions"]
     rows = [("Accuracy", result["accuracy"]["overall"])]
-    rows += [(f"- {kind} questions", result["accuracy"][kind]) for kind in ("attribute", "relation")]
+    kinds = [kind for kind in ("attribute", "relation") if result["accuracy"][kind]["count"]]
+    rows += [(f"- {kind} questions", result["accuracy"][kind]) for kind in kinds if len(kinds) > 1]
     rows += [
         ("Answers that begin to reflect", result["reflection_rate"]),
         ("Accuracy without latents (`latent_steps=0`)", result["without_latents"]["accuracy"]["overall"]),
@@ -59,18 +57,20 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def insert_table(document: str, table: str) -> str:
-    """The document with the table between its markers.
+def insert_table(document: str, report: dict) -> str:
+    """The document with the report's table between the markers for its difficulty.
 
     Raises:
         ValueError: A document without the markers.
     """
-    if BEGIN not in document or END not in document:
-        raise ValueError(f"The document has no {BEGIN} and {END} to put the table between.")
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n\n{table}\n\n{END}", document, flags=re.DOTALL)
+    name = f"glyphsearch {report['tasks']['glyphsearch']['data']['difficulty']}"
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if begin not in document or end not in document:
+        raise ValueError(f"The document has no {begin} and {end} to put the table between.")
+    table = glyphsearch_table(report)
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n\n{table}\n\n{end}", document, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
     result_file, document_file = map(Path, sys.argv[1:])
-    table = glyphsearch_table(json.loads(result_file.read_text()))
-    document_file.write_text(insert_table(document_file.read_text(), table))
+    document_file.write_text(insert_table(document_file.read_text(), json.loads(result_file.read_text())))

@@ -129,7 +129,7 @@ def test_answers_are_balanced():
 
 
 def test_relation_share_is_kept():
-    texts = [row["messages"][0]["content"][1]["text"] for row in glyphsearch_dataset("train", 400)]
+    texts = [row["messages"][0]["content"][1]["text"] for row in glyphsearch_dataset("train", 400, "hard")]
     assert 0.44 < sum("on the shape" in text for text in texts) / len(texts) < 0.56
     texts = [row["messages"][0]["content"][1]["text"] for row in glyphsearch_dataset("train", 50, "easy")]
     assert not any("on the shape" in text for text in texts)
@@ -165,10 +165,10 @@ def test_a_conversation_shows_its_picture_once_and_repeats_no_question():
 def test_curriculum_goes_from_crops_to_lists_to_questions():
     rows = list(glyphsearch_curriculum(crops=3, lists=2, scenes=2, questions_per_scene=5))
     scenes = [make_scene(scene_seed("train", index)) for index in range(7)]
-    names = [[f"{item.name} {item.glyph}" for item in scene.objects] for scene in scenes]
+    names = [[f"the {item.name}\n{item.glyph}" for item in scene.objects] for scene in scenes]
     answers = [[message["content"][0]["text"] for message in row["messages"][1::2]] for row in rows]
     assert answers[:3] == names[:3]
-    assert answers[3:5] == [[", ".join(name)] for name in names[3:5]]
+    assert answers[3:5] == [["\n".join(name)] for name in names[3:5]]
     assert [len(turns) for turns in answers[5:]] == [5, 5]
     for row, name in zip(rows[:3], names):
         assert len(row["images"]) == len(name)

@@ -574,3 +574,10 @@ def test_pipeline_answers_in_text(model, processor):
     inputs = encode(processor, ask("What?", picture(1)))
     expected = processor.batch_decode(decode(model, inputs, new_tokens=14, reflect=True), skip_special_tokens=True)
     assert text[0]["generated_text"] == expected[0]
+
+
+def test_a_model_without_latent_tokens_says_so(make_model, processor):
+    model = make_model()
+    model.config.latent_token_id = None
+    with pytest.raises(ValueError, match="no latent tokens: make it with `from_backbone`"):
+        model.generate(**encode(processor, ask("Q")))

@@ -443,7 +443,15 @@ def test_segments_of_another_length_are_refused(model, mixed, ids, length):
         input_ids[3, last] = end
     else:
         input_ids[3, last + 1] = slot
-    with pytest.raises(ValueError, match=rf"segments \[2\] of rows \[0, 0, 3\] have \[8, 8, {length}\] slots"):
+    with pytest.raises(ValueError, match=rf"segments \[2\] in rows \[3\] have \[{length}\] slots"):
+        model(**{**mixed.inputs, "input_ids": input_ids}, latent_inputs="bcm")
+
+
+def test_a_segment_without_its_start_token_is_refused(model, mixed, ids):
+    input_ids = mixed.inputs["input_ids"].clone()
+    start, _, end = ids
+    input_ids[3, (input_ids[3] == start).nonzero()] = end
+    with pytest.raises(ValueError, match=r"segments \[2\] in rows \[3\] have .* no start token"):
         model(**{**mixed.inputs, "input_ids": input_ids}, latent_inputs="bcm")
 
 

@@ -256,11 +256,13 @@ def test_what_is_no_box_is_refused_by_name(processor, box, problem):
         encode(processor, *conversations)
 
 
-@pytest.mark.parametrize("image", [1, 2, -1])
+@pytest.mark.parametrize("image", [1, 2, -1, 0.5, "first"])
 def test_a_wrong_image_index_is_refused_by_name(processor, image):
     """Sample 0 has two images, sample 1 only one: its index 1 is wrong all the same."""
     conversations = [ask("Q", picture(1), picture(2)) + answer(BOX), ask("Q", picture(3)) + answer(BOX, (BOX, image))]
-    with pytest.raises(ValueError, match=f"Box 1 of sample 1 has `image_index` {image}, but the sample has 1 images"):
+    with pytest.raises(
+        ValueError, match=f"Box 1 of sample 1 has `image_index` {image!r}, but the sample has 1 images"
+    ):
         encode(processor, *conversations)
 
 
