@@ -1,0 +1,170 @@
+"""The two training-time modules, BCM and DAC, and what they look at: regions of the merged patch grid.
+
+Symbols in shapes: G segments of a batch, S latent steps, D hidden size, N features of a box, L merged patches of an
+image (h x w, row by row).
+"""
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+
+try:
+    from torchvision.ops import roi_align
+except ImportError:
+    roi_align = None
+
+# Boxes travel as integers in this unit of an image's side, because training engines cast floats to bfloat16.
+BOX_UNIT = 65_536
+ROI_BINS = 7
+ROI_SAMPLING_RATIO = 2
+QUERY_STD = 0.02
+
+
+class LatentCrossAttention(nn.Module):
+    """One multi-head cross-attention and a LayerNorm: all that BCM and DAC are made of (App. A.1).
+
+    Args:
+        hidden_size (`int`): D.
+        num_heads (`int`): Attention heads.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.o_proj = nn.Linear(hidden_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
+
+    def attend(
+        self, queries: torch.Tensor, features: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attends from queries (G, S, D) to features (G, N, D) where mask (G, N), bool, is true.
+
+        Returns:
+            `tuple`: The latents (G, S, D), in the dtype of the weights, and the attention (G, S, N), float32, the mean
+            of the heads' softmaxes.
+        """
+        q, k, v = (
+            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (G, heads, S or N, D / heads)
+            for projection, x in ((self.q_proj, queries), (self.k_proj, features), (self.v_proj, features))
+        )
+        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)  # (G, heads, S, N)
+        mixed = (weights.to(v.dtype) @ v).transpose(1, 2).flatten(-2)  # (G, S, D)
+        return self.norm(self.o_proj(mixed)), weights.mean(1)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether an optimiser ever stepped: the LayerNorm's bias is exactly zero only before the first step."""
+        return bool(self.norm.bias.detach().any())
+
+
+class BoxGuidedCompression(LatentCrossAttention):
+    """BCM, the teacher: S learned queries compress the features of a box into latents (Eq. 1)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, num_latent_tokens: int):
+        super().__init__(hidden_size, num_heads)
+        self.queries = nn.Parameter(torch.empty(num_latent_tokens, hidden_size))
+
+    def forward(self, features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compresses F_local (G, N, D) into Z_T (G, S, D); returns it with A_T (G, S, N), float32."""
+        return self.attend(self.queries.expand(len(features), -1, -1), features, mask)
+
+
+class DynamicAutoregressiveCompression(LatentCrossAttention):
+    """DAC, the student: the model's own states query the whole image (Eq. 3). Its query projection is the paper's φ.
+
+    Args:
+        queries (`str`): `"states"`, or one of the ablations of Tab. 3 (d): `"static"` learned queries, or fresh
+            `"random"` Gaussian ones at every call.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, num_latent_tokens: int, queries: str = "states"):
+        super().__init__(hidden_size, num_heads)
+        self.source = queries
+        if queries == "static":
+            self.queries = nn.Parameter(torch.empty(num_latent_tokens, hidden_size))
+
+    def forward(
+        self, states: torch.Tensor, features: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Interrogates F_global (G, L, D) with the states H (G, S, D).
+
+        Returns:
+            `tuple`: Z_S (G, S, D) and A_S (G, S, L), float32.
+        """
+        if self.source == "static":
+            if states.shape[1] != len(self.queries):
+                raise ValueError(
+                    f"DAC has {len(self.queries)} static queries and was asked for {states.shape[1]} steps."
+                )
+            states = self.queries.expand(len(states), -1, -1)
+        elif self.source == "random":
+            states = torch.randn_like(states)
+        return self.attend(states, features, mask)
+
+
+def pad_features(features: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pads tensors (N_i, D) to (G, N, D); returns them with their mask (G, N), bool."""
+    lengths = torch.tensor([len(feature) for feature in features], device=features[0].device)
+    padded = pad_sequence(features, batch_first=True)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+
+
+def box_patches(box: list[int], grid: tuple[int, int]) -> torch.Tensor:
+    """Indices of the merged patches that a box overlaps, at least one.
+
+    Args:
+        box (`list[int]`): x0, y0, x1, y1 in 1/65,536 of the image's sides.
+        grid (`tuple[int, int]`): h and w of the merged grid.
+
+    Returns:
+        `torch.LongTensor` of shape (N,): Indices into the L = h * w patches, row by row.
+    """
+    height, width = grid
+    x0, y0, x1, y1 = box
+
+    def cells(low: int, high: int, size: int) -> torch.Tensor:
+        first = min(low * size // BOX_UNIT, size - 1)
+        return torch.arange(first, max(-(-high * size // BOX_UNIT), first + 1))
+
+    return (cells(y0, y1, height)[:, None] * width + cells(x0, x1, width)).flatten()
+
+
+def pool_region(features: torch.Tensor, box: list[int], grid: tuple[int, int], pooling: str) -> torch.Tensor:
+    """Features of a box: F_local (N, D) from F_global (L, D), N = 49 for `"roi_align"`. See `box_patches`."""
+    if pooling == "patch":
+        return features[box_patches(box, grid).to(features.device)]
+    maps = features.float().T.unflatten(1, grid)  # (D, h, w)
+    return _roi_bins(maps, box).flatten(1).T.to(features.dtype)
+
+
+def project_attention(attention: torch.Tensor, box: list[int], grid: tuple[int, int], pooling: str) -> torch.Tensor:
+    """Projects the attention over a box's features, A_T (S, N), onto the whole grid: Â_T (S, L) of Eq. 4.
+
+    Every row still sums to one: with `"patch"` it is a scatter, with `"roi_align"` the adjoint of its bilinear sampling,
+    whose weights sum to one for each bin. Â_T is a target; no gradient flows through it.
+    """
+    attention = attention.detach()
+    if pooling == "patch":
+        projected = attention.new_zeros(len(attention), grid[0] * grid[1])
+        projected[:, box_patches(box, grid).to(attention.device)] = attention
+        return projected
+    with torch.enable_grad():
+        maps = attention.new_zeros(len(attention), *grid, requires_grad=True)
+        bins = _roi_bins(maps, box)
+        return torch.autograd.grad(bins, maps, attention.view_as(bins))[0].flatten(1)
+
+
+def _roi_bins(maps: torch.Tensor, box: list[int]) -> torch.Tensor:
+    """RoI-Align of maps (C, h, w), float32, over one box: (C, 7, 7)."""
+    if roi_align is None:
+        raise ImportError('`region_pooling="roi_align"` needs torchvision: `pip install torchvision`.')
+    height, width = maps.shape[1:]
+    corners = maps.new_tensor(box) * maps.new_tensor([width, height, width, height]) / BOX_UNIT
+    return roi_align(
+        maps[None], [corners[None]], output_size=ROI_BINS, sampling_ratio=ROI_SAMPLING_RATIO, aligned=True
+    )[0]

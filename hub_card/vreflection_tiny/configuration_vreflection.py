@@ -1,0 +1,100 @@
+"""Architecture of a V-Reflection model: a Qwen2.5-VL, three token ids and the two training-time modules."""
+
+from transformers import Qwen2_5_VLConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+
+
+# What a checkpoint answers to. All model classes get the whole model: whoever loads `AutoModel` wants to call `generate`.
+AUTO_MAP = {
+    "AutoConfig": "configuration_vreflection.VReflectionConfig",
+    "AutoModel": "modeling_vreflection.VReflectionForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_vreflection.VReflectionForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_vreflection.VReflectionForConditionalGeneration",
+    "AutoProcessor": "processing_vreflection.VReflectionProcessor",
+}
+
+CHOICES = {
+    "region_pooling": ("patch", "roi_align"),
+    "dac_queries": ("states", "static", "random"),
+    "query_position": ("before", "at"),
+}
+
+
+class VReflectionConfig(Qwen2_5_VLConfig):
+    r"""
+    All of [`Qwen2_5_VLConfig`]'s arguments, and:
+
+    Args:
+        num_latent_tokens (`int`, *optional*, defaults to 8):
+            Latent steps S of a reflection: the number of `<|lvr|>` slots in a training segment and of BCM's queries.
+        latent_start_token_id (`int`, *optional*):
+            Id of the token that opens a reflection, `<|sovt|>` in the paper. `None` for all three ids: a stock
+            checkpoint whose tokens have not been added yet.
+        latent_token_id (`int`, *optional*):
+            Id of the slot token, `<|lvr|>`.
+        latent_end_token_id (`int`, *optional*):
+            Id of the token that closes a reflection, `<|eovt|>`.
+        compression_num_heads (`int`, *optional*, defaults to 8):
+            Attention heads of BCM and of DAC (App. A.1).
+        region_pooling (`str`, *optional*, defaults to `"patch"`):
+            What BCM sees of a box: `"patch"`, the merged patches that it overlaps (App. A.1), or `"roi_align"`, 7 x 7
+            bins (Sec. 3.2).
+        dac_queries (`str`, *optional*, defaults to `"states"`):
+            DAC's queries: the model's own `"states"` (Eq. 3), or `"static"` learned ones, or `"random"` Gaussian ones
+            (the ablation, Tab. 3 d).
+        query_position (`str`, *optional*, defaults to `"before"`):
+            Which states query DAC: those that predict the slots (`"before"`), or those at the slots (`"at"`, the
+            authors' released code).
+        has_bcm (`bool`, *optional*, defaults to `True`):
+            Whether the checkpoint carries BCM, the teacher. Inference doesn't need it.
+        has_dac (`bool`, *optional*, defaults to `True`):
+            Whether the checkpoint carries DAC, the student. Inference needs it for `latent_feedback="dac"` only.
+    """
+
+    model_type = "vreflection"
+
+    num_latent_tokens: int = 8
+    latent_start_token_id: int | None = None
+    latent_token_id: int | None = None
+    latent_end_token_id: int | None = None
+    compression_num_heads: int = 8
+    region_pooling: str = "patch"
+    dac_queries: str = "states"
+    query_position: str = "before"
+    has_bcm: bool = True
+    has_dac: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        if self.num_latent_tokens < 1:
+            raise ValueError(f"`num_latent_tokens` must be at least 1, got {self.num_latent_tokens}.")
+        hidden_size = self.text_config.hidden_size
+        if hidden_size % self.compression_num_heads:
+            raise ValueError(
+                f"`compression_num_heads` ({self.compression_num_heads}) must divide the hidden size ({hidden_size})."
+            )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Reads a config; a stock Qwen2.5-VL one counts as ours without tokens and modules of its own."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config.get("model_type") == Qwen2_5_VLConfig.model_type:
+            config = {**config, "model_type": cls.model_type}
+        return config, kwargs
+
+    @property
+    def latent_token_ids(self) -> tuple[int | None, int | None, int | None]:
+        """Ids of the start, slot and end token."""
+        return self.latent_start_token_id, self.latent_token_id, self.latent_end_token_id
+
+
+VReflectionConfig.register_for_auto_class()
+# `transformers serve` offers a model for pictures only if its type is listed here.
+for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    names.setdefault(VReflectionConfig.model_type, "VReflectionForConditionalGeneration")

@@ -1,0 +1,224 @@
+"""From messages with pictures and boxes to model inputs."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.processing_utils import ProcessorMixin
+from transformers.tokenization_utils_base import AddedToken
+
+from .compression_vreflection import BOX_UNIT
+
+
+LATENT_TOKENS = ("<|sovt|>", "<|lvr|>", "<|eovt|>")
+
+# Qwen2.5-VL's conversation format. A reflection is rendered in the turn that follows the last question and dropped from
+# earlier ones: what was seen there is gone. `{% generation %}` marks what the assistant says, for the loss. Text is joined
+# before it is escaped, for a token's name may be spread over parts.
+CHAT_TEMPLATE = """\
+{%- macro plain(text) -%}
+    {{- text __ESCAPES__ -}}
+{%- endmacro -%}
+{%- set last = namespace(question=-1) -%}
+{%- for message in messages if message.role == 'user' -%}
+    {%- set last.question = last.question + 1 -%}
+{%- endfor -%}
+{%- set turn = namespace(question=-1) -%}
+{%- if messages[0].role != 'system' -%}
+    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}
+        {%- set turn.question = turn.question + 1 -%}
+    {%- endif -%}
+    {{- '<|im_start|>' + message.role + '\\n' -}}
+    {%- if message.role == 'assistant' -%}
+        {%- generation -%}
+            {%- if message.content is string -%}
+                {{- plain(message.content) -}}
+            {%- else -%}
+                {%- set run = namespace(text='') -%}
+                {%- for part in message.content -%}
+                    {%- if part.type == 'reflection' -%}
+                        {%- if turn.question == last.question -%}
+                            {{- plain(run.text) + '__SEGMENT__' -}}
+                            {%- set run.text = '' -%}
+                        {%- endif -%}
+                    {%- elif part.type == 'text' -%}
+                        {%- set run.text = run.text + part.text -%}
+                    {%- else -%}
+                        {{- raise_exception("An assistant's content part is 'text' or 'reflection', not '" + part.type + "'.") -}}
+                    {%- endif -%}
+                {%- endfor -%}
+                {{- plain(run.text) -}}
+            {%- endif -%}
+            {{- '<|im_end|>' -}}
+        {%- endgeneration -%}
+    {%- elif message.content is string -%}
+        {{- plain(message.content) + '<|im_end|>' -}}
+    {%- else -%}
+        {%- set run = namespace(text='') -%}
+        {%- for part in message.content -%}
+            {%- if part.type in ('image', 'image_url') -%}
+                {%- set run.text = run.text + '<|vision_start|><|image_pad|><|vision_end|>' -%}
+            {%- elif part.type == 'text' -%}
+                {%- set run.text = run.text + part.text -%}
+            {%- else -%}
+                {{- raise_exception("A content part of a user is 'text' or 'image', not '" + part.type + "'.") -}}
+            {%- endif -%}
+        {%- endfor -%}
+        {{- plain(run.text) + '<|im_end|>' -}}
+    {%- endif -%}
+    {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+# U+2060, invisible: put into a token's name where text holds it, so that it isn't the token.
+WORD_JOINER = "\u2060"
+
+
+def build_chat_template(latent_tokens: tuple[str, str, str] = LATENT_TOKENS, num_latent_tokens: int = 8) -> str:
+    """The Jinja template for these token names and this number of slots.
+
+    Text can't write a latent token: a word joiner, which is invisible, breaks its name up.
+    """
+    start, slot, end = latent_tokens
+    escapes = "".join(f" | replace('{name}', '{name[:2]}{WORD_JOINER}{name[2:]}')" for name in latent_tokens)
+    segment = start + slot * num_latent_tokens + end
+    return CHAT_TEMPLATE.replace("__ESCAPES__", escapes).replace("__SEGMENT__", segment)
+
+
+class VReflectionProcessor(Qwen2_5_VLProcessor):
+    r"""
+    Qwen2.5-VL's image processor and tokenizer, with reflections in the chat template and boxes beside the text. No videos.
+
+    Messages may hold, in the assistant's answer to the last question, a part
+    `{"type": "reflection", "box": [x0, y0, x1, y1], "image_index": 0}`: corners as fractions of the image's sides, origin
+    at the top left, and which of the conversation's images they lie in (the first, if left out).
+
+    Args:
+        image_processor (`Qwen2VLImageProcessor`): The image processor.
+        tokenizer (`Qwen2Tokenizer`): The tokenizer, with the three latent tokens.
+        chat_template (`str`, *optional*): A Jinja template, see `build_chat_template`.
+        latent_start_token (`str`, *optional*, defaults to `"<|sovt|>"`): Name of the token that opens a segment.
+    """
+
+    def __init__(
+        self, image_processor=None, tokenizer=None, chat_template=None, latent_start_token=LATENT_TOKENS[0], **kwargs
+    ):
+        self.latent_start_token = latent_start_token
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        # Past Qwen's own constructor: its video processor alone would need torchvision.
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        pretrained_model_name_or_path,
+        latent_tokens: tuple[str, str, str] = LATENT_TOKENS,
+        num_latent_tokens: int = 8,
+        **kwargs,
+    ) -> "VReflectionProcessor":
+        """Makes a processor from a stock Qwen2.5-VL folder or Hub id; see the model's `from_backbone`."""
+        # Prompts are padded on the left; given here, the side is saved with the tokenizer.
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, padding_side="left", **kwargs)
+        tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in latent_tokens], True)
+        return cls(
+            AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            tokenizer,
+            build_chat_template(latent_tokens, num_latent_tokens),
+            latent_tokens[0],
+        )
+
+    def __call__(self, images=None, text=None, boxes: Sequence | None = None, videos=None, **kwargs):
+        """Prepares text and images, as Qwen2.5-VL's processor does, and boxes.
+
+        Args:
+            images: One image or (nested) lists of them.
+            text (`str` or `list[str]`): Rendered conversations.
+            boxes (`list`, *optional*): For a text, or for each of several, a list with one item a reflection segment:
+                `[x0, y0, x1, y1]` in [0, 1], or a message's reflection part, whose `image_index` counts within the text.
+
+        Returns:
+            `BatchFeature`: The usual keys, and with boxes `boxes` (G, 5), `int64`: image index within the batch, then the
+            corners in 1/65,536 of its sides, rounded inwards so that a box that ends on a patch's edge stays there.
+
+        Raises:
+            ValueError: A box that is no box, naming sample and box; another number of boxes than segments; videos.
+        """
+        if videos is not None:
+            raise ValueError("V-Reflection looks at pictures; pass `images`, not `videos`.")
+        quantised = None
+        if boxes is not None:
+            texts, boxes = ([text], [boxes]) if isinstance(text, str) else (text, boxes)
+            quantised = self._quantise(texts, boxes)
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        if quantised is not None:
+            inputs["boxes"] = torch.tensor(quantised, dtype=torch.long).reshape(-1, 5)
+        return inputs
+
+    def apply_chat_template(self, conversation, *args, processor_kwargs: dict | None = None, **kwargs):
+        """`ProcessorMixin.apply_chat_template`, which also hands the boxes of the rendered reflections on."""
+        processor_kwargs = dict(processor_kwargs or {})
+        single = isinstance(conversation[0], dict)
+        boxes = [rendered_reflections(messages) for messages in ([conversation] if single else conversation)]
+        if kwargs.get("tokenize") and any(boxes):
+            processor_kwargs["boxes"] = boxes[0] if single else boxes
+        return super().apply_chat_template(conversation, *args, processor_kwargs=processor_kwargs, **kwargs)
+
+    def _quantise(self, texts: list[str], boxes: Sequence) -> list[list[int]]:
+        if len(boxes) != len(texts):
+            raise ValueError(f"`boxes` must hold a list for each of the {len(texts)} texts, got {len(boxes)}.")
+        rows, first_image = [], 0
+        for sample, (text, sample_boxes) in enumerate(zip(texts, boxes)):
+            images, segments = text.count(self.image_token), text.count(self.latent_start_token)
+            if len(sample_boxes) != segments:
+                raise ValueError(f"Sample {sample} has {segments} reflection segments, but {len(sample_boxes)} boxes.")
+            for number, item in enumerate(sample_boxes):
+                item = item if isinstance(item, dict) else {"box": item}
+                where, image = f"Box {number} of sample {sample}", item.get("image_index") or 0
+                if not isinstance(image, int) or not 0 <= image < images:
+                    raise ValueError(f"{where} has `image_index` {image!r}, but the sample has {images} images.")
+                rows.append([first_image + image, *quantise_box(item.get("box"), where)])
+            first_image += images
+        return rows
+
+
+def rendered_reflections(messages: list[dict]) -> list[dict]:
+    """The reflection parts that the chat template renders: those after the last question."""
+    questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    answers = messages[questions[-1] :] if questions else messages
+    return [
+        part
+        for message in answers
+        if message["role"] == "assistant" and not isinstance(message["content"], str)
+        for part in message["content"]
+        if part["type"] == "reflection"
+    ]
+
+
+def quantise_box(box: Sequence[float] | None, where: str = "The box") -> list[int]:
+    """Checks normalised corners x0, y0, x1, y1 and returns them in 1/65,536, rounded inwards.
+
+    Raises:
+        ValueError: Not four numbers, NaN, outside [0, 1], reversed or without area.
+    """
+    try:
+        x0, y0, x1, y1 = box = [float(corner) for corner in box]
+    except (TypeError, ValueError):
+        raise ValueError(f"{where} must be [x0, y0, x1, y1], got {box}.") from None
+    if not all(0 <= corner <= 1 for corner in box):  # also false for NaN
+        raise ValueError(f"{where} must have corners in [0, 1], as fractions of the image's sides, got {box}.")
+    if x0 >= x1 or y0 >= y1:
+        raise ValueError(f"{where} must have x0 < x1 and y0 < y1, got {box}.")
+    low = [math.ceil(x0 * BOX_UNIT), math.ceil(y0 * BOX_UNIT)]
+    return low + [max(low[0], math.floor(x1 * BOX_UNIT)), max(low[1], math.floor(y1 * BOX_UNIT))]
+
+
+VReflectionProcessor.register_for_auto_class("AutoProcessor")
