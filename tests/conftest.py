@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from randomise import randomise  # noqa: E402
 from transformers import Qwen2_5_VLForConditionalGeneration  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
@@ -40,22 +41,6 @@ def backbone(tmp_path_factory):
                 parameter *= 1.4
     model.save_pretrained(folder)
     return folder
-
-
-def randomise(module: torch.nn.Module, seed: int = 0):
-    """Draws the parameters of BCM or DAC so that nothing cancels: biases, LayerNorm's too, and sharp, varied attention."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if name == "norm.weight":
-                parameter.copy_(1 + 0.3 * noise)
-            elif name == "queries":
-                parameter.copy_(noise)
-            elif name.endswith("bias"):
-                parameter.copy_(0.3 * noise)
-            else:
-                parameter.copy_(2 * noise / parameter.shape[1] ** 0.5)
 
 
 @pytest.fixture(scope="session")

@@ -31,9 +31,7 @@ def glyphsearch_table(report: dict) -> str:
     ]
     lines = [f"| {data['count']} unseen scenes, `{data['difficulty']}` difficulty | share | 95 % interval |"]
     lines += ["|---|---|---|"]
-    lines += [
-        f"| {name} | {percent(row['share'])} | {percent(row['low'])} to {percent(row['high'])} |" for name, row in rows
-    ]
+    lines += [f"| {name} | {with_interval(row)} |" for name, row in rows]
     lines += [f"| The box's share of the picture | {percent(result['mean_box_area'])} | |"]
     lines += [
         "",

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import randomise
+from randomise import randomise
 from reference import attend, patches_inside
 
 from modeling_vreflection import VReflectionConfig, compression_vreflection
