@@ -7,8 +7,7 @@ import torch
 from tqdm import tqdm
 
 from modeling_vreflection import VReflectionProcessor
-from modeling_vreflection.generation_vreflection import LATENT_FEEDBACK
-from modeling_vreflection.modeling_vreflection import first_given
+from modeling_vreflection.generation_vreflection import LATENT_FEEDBACK, first_given
 
 from ..attention import GREEDY, Reflection, generate_and_look, offered_sources
 from ..glyphsearch import (

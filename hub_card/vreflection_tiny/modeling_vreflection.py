@@ -4,7 +4,6 @@ Symbols in shapes: B rows, T tokens, G reflection segments of the batch, S laten
 (the largest count among the segments' images; the others are padded with zeros).
 """
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +24,7 @@ from .compression_vreflection import (
     project_attention,
 )
 from .configuration_vreflection import AUTO_MAP, VReflectionConfig
-from .generation_vreflection import (
-    ReflectionLogitsProcessor,
-    ReflectionOptions,
-    SilentReflectionStreamer,
-    all_rows_forced,
-    tokens_since_start,
-)
+from .generation_vreflection import ReflectionGenerationMixin
 from .processing_vreflection import LATENT_TOKENS, VReflectionProcessor
 
 
@@ -302,7 +295,7 @@ class VReflectionModel(Qwen2_5_VLModel):
         return BaseModelOutputWithPast(last_hidden_state=torch.cat(states, 1))
 
 
-class VReflectionForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
+class VReflectionForConditionalGeneration(ReflectionGenerationMixin, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL that looks again while it thinks.
 
     Example:
@@ -485,154 +478,6 @@ class VReflectionForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **kwargs)
         return VReflectionCausalLMOutputWithPast(loss=loss, logits=logits, **outputs)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        *args,
-        latent_steps: int | None = None,
-        latent_feedback: str | None = None,
-        reflect: bool | None = None,
-        **kwargs,
-    ):
-        """`GenerationMixin.generate`, which reflects where the model opens a reflection.
-
-        The returned sequences hold a reflection's tokens, all special: `skip_special_tokens=True` drops them.
-
-        Args:
-            latent_steps (`int`, *optional*): S, steps of a reflection; 0 is the plain backbone. Defaults to the
-                generation config's, else to `config.num_latent_tokens`.
-            latent_feedback (`str`, *optional*): What a step feeds back: the `"hidden"` state (Sec. 3.4), or what the
-                state queries from the images, `"dac"` (App. A.2). Defaults to the generation config's, else `"hidden"`.
-            reflect (`bool`, *optional*): `True`: every answer begins with a reflection. `False`: none holds one.
-                `None`: the model decides.
-
-        Raises:
-            ValueError: A mode that would silently do without latents: assisted decoding, prompt lookup,
-                `use_cache=False`, continuous batching, tokens of a reflection in the prompt; no room for an answer.
-        """
-        if self.config.latent_token_id is None:
-            raise ValueError(
-                "The model has no latent tokens: make it with `from_backbone`, or call `add_latent_tokens`."
-            )
-        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
-        options = ReflectionOptions(
-            first_given(latent_steps, config, self.generation_config, "latent_steps", self.config.num_latent_tokens),
-            first_given(latent_feedback, config, self.generation_config, "latent_feedback", "hidden"),
-            reflect,
-        )
-        self._check_prompt(args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")))
-        if options.can_start:
-            if kwargs.get("assistant_model") is not None:
-                raise ValueError(unsupported("assisted decoding (`assistant_model`)", "leave `assistant_model` out"))
-            if options.latent_feedback == "dac":
-                self._check_dac_feedback()
-        if kwargs.get("streamer") is not None:
-            kwargs["streamer"] = SilentReflectionStreamer(kwargs["streamer"], self.config.latent_token_ids)
-        result = super().generate(*args, reflection=options, **kwargs)
-        if options.can_start:
-            sequences = result if isinstance(result, torch.Tensor) else result.sequences
-            step = tokens_since_start(sequences, self.config.latent_start_token_id)
-            cut = (step <= options.latent_steps).nonzero().flatten().tolist()
-            if cut:
-                warnings.warn(
-                    f"The length limit cut the reflection of rows {cut}: raise `max_new_tokens`.", stacklevel=3
-                )
-        return result
-
-    def _check_prompt(self, prompt: torch.Tensor | None):
-        if prompt is None or prompt.is_floating_point():
-            return
-        found = torch.isin(prompt, prompt.new_tensor(self.config.latent_token_ids)).nonzero()[:, 0].unique().tolist()
-        if found:
-            raise ValueError(
-                f"The prompts {found} hold tokens of a reflection, whose states are gone. The chat template drops past "
-                "reflections; to begin with a new one, pass `reflect=True`."
-            )
-
-    def _check_dac_feedback(self):
-        if self.model.dac is None:
-            raise ValueError("`latent_feedback='dac'` needs a checkpoint with DAC; use `latent_feedback='hidden'`.")
-        if self.config.dac_queries != "states" or self.config.query_position != "before":
-            raise ValueError(
-                f"`latent_feedback='dac'` needs `dac_queries='states'` and `query_position='before'`; the checkpoint has "
-                f"{self.config.dac_queries!r} and {self.config.query_position!r}. Use `latent_feedback='hidden'`."
-            )
-
-    def _get_logits_processor(self, generation_config, *args, input_ids_seq_length=None, model_kwargs=None, **kwargs):
-        # The one hook that sees the final generation config, and whose list can be appended to last.
-        processors = super()._get_logits_processor(
-            generation_config, *args, input_ids_seq_length=input_ids_seq_length, model_kwargs=model_kwargs, **kwargs
-        )
-        options = model_kwargs["reflection"]
-        if options.can_start:
-            if generation_config.prompt_lookup_num_tokens is not None:
-                raise ValueError(unsupported("prompt lookup decoding", "leave `prompt_lookup_num_tokens` out"))
-            if generation_config.guidance_scale not in (None, 1):
-                raise ValueError(unsupported("guidance (`guidance_scale`)", "leave `guidance_scale` out"))
-            if not generation_config.use_cache:
-                raise ValueError(unsupported("`use_cache=False`", "leave the cache on"))
-            room = generation_config.max_length - input_ids_seq_length
-            if options.reflect and room < options.latent_steps + 3:
-                raise ValueError(
-                    f"`reflect=True` with {options.latent_steps} latent steps takes {options.latent_steps + 2} tokens; a "
-                    f"limit of {room} new tokens leaves none for the answer. Raise `max_new_tokens`."
-                )
-        processors.append(ReflectionLogitsProcessor(self.config.latent_token_ids, input_ids_seq_length, options))
-        return processors
-
-    def _expand_inputs_for_generation(self, *args, **kwargs):
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **kwargs)
-        options = model_kwargs.get("reflection")
-        if options is not None and options.can_start and options.latent_feedback == "dac":
-            model_kwargs["global_features"] = self._features_of_rows(input_ids, model_kwargs)
-        return input_ids, model_kwargs
-
-    def _features_of_rows(self, input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """All image features of each row (B, L, D) and their mask (B, L): what DAC interrogates while decoding."""
-        features = self.model._image_features(
-            model_kwargs.get("pixel_values"),
-            model_kwargs.get("image_grid_thw"),
-            model_kwargs.get("mm_encoder_outputs"),
-        )
-        counts = (input_ids == self.config.image_token_id).sum(1).tolist()
-        if not all(counts):
-            raise ValueError(f"`latent_feedback='dac'` needs a picture in every row; row {counts.index(0)} has none.")
-        return pad_features(list(torch.cat(features).split(counts)))
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if model_kwargs["reflection"].can_start:
-            # On the cache, since beam search reorders nothing else; a clone, since CUDA graphs reuse their memory.
-            model_kwargs["past_key_values"].latent_state = outputs.last_hidden_state[:, -1:].clone()
-        return model_kwargs
-
-    def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
-        past_key_values.reorder_cache(beam_idx)
-        if hasattr(past_key_values, "latent_state"):
-            past_key_values.latent_state = past_key_values.latent_state.index_select(0, beam_idx)
-        return past_key_values
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        *args,
-        inputs_embeds=None,  # spelled out, else `generate` takes none
-        reflection: ReflectionOptions | None = None,
-        global_features=None,
-        **kwargs,
-    ):
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        if reflection is None or not reflection.can_start or kwargs.get("is_first_iteration"):
-            return inputs
-        state = kwargs["past_key_values"].latent_state
-        if global_features is not None and (input_ids[:, -1] == self.config.latent_token_id).any():
-            state = self.model.dac(state, *global_features)[0]
-        forced = all_rows_forced(input_ids, self.config.latent_start_token_id, reflection.latent_steps)
-        return {**inputs, "latent_state": state, "skip_logits": forced}
-
-    def init_continuous_batching(self, *args, **kwargs):
-        raise ValueError(unsupported("continuous batching (`generate_batch`, a paged cache)", "call `generate`"))
-
 
 def initialise(initialise_stock, module: nn.Module):
     """The stock initialisation, and N(0, 0.02²) for learned queries."""
@@ -671,19 +516,6 @@ def images_before(
     seen = is_image.flatten().cumsum(0).view_as(is_image) - is_image.long()  # image tokens before each token
     table = torch.cat(features) if features else torch.empty(0, 0)
     return [table[seen[row, 0] : seen[row, column]] for row, column in zip(rows.tolist(), first.tolist())]
-
-
-def first_given(value, config, fallback, name: str, default):
-    """The argument, else the call's generation config, else the model's, else the default."""
-    for candidate in (value, getattr(config, name, None), getattr(fallback, name, None)):
-        if candidate is not None:
-            return candidate
-    return default
-
-
-def unsupported(mode: str, remedy: str) -> str:
-    """The message for a decoding mode that would lose the latents."""
-    return f"{mode} can't carry the latent states from step to step: {remedy}, or set `latent_steps=0`."
 
 
 # Which class the checkpoint's code is copied for is of no matter: `save_pretrained` writes the whole map.
