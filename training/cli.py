@@ -29,8 +29,8 @@ def parse(arguments: list[str]) -> tuple[VReflectionScriptArguments, VReflection
     return parser.parse_args_and_config(["--config", str(find_recipe(arguments[0])), *arguments[1:]])
 
 
-def train(script: VReflectionScriptArguments, args: VReflectionSFTConfig):
-    """Runs one stage and saves the checkpoint in `args.output_dir`."""
+def build_trainer(script: VReflectionScriptArguments, args: VReflectionSFTConfig):
+    """Loads what a recipe names and puts its trainer together."""
     from .loading import build_tiny, load_model_and_processor, load_rows
     from .trainer import VReflectionSFTTrainer
 
@@ -42,16 +42,19 @@ def train(script: VReflectionScriptArguments, args: VReflectionSFTConfig):
         model, processor = load_model_and_processor(script.model_name_or_path, **options)
     if script.latent_feedback is not None:
         model.generation_config.latent_feedback = script.latent_feedback
-    trainer = VReflectionSFTTrainer(
-        model, args, processing_class=processor, train_dataset=load_rows(script.dataset_name, script.dataset_options)
-    )
+    rows = load_rows(script.dataset_name, script.dataset_options)
+    return VReflectionSFTTrainer(model, args, processing_class=processor, train_dataset=rows)
+
+
+def train(trainer, script: VReflectionScriptArguments):
+    """Runs one stage and saves the checkpoint in the trainer's `output_dir`."""
+    args = trainer.args
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if script.save_dtype is not None:
         trainer.model.to(getattr(torch, script.save_dtype))
     trainer.save_model(args.output_dir)
     # A finished checkpoint holds no pickle.
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)
-    return trainer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,8 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         script, args = parse(arguments)
-    except (ValueError, OSError) as error:
+        trainer = build_trainer(script, args)
+    except (ValueError, OSError) as error:  # a recipe, a model or a data set that won't do; nothing has run yet
         print(f"vreflection-train: {error}", file=sys.stderr)
         return 2
-    train(script, args)
+    train(trainer, script)
     return 0

@@ -43,10 +43,15 @@ def test_the_recipes_run_in_order_and_leave_checkpoints_without_pickles(run, tmp
     assert model.dtype == torch.bfloat16 and model.model.bcm.is_trained and model.model.dac.is_trained
 
 
-def test_stage_2_of_the_base_is_refused(run):
+def test_stage_2_of_the_base_is_refused(run, capsys):
     assert run("tiny_base") == 0
-    with pytest.raises(ValueError, match="never trained"):
-        run("tiny_stage2", "--model_name_or_path", "outputs/tiny_base")
+    assert run("tiny_stage2", "--model_name_or_path", "outputs/tiny_base") == 2
+    assert "never trained: start from a stage 1 checkpoint" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_one_line(run, capsys):
+    assert run("tiny_stage1", "--model_name_or_path", "no/such/model") == 2
+    assert "vreflection-train: " in capsys.readouterr().err
 
 
 def test_the_feedback_lands_in_the_generation_config_and_no_weight_in_the_config(run, tmp_path):
