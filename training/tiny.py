@@ -80,8 +80,8 @@ def tiny_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
             "out_hidden_size": width,
             "patch_size": PATCH_SIZE,
             "spatial_merge_size": MERGE_SIZE,
-            # A window is a cell of GlyphSearch's grid, and only the last layer looks past it: a glyph that was learned
-            # on a crop is read in a whole scene, too; with two full layers many were not.
+            # A window is a cell of GlyphSearch's grid, and only the last layer looks past it, so that a glyph learned on a
+            # crop can be read in a whole scene by the same layers.
             "window_size": 56,
             "fullatt_block_indexes": [4],
             # Nearer to 1 / sqrt(width) than the stock 0.02, which is meant for networks thirty times as wide.
