@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -94,22 +94,22 @@ def wrap(text: str, width: int) -> str:
 def _draw_means(rows: list[tuple], names: list[str], box) -> Figure:
     """A line for each picture: the picture, and one map of each source, averaged over the steps."""
     sources = list(rows[0][2].maps)
-    heights = [PANEL * _shape(picture) + 0.65 for picture, *_ in rows]
-    figure = _figure((PANEL * (1 + len(sources)) + 0.6 * len(sources), sum(heights) + 0.55))
+    heights = [PANEL * panel_shape(picture) + 0.65 for picture, *_ in rows]
+    figure = new_figure((PANEL * (1 + len(sources)) + 0.6 * len(sources), sum(heights) + 0.55))
     grid = figure.add_gridspec(len(rows), 1 + len(sources), height_ratios=heights)
     for line, ((picture, index, reflection), name) in enumerate(zip(rows, names)):
         outline = box if index == 0 else None
         axes = figure.add_subplot(grid[line, 0])
-        _show(axes, picture, outline)
+        show(axes, picture, outline)
         axes.set_title(name, fontsize=10.5)
         for column, source in enumerate(sources, 1):
             maps = reflection.maps[source][index]
             mean = maps.mean(0)
             axes = figure.add_subplot(grid[line, column])
-            shown = _show(axes, picture, outline, mean, mean.max().item())
+            shown = show(axes, picture, outline, mean, mean.max().item())
             axes.set_title(TITLES[source], fontsize=10.5, fontweight="bold")
             axes.set_xlabel(f"{_caption(source, maps)}\nmean of {len(maps)} latent steps", fontsize=8, color=CAPTION)
-            _colour_bar(figure, shown, axes)
+            colour_bar(figure, shown, axes)
     return figure
 
 
@@ -123,40 +123,39 @@ def _draw_steps(rows: list[tuple], names: list[str], box) -> Figure:
             (row, name, source, steps[at : at + STEPS_A_LINE]) for source in sources for at in steps[::STEPS_A_LINE]
         ]
     columns = max(len(steps) for *_, steps in lines)
-    heights = [STEP_PANEL * _shape(picture) + 0.75 for (picture, *_), *_ in lines]
-    figure = _figure((STEP_PANEL * (columns + 1) + 1.3, sum(heights) + 0.55))
+    heights = [STEP_PANEL * panel_shape(picture) + 0.75 for (picture, *_), *_ in lines]
+    figure = new_figure((STEP_PANEL * (columns + 1) + 1.3, sum(heights) + 0.55))
     grid = figure.add_gridspec(len(lines), columns + 1, height_ratios=heights)
     for line, ((picture, index, reflection), name, source, steps) in enumerate(lines):
         outline = box if index == 0 else None
         maps = reflection.maps[source][index]
         axes = figure.add_subplot(grid[line, 0])
-        _show(axes, picture, outline)
+        show(axes, picture, outline)
         axes.set_title(name, fontsize=9.5)
         axes.set_ylabel(TITLES[source].replace(" att", "\natt"), fontsize=10.5, fontweight="bold")
         axes.set_xlabel(wrap(_caption(source, maps), 28), fontsize=7.5, color=CAPTION)
         for column, step in enumerate(steps, 1):
             axes = figure.add_subplot(grid[line, column])
-            shown = _show(axes, picture, outline, maps[step], maps.max().item())
+            shown = show(axes, picture, outline, maps[step], maps.max().item())
             axes.set_title(f"step {step + 1}", fontsize=9.5)
-        _colour_bar(figure, shown, axes)
+        colour_bar(figure, shown, axes)
     return figure
 
 
-def _figure(size: tuple[float, float]) -> Figure:
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+def new_figure(size: tuple[float, float], dpi: int = DPI) -> Figure:
+    """An empty figure of a size in inches, not registered with pyplot."""
+    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.02, hspace=0.03)
     return figure
 
 
-def _shape(picture: Image.Image) -> float:
+def panel_shape(picture: Image.Image) -> float:
     """Height of a panel by its width; very long pictures leave some of it empty."""
     return min(max(picture.height / picture.width, 0.3), 1.6)
 
 
-def _show(
-    axes: Axes, picture: Image.Image, box, attention: torch.Tensor | None = None, most: float = 1.0
-) -> AxesImage:
+def show(axes: Axes, picture: Image.Image, box, attention: torch.Tensor | None = None, most: float = 1.0) -> AxesImage:
     """Shows a picture, or its grey shadow under a map (h, w) coloured from zero to `most`."""
     width, height = picture.size
     extent = (0, width, height, 0)
@@ -177,7 +176,7 @@ def _show(
     return shown
 
 
-def _colour_bar(figure: Figure, shown: AxesImage, axes: Axes) -> None:
+def colour_bar(figure: FigureBase, shown: AxesImage, axes: Axes) -> None:
     """A bar as high as the panel that it stands beside."""
     bar = figure.colorbar(shown, cax=axes.inset_axes([1.03, 0, 0.045, 1]))
     bar.set_label("% per patch", fontsize=8)

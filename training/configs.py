@@ -2,15 +2,21 @@
 
 from dataclasses import dataclass, field
 
+from transformers.integrations.integration_utils import is_trackio_available
 from trl import SFTConfig
 
+from .data.sources import GLYPHSEARCH
 from .losses import ALIGNMENTS, DISTANCES
 
 
 STAGES = ("sft", "1", "2", "joint")
 # What fills the slots: stage 1 Z_T, stage 2 DAC's output (Alg. 1).
 LATENT_INPUTS_OF_STAGE = {"sft": None, "1": "bcm", "2": "dac", "joint": "dac"}
+# Which of the two modules a stage trains.
+TRAINED_MODULES = {"sft": (), "1": ("bcm",), "2": ("dac",), "joint": ("bcm", "dac")}
 LATENT_INPUTS = ("bcm", "dac", "hidden")
+ON_BAD_ROW = ("error", "skip")
+PACK_LENGTH = 16_384
 
 
 @dataclass
@@ -51,11 +57,26 @@ class VReflectionSFTConfig(SFTConfig):
             Whether the vision encoder and its merger stay as they are.
         allow_untrained_bcm (`bool`, *optional*, defaults to `False`):
             Whether stage 2 may run with a BCM that was never trained, or without one: the ablations.
+        sample_packing (`bool`, *optional*, defaults to `False`):
+            Whether several samples share a row, each with its own attention. `per_device_train_batch_size` then counts
+            packs, and `max_length` is the length of a pack.
+        max_samples_per_pack (`int`, *optional*, defaults to `4`):
+            Most samples in a pack.
+        long_sample_length (`int`, *optional*, defaults to `4096`):
+            A sample with more tokens is packed alone.
+        packing_lookahead (`int`, *optional*, defaults to `256`):
+            Samples among which the best fit is looked for.
+        on_bad_row (`str`, *optional*, defaults to `"error"`):
+            What a row does that can't be trained on (a missing picture, a wrong box, too many tokens): `"error"` stops the
+            run; `"skip"` leaves it out, and the run ends with their count and the first ten.
+        sample_every (`int`, *optional*, defaults to `250`):
+            Steps between two pictures of the teacher's and the student's attention, in `samples/` of the output folder;
+            0 draws none.
 
     > [!NOTE]
-    > These parameters have default values different from [`~trl.SFTConfig`]: `max_length` is `None`, and a limit raises
-    > instead of cutting; `remove_unused_columns` is `False`, since the collator reads raw rows;
-    > `logging_nan_inf_filter` is `False`.
+    > These parameters have default values different from [`~trl.SFTConfig`]: `max_length` is `None` (16,384 with
+    > `sample_packing`), and a limit raises instead of cutting; `remove_unused_columns` is `False`, since the collator
+    > reads raw rows; `logging_nan_inf_filter` is `False`; `report_to` is trackio if that is installed.
     """
 
     stage: str = field(default="1", metadata={"help": "Training stage.", "choices": STAGES})
@@ -77,8 +98,19 @@ class VReflectionSFTConfig(SFTConfig):
     allow_untrained_bcm: bool = field(
         default=False, metadata={"help": "Let stage 2 run with an untrained BCM or none: the ablations."}
     )
+    sample_packing: bool = field(default=False, metadata={"help": "Pack several samples into a row."})
+    max_samples_per_pack: int = field(default=4, metadata={"help": "Most samples in a pack."})
+    long_sample_length: int = field(default=4096, metadata={"help": "A sample with more tokens is packed alone."})
+    packing_lookahead: int = field(default=256, metadata={"help": "Samples among which the best fit is looked for."})
+    on_bad_row: str = field(
+        default="error", metadata={"help": "What a bad row does: stop the run, or be skipped.", "choices": ON_BAD_ROW}
+    )
+    sample_every: int = field(default=250, metadata={"help": "Steps between two pictures of attention; 0: none."})
+    report_to: None | str | list[str] = field(
+        default=None, metadata={"help": "Where to log, besides the terminal: trackio, wandb, tensorboard, none."}
+    )
     max_length: int | None = field(
-        default=None, metadata={"help": "Longest sample in tokens; a longer one is an error, never cut."}
+        default=None, metadata={"help": "Longest sample, or pack, in tokens; nothing longer is ever cut."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: the collator reads raw rows."}
@@ -92,6 +124,7 @@ class VReflectionSFTConfig(SFTConfig):
             "latent_loss": DISTANCES,
             "alignment": ALIGNMENTS,
             "latent_inputs": (None, *LATENT_INPUTS),
+            "on_bad_row": ON_BAD_ROW,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -105,14 +138,24 @@ class VReflectionSFTConfig(SFTConfig):
         for name in ("attention_temperature", "attention_epsilon"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+        for name in ("max_samples_per_pack", "long_sample_length", "packing_lookahead"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.sample_every < 0:
+            raise ValueError(f"`sample_every` must not be negative, got {self.sample_every}.")
         if self.stage == "sft" and self.latent_inputs is not None:
             raise ValueError("`stage='sft'` has no slots to fill: leave `latent_inputs` out.")
         if self.latent_inputs is None:
             self.latent_inputs = LATENT_INPUTS_OF_STAGE[self.stage]
         if self.stage == "1" and self.latent_inputs == "dac":
             raise ValueError("Stage 1 doesn't train DAC: `latent_inputs` must be 'bcm' or 'hidden'.")
+        if self.packing or self.eval_packing:
+            raise ValueError("trl's `packing` knows no pictures: set `sample_packing=True` instead.")
+        if self.sample_packing:
+            self._check_packing()
+        if self.report_to is None:
+            self.report_to = "trackio" if is_trackio_available() else "none"
         unsupported = {
-            "packing": (False,),
             "padding_free": (False,),
             "loss_type": ("nll",),
             "label_smoothing_factor": (0.0,),
@@ -126,49 +169,79 @@ class VReflectionSFTConfig(SFTConfig):
         # The collator renders and tokenizes, pictures included; trl's own preparation knows no reflections.
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
+        if self.resume_from_checkpoint in ("true", "false", "True", "False"):  # of the command line
+            self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
         if self.latent_inputs == "hidden" and self.gradient_checkpointing:
             raise ValueError(
                 "`latent_inputs='hidden'` decodes with a cache, which gradient checkpointing forbids: set "
                 "`gradient_checkpointing=False`."
             )
 
+    def _check_packing(self):
+        if self.latent_inputs == "hidden":
+            raise ValueError("`latent_inputs='hidden'` decodes sample by sample: set `sample_packing=False`.")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"Packs have no lengths to sort by: `train_sampling_strategy` must be 'random' or 'sequential', got "
+                f"{self.train_sampling_strategy!r}."
+            )
+        if self.max_length is None:
+            self.max_length = PACK_LENGTH
+
 
 @dataclass
 class VReflectionScriptArguments:
     r"""
-    What `vreflection-train` loads and saves.
+    What `vreflection-train` loads and saves, beside the fields of [`~trl.ModelConfig`].
 
     Args:
-        model_name_or_path (`str`, *optional*):
-            A V-Reflection or stock Qwen2.5-VL checkpoint. Left out: the untrained tiny model, with `from_scratch`.
         from_scratch (`bool`, *optional*, defaults to `False`):
-            Whether to train the untrained tiny model.
-        dataset_name (`str`):
-            `"glyphsearch"`, `"glyphsearch_curriculum"`, or a `datasets` id or local folder with rows in the project's
-            message format.
+            Whether to train the untrained tiny model instead of a checkpoint.
+        dataset_name (`str`, *optional*):
+            `"glyphsearch"`, `"glyphsearch_curriculum"`, or a `datasets` id, local folder or file with rows in the
+            project's message format.
         dataset_options (`dict`, *optional*):
-            Arguments of the GlyphSearch functions, or of `datasets.load_dataset`.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            Dtype in which the weights are loaded and trained.
+            Further options of that source, see [`load_rows`](data/sources.py).
+        datasets (`list[dict]`, *optional*):
+            Several sources instead of one, each with `path`, `format`, `image_folder`, `weight`, ….
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether rows are read as they are needed; `max_steps` must be given then.
+        min_pixels (`int`, *optional*):
+            Fewest pixels that a picture is scaled to; written into the processor. The checkpoint's, if left out.
+        max_pixels (`int`, *optional*):
+            Most pixels that a picture is scaled to, likewise.
         save_dtype (`str`, *optional*):
-            Dtype of the final checkpoint, if another one.
+            Dtype of the final checkpoint, if another one than in training.
         latent_feedback (`str`, *optional*):
             What `generate` feeds back by default, written into generation_config.json: `"hidden"` or `"dac"`.
         model_options (`dict`, *optional*):
             Fields of `VReflectionConfig` and arguments of `from_pretrained`.
     """
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to start from."})
     from_scratch: bool = field(default=False, metadata={"help": "Start from the untrained tiny model."})
-    dataset_name: str | None = field(default=None, metadata={"help": "glyphsearch, or a datasets id or folder."})
-    dataset_options: dict | str | None = field(default=None, metadata={"help": "Arguments of the data set."})
-    dtype: str = field(default="float32", metadata={"help": "Dtype of the weights in training."})
+    dataset_name: str | None = field(default=None, metadata={"help": "glyphsearch, or a datasets id, folder or file."})
+    dataset_options: dict | str | None = field(default=None, metadata={"help": "Further options of the data set."})
+    datasets: list | str | None = field(default=None, metadata={"help": "Several sources, as a list of mappings."})
+    streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed."})
+    min_pixels: int | None = field(default=None, metadata={"help": "Fewest pixels a picture is scaled to."})
+    max_pixels: int | None = field(default=None, metadata={"help": "Most pixels a picture is scaled to."})
     save_dtype: str | None = field(default=None, metadata={"help": "Dtype of the final checkpoint."})
     latent_feedback: str | None = field(default=None, metadata={"help": "Default feedback of generate."})
     model_options: dict | str | None = field(default=None, metadata={"help": "Fields of VReflectionConfig."})
 
     def __post_init__(self):
-        if self.from_scratch == (self.model_name_or_path is not None):
-            raise ValueError("Set either `model_name_or_path` or `from_scratch: true`.")
-        if self.dataset_name is None:
-            raise ValueError("Set `dataset_name`.")
+        if (self.dataset_name is None) == (self.datasets is None):
+            raise ValueError("Set either `dataset_name` or `datasets`.")
+        for name in ("dataset_options", "datasets", "model_options"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(
+                    f"`{name}` is a mapping or a list: write it into the recipe, not on the command line."
+                )
+
+    @property
+    def sources(self) -> list[dict]:
+        """The sources of the data, one or several."""
+        if self.datasets is not None:
+            return self.datasets
+        named = "format" if self.dataset_name in GLYPHSEARCH else "path"
+        return [{named: self.dataset_name, **(self.dataset_options or {})}]

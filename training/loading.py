@@ -1,39 +1,56 @@
-"""Gets what a run starts from: model, processor and data set."""
+"""Gets what a run starts from: model and processor."""
 
 import tempfile
-from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+import torch
 from transformers import AutoConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
-from vreflection_hub_card.glyphsearch import glyphsearch_curriculum, glyphsearch_dataset
 
 from .tiny import save_tiny_backbone
 
 
-GLYPHSEARCH = {"glyphsearch": glyphsearch_dataset, "glyphsearch_curriculum": glyphsearch_curriculum}
+def is_stock(model_name_or_path: str, revision: str = "main") -> bool:
+    """Whether a checkpoint is a Qwen2.5-VL rather than a V-Reflection one."""
+    return AutoConfig.from_pretrained(model_name_or_path, revision=revision).model_type != VReflectionConfig.model_type
 
 
 def load_model_and_processor(
     model_name_or_path: str, **kwargs
 ) -> tuple[VReflectionForConditionalGeneration, VReflectionProcessor]:
     """Loads a V-Reflection checkpoint, or makes one from a stock Qwen2.5-VL checkpoint."""
-    if AutoConfig.from_pretrained(model_name_or_path).model_type != VReflectionConfig.model_type:
-        return VReflectionForConditionalGeneration.from_backbone(model_name_or_path, **kwargs)
+    revision = kwargs.get("revision", "main")
+    if is_stock(model_name_or_path, revision):
+        model, processor = VReflectionForConditionalGeneration.from_backbone(model_name_or_path, **kwargs)
+        if is_deepspeed_zero3_enabled():
+            write_sharded_token_rows(model)
+        return model, processor
     model = VReflectionForConditionalGeneration.from_pretrained(model_name_or_path, **kwargs)
-    return model, VReflectionProcessor.from_pretrained(model_name_or_path)
+    return model, VReflectionProcessor.from_pretrained(model_name_or_path, revision=revision)
+
+
+def write_sharded_token_rows(model: VReflectionForConditionalGeneration):
+    """Under ZeRO-3 weights are empty outside of a gathering: what `add_latent_tokens` wrote has to be written again."""
+    import deepspeed
+
+    first = model.config.latent_start_token_id
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = list({id(module.weight): module.weight for module in modules}.values())  # the same order on every rank
+    with deepspeed.zero.GatheredParameters(weights, modifier_rank=0), torch.no_grad():
+        for weight in weights:
+            weight[first : first + 3] = weight[:first].float().mean(0).to(weight.dtype)
+
+
+def load_processor(model_name_or_path: str, revision: str = "main", **config) -> VReflectionProcessor:
+    """Loads the processor alone, or makes one; `config` are fields of `VReflectionConfig`."""
+    if is_stock(model_name_or_path, revision):
+        steps = {name: value for name, value in config.items() if name == "num_latent_tokens"}
+        return VReflectionProcessor.from_backbone(model_name_or_path, revision=revision, **steps)
+    return VReflectionProcessor.from_pretrained(model_name_or_path, revision=revision)
 
 
 def build_tiny(seed: int, **kwargs) -> tuple[VReflectionForConditionalGeneration, VReflectionProcessor]:
     """Makes the untrained tiny model, which depends on the seed alone."""
     with tempfile.TemporaryDirectory() as folder:
         return VReflectionForConditionalGeneration.from_backbone(save_tiny_backbone(folder, seed), **kwargs)
-
-
-def load_rows(dataset_name: str, options: dict[str, Any] | None = None) -> Dataset | IterableDataset:
-    """Loads a data set in the project's message format: GlyphSearch by name, else by `datasets.load_dataset`."""
-    options = dict(options or {})
-    if dataset_name in GLYPHSEARCH:
-        return GLYPHSEARCH[dataset_name](**options)
-    return load_dataset(dataset_name, **{"split": "train", **options})

@@ -1,51 +1,112 @@
-"""Trains the two stages with trl: what is frozen, how the losses add up, what is logged."""
+"""Trains the two stages with trl: what is frozen, how the losses add up, what is logged and saved."""
 
 import random
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object, is_peft_model
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
 from trl import SFTTrainer
+from trl.trainer.utils import entropy_from_logits
 
+from modeling_vreflection import VReflectionForConditionalGeneration
+from vreflection_hub_card.drawing import save_figure
+
+from .callbacks import NAMED_ROWS, PreemptionCallback, RunProgress
+from .checkpoints import find_checkpoint, load_progress, remove_incomplete, writing
 from .collator import VReflectionDataCollator
-from .configs import VReflectionSFTConfig
+from .configs import TRAINED_MODULES, VReflectionSFTConfig
 from .loading import load_model_and_processor
-from .losses import attention_distillation_loss, bcm_alignment_loss, feature_distillation_loss
+from .losses import (
+    attention_distillation_loss,
+    bcm_alignment_loss,
+    feature_distillation_loss,
+    latent_distance,
+)
+from .meters import Meters
+from .packing import pack_dataset
+from .sample_pictures import draw_sample, picture_from_patches
+from .sight import LatentSpread, attention_inside, collapse_message
 
 
-# What is logged as an exact mean: of tokens, and of segments.
-MEANS = ("loss_ce", "entropy", "mean_token_accuracy", "loss_bcm", "loss_feat", "loss_attn")
+logger = logging.get_logger(__name__)
+
+# What is logged as an exact mean: of tokens, of segments, of samples, of positions.
+MEANS = (
+    "loss_ce",
+    "entropy",
+    "mean_token_accuracy",
+    "loss_bcm",
+    "loss_feat",
+    "loss_attn",
+    "latent_distance",
+    "teacher_inside_box",
+    "student_inside_box",
+    "reflections",
+    "padding",
+)
+# Of a batch: for the trainer, not for the model.
+FACTS = ("labels", "sample_ids", "reflections", "num_tokens", "spare", "skipped")
 
 
 class VReflectionSFTTrainer(SFTTrainer):
     """trl's [`~trl.SFTTrainer`] for V-Reflection: the same arguments, with a [`VReflectionSFTConfig`] as `args`.
 
-    Logs, beside trl's metrics, `loss_ce` (a mean over tokens), `loss_bcm`, `loss_feat` and `loss_attn` (means over
-    segments): unweighted, exact over accumulation steps, logging steps and ranks.
+    Logs, beside trl's metrics: `loss_ce` (a mean over tokens); `loss_bcm`, `loss_feat` and `loss_attn` (means over
+    segments, unweighted); `latent_distance`, |H - Z_T|; `teacher_inside_box` and `student_inside_box`, the share of
+    attention on the box's patches; `latent_spread`, how much the states of different samples differ (see
+    [`LatentSpread`](sight.py)); `reflections`, the share of samples that hold one; `padding`, the share of positions; and
+    `tokens_per_second`, of all ranks, without padding. Means are exact over accumulation steps, logging steps and ranks.
 
     Args:
         model (`str` or `VReflectionForConditionalGeneration`): A model, or a checkpoint to load.
         args (`VReflectionSFTConfig`): The configuration.
         processing_class (`VReflectionProcessor`, *optional*): The processor; the checkpoint's, if left out.
         data_collator ([`VReflectionDataCollator`], *optional*): By default one for the stage.
+        peft_config (`peft.PeftConfig`, *optional*): Adapters for the language model. What the stage trains besides, BCM,
+            DAC and the latent tokens' embeddings, still trains as a whole and is saved with them.
         kwargs: Further arguments of [`~trl.SFTTrainer`].
 
     Raises:
-        ValueError: A stage that the model has not the modules for; stage 2 with a BCM that was never trained.
+        ValueError: A stage that the model has not the modules for; stage 2 with a BCM that was never trained; with flash
+            attention, several packs in a batch.
         FloatingPointError: A loss or latent that is not finite, naming the batch's samples.
+        BadRow: See [`VReflectionDataCollator`].
     """
 
     _tag_names = ["trl", "sft", "v-reflection"]
 
     def __init__(
-        self, model, args: VReflectionSFTConfig | None = None, data_collator=None, processing_class=None, **kwargs
+        self,
+        model,
+        args: VReflectionSFTConfig | None = None,
+        data_collator=None,
+        processing_class=None,
+        peft_config=None,
+        **kwargs,
     ):
         args = VReflectionSFTConfig(output_dir="v-reflection-sft") if args is None else args
         if isinstance(model, str):
             model, loaded_processor = load_model_and_processor(model, **(args.model_init_kwargs or {}))
             processing_class = processing_class or loaded_processor
             args.model_init_kwargs = None
+        if is_peft_model(model):
+            raise ValueError(
+                "The model carries an adapter already: merge it (`vreflection-train merge ADAPTER OUTPUT`), and start from "
+                "the merged checkpoint with a new `peft_config`."
+            )
         check_stage(model, args)
-        freeze(model, args)
+        if peft_config is None:
+            freeze(model, args)
+        else:
+            from .adapters import complete_peft_config, prepare_adapter  # peft is an extra
+
+            peft_config = complete_peft_config(peft_config, model, args)
         if data_collator is None:
             data_collator = VReflectionDataCollator(
                 processing_class,
@@ -54,32 +115,124 @@ class VReflectionSFTTrainer(SFTTrainer):
                 align_segments=args.latent_inputs == "hidden",
                 slot_ce=args.slot_ce,
                 max_length=args.max_length,
+                on_bad_row=args.on_bad_row,
+                every_module=args.world_size > 1,
             )
-        # Sums and counts for exact means: {mode: {name: [sum, count]}}.
-        self._sums = {mode: {name: [0.0, 0] for name in MEANS} for mode in ("train", "eval")}
-        self._segments_in_step = None
+        text_config = model.config.get_text_config()
+        if (
+            args.sample_packing
+            and "flash" in text_config._attn_implementation
+            and args.per_device_train_batch_size > 1
+        ):
+            raise ValueError(
+                "Flash attention keeps the samples of one pack apart: set `per_device_train_batch_size=1`."
+            )
         self.weights = {
             "loss_bcm": args.lambda_bcm,
             "loss_feat": args.lambda_dac * args.lambda_feat,
             "loss_attn": args.lambda_dac * args.lambda_attn,
         }
+        self._meters = {mode: Meters(MEANS) for mode in ("train", "eval")}
+        self._latents_shape = (model.config.num_latent_tokens, text_config.hidden_size)
+        self._spread = LatentSpread(*self._latents_shape)
+        self._segments_in_step = None
+        self._drawn_step = None
+        self._clock = None  # when tokens were last counted, and how many there were
         super().__init__(
-            model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
         )
+        if peft_config is not None:
+            prepare_adapter(self.model, args)
+        self.progress = RunProgress(args.stage)
+        self.preemption = PreemptionCallback(self.accelerator)
+        self.add_callback(self.progress)
+        self.add_callback(self.preemption)
+        if args.sample_packing:
+            self.train_dataset, skipped = pack_dataset(self.train_dataset, processing_class, args)
+            self.progress.skip(skipped if self.is_world_process_zero() else [])
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """[`~transformers.Trainer.train`], which never resumes from a checkpoint that wasn't written to the end.
+
+        Raises:
+            ValueError: No whole checkpoint where one is asked for; a checkpoint of another stage.
+        """
+        checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        if checkpoint is not None:
+            stored = load_progress(checkpoint, type(self.progress).__name__)
+            check_resumed_stage(checkpoint, stored["args"]["stage"], self.args.stage)
+            self.progress.restore(stored)
+        if self.is_world_process_zero():
+            remove_incomplete(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        self._total_train_tokens = self.progress.num_tokens
+        self._clock = (time.perf_counter(), self._total_train_tokens)
+        result = super().train(checkpoint, **kwargs)
+        self._report_skipped()
+        return result
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.is_fsdp_enabled and self.model.config.tie_word_embeddings:
+            state_dict = {name: value for name, value in state_dict.items() if name != "lm_head.weight"}
+        with self._plain_model() if self.is_fsdp_enabled else nullcontext():
+            super()._save(output_dir, state_dict)
+        if is_peft_model(self.model) and self.args.should_save:
+            from .adapters import save_base_configs
+
+            save_base_configs(self.model, output_dir or self.args.output_dir)
+
+    @contextmanager
+    def _plain_model(self):
+        """FSDP2 gives the model a class of its own, whose code isn't ours: for a while, `model` is one of our class."""
+        sharded = self.model
+        if not is_peft_model(sharded):
+            with torch.device("meta"):
+                self.model = VReflectionForConditionalGeneration(sharded.config)
+            self.model.generation_config = sharded.generation_config
+        try:
+            yield
+        finally:
+            self.model = sharded
+
+    def _save_checkpoint(self, model, trial):
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        # An older checkpoint goes only when this one is whole.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with writing(folder, self.args.should_save):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        segments = torch.tensor(sum(len(batch.get("boxes", ())) for batch in batches), device=device)
+        segments = torch.tensor(sum(sum(batch["reflections"]) for batch in batches), device=device)
         if self.args.average_tokens_across_devices:
             segments = self.accelerator.gather(segments).sum()
         self._segments_in_step = segments.clamp(min=1)
-        return batches, num_items
+        # A step whose rows were all skipped has no labels.
+        return batches, None if num_items is None else torch.as_tensor(num_items, device=device).clamp(min=1)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():  # without the logits of whole sequences
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
-        inputs = dict(inputs)
-        sample_ids, labels = inputs.pop("sample_ids"), inputs.pop("labels")
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        facts = {name: inputs[name] for name in FACTS}
+        inputs = {name: value for name, value in inputs.items() if name not in FACTS}
+        targets = F.pad(facts["labels"][:, 1:], (0, 1), value=-100)
         # Logits only for the columns that some row has a label in: whole-sequence logits of a 7B cost gigabytes.
         kept = (targets != -100).any(0).nonzero().flatten()
         outputs = model(
@@ -90,46 +243,53 @@ class VReflectionSFTTrainer(SFTTrainer):
             use_cache=False,
         )
         logits = outputs.logits[:, kept] if return_outputs else outputs.logits
-        targets = targets[:, kept]
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+        logits, targets = logits.flatten(0, 1), targets[:, kept].flatten()
+        nll = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
         tokens = (targets != -100).sum()
 
         training = mode == "train" and num_items_in_batch is not None
         loss = nll / (num_items_in_batch if training else tokens.clamp(min=1))
-        terms = {}
-        if outputs.latent_states is not None:
-            segments = len(outputs.latent_states)
-            check_finite(sample_ids, H=outputs.latent_states, Z_T=outputs.teacher_latents, Z_S=outputs.student_latents)
-            terms = self.latent_losses(outputs, self._segments_in_step if training else segments)
+        segments, terms = sum(facts["reflections"]), {}
+        latents = (outputs.latent_states, outputs.teacher_latents, outputs.student_latents)
+        check_finite(facts["sample_ids"], **dict(zip(("H", "Z_T", "Z_S"), latents)))
+        if facts["spare"]:  # every rank runs every module; what the spare sample gives is nothing
+            loss = loss + sum(0.0 * latent[segments:].float().sum() for latent in latents if latent is not None)
+        if segments:
+            divisor = self._segments_in_step if training else segments
+            terms = self.latent_losses(outputs, divisor, segments)
             loss = loss + sum(self.weights[name] * term for name, term in terms.items())
-        check_finite(sample_ids, loss=loss)
+        check_finite(facts["sample_ids"], loss=loss)
         if training and self.args.average_tokens_across_devices:
             # The engines average gradients over the ranks, while the divisors count all ranks.
             loss = loss * self.accelerator.num_processes
 
         with torch.no_grad():
-            log_probs = logits.float().log_softmax(-1)
-            entropy = -(log_probs.exp() * log_probs).sum(-1)[targets != -100].sum()
-            self._add(mode, "loss_ce", nll, tokens)
-            self._add(mode, "entropy", entropy, tokens)
-            self._add(mode, "mean_token_accuracy", (logits.argmax(-1) == targets).sum(), tokens)
+            meters, learned = self._meters[mode], targets != -100
+            meters.add("loss_ce", nll, tokens)
+            meters.add("entropy", entropy_from_logits(logits[learned]).sum(), tokens)
+            meters.add("mean_token_accuracy", (logits.argmax(-1) == targets).sum(), tokens)
             for name, term in terms.items():
-                divisor = self._segments_in_step if training else segments
-                self._add(mode, name, term * divisor, segments)
+                meters.add(name, term * divisor, segments)
+            meters.add("reflections", sum(map(bool, facts["reflections"])), len(facts["sample_ids"]))
+            meters.add("padding", inputs["input_ids"].numel() - facts["num_tokens"], inputs["input_ids"].numel())
+            if segments:
+                self._watch(inputs, outputs, facts, mode)
         if mode == "train":
-            seen = inputs["attention_mask"].sum()
-            self._total_train_tokens += self.accelerator.gather_for_metrics(seen).sum().item()
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+            seen = torch.tensor(facts["num_tokens"], device=loss.device)
+            self.progress.num_tokens += int(self.accelerator.reduce(seen, reduction="sum"))
+            self._total_train_tokens = self.progress.num_tokens
+            self.progress.skip(facts["skipped"])
+        self._metrics[mode]["num_tokens"] = [self.progress.num_tokens]
         return (loss, outputs) if return_outputs else loss
 
-    def latent_losses(self, outputs, num_segments: int | torch.Tensor) -> dict[str, torch.Tensor]:
-        """The stage's losses at the segments, by name, unweighted."""
+    def latent_losses(self, outputs, num_segments: int | torch.Tensor, count: int) -> dict[str, torch.Tensor]:
+        """The stage's losses at the first `count` segments, by name, unweighted, divided by `num_segments`."""
         args = self.args
         losses = {}
         if args.stage in ("1", "joint"):
             losses["loss_bcm"] = bcm_alignment_loss(
-                outputs.latent_states,
-                outputs.teacher_latents,
+                outputs.latent_states[:count],
+                outputs.teacher_latents[:count],
                 states_learn=states_learn(args.seed, self.state.global_step, args.bernoulli_p),
                 alignment=args.alignment,
                 distance=args.latent_loss,
@@ -138,34 +298,90 @@ class VReflectionSFTTrainer(SFTTrainer):
         if args.stage in ("2", "joint"):
             if outputs.teacher_latents is not None:
                 losses["loss_feat"] = feature_distillation_loss(
-                    outputs.student_latents,
-                    outputs.teacher_latents,
+                    outputs.student_latents[:count],
+                    outputs.teacher_latents[:count],
                     distance=args.latent_loss,
                     num_segments=num_segments,
                 )
             losses["loss_attn"] = attention_distillation_loss(
-                outputs.student_attention,
-                outputs.teacher_attention,
+                outputs.student_attention[:count],
+                outputs.teacher_attention[:count],
                 temperature=args.attention_temperature,
                 epsilon=args.attention_epsilon,
                 num_segments=num_segments,
             )
         return losses
 
-    def _add(self, mode: str, name: str, total: torch.Tensor, count: int | torch.Tensor):
-        self._sums[mode][name][0] += float(total)
-        self._sums[mode][name][1] += int(count)
+    def _watch(self, inputs, outputs, facts, mode: str):
+        """Meters where attention falls and how far states and teacher are apart; draws a sample where one is due."""
+        count = sum(facts["reflections"])
+        merge = self.model.config.vision_config.spatial_merge_size
+        grids = [(height // merge, width // merge) for _, height, width in inputs["image_grid_thw"].tolist()]
+        if outputs.teacher_latents is not None:
+            pair = outputs.latent_states[:count], outputs.teacher_latents[:count]
+            self._meters[mode].add("latent_distance", latent_distance(*pair, "l1", 1), count)
+        for name in ("teacher", "student"):
+            attention = getattr(outputs, f"{name}_attention")
+            if attention is not None:
+                inside = attention_inside(attention[:count], inputs["boxes"][:count], grids)
+                self._meters[mode].add(f"{name}_inside_box", inside.sum(), count)
+        if mode == "train":
+            self._spread.add(outputs.latent_states[:count])
+            step = self.state.global_step + 1
+            due = self.args.sample_every and step % self.args.sample_every == 0 and step != self._drawn_step
+            if due and self.is_world_process_zero():
+                self._drawn_step = step
+                self._draw(inputs, outputs, facts, grids, step)
+
+    def _draw(self, inputs, outputs, facts, grids: list[tuple[int, int]], step: int):
+        image, *box = inputs["boxes"][0].tolist()
+        height, width = grids[image]
+        teacher, student = (
+            None if attention is None else attention[0, :, : height * width].unflatten(1, (height, width))
+            for attention in (outputs.teacher_attention, outputs.student_attention)
+        )
+        image_processor = self.processing_class.image_processor
+        picture = picture_from_patches(inputs["pixel_values"], inputs["image_grid_thw"], image, image_processor)
+        name = next(name for name, count in zip(facts["sample_ids"], facts["reflections"]) if count)
+        folder = Path(self.args.output_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        figure = draw_sample(picture, box, teacher, student, f"stage {self.args.stage}, step {step}: {name}")
+        save_figure(figure, folder / f"step-{step}.png")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        # Every rank brings the same names in the same order, also where its own batches had no segment.
-        sums = torch.tensor(list(self._sums[mode].values()), dtype=torch.float64)
-        if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")
         prefix = "eval_" if mode == "eval" else ""
-        logs.update({prefix + name: (total / count).item() for name, (total, count) in zip(MEANS, sums) if count > 0})
-        self._sums[mode] = {name: [0.0, 0] for name in MEANS}
+        means = self._meters[mode].pop(self.accelerator)
+        logs.update({prefix + name: mean for name, mean in means.items()})
+        if mode == "train" and "loss" in logs:
+            self._log_run(logs)
         super().log(logs, start_time)
+
+    def _log_run(self, logs: dict[str, float]):
+        now = time.perf_counter()
+        before, tokens = self._clock
+        logs["tokens_per_second"] = (self.progress.num_tokens - tokens) / (now - before)
+        self._clock = (now, self.progress.num_tokens)
+        if self.args.stage != "sft":
+            state = self._spread.state()
+            if self.accelerator.num_processes > 1:
+                state = self.accelerator.reduce(state.to(self.accelerator.device), reduction="sum")
+            spread = self._spread.value(state)
+            self._spread = LatentSpread(*self._latents_shape)
+            if spread is not None:
+                logs["latent_spread"] = spread
+            if (message := collapse_message(spread, self.state.global_step)) and self.is_world_process_zero():
+                logger.warning(message)
+        if self.progress.num_skipped:
+            logs["skipped_rows"] = self.progress.num_skipped
+
+    def _report_skipped(self):
+        """Names what was skipped, of all ranks."""
+        counts = gather_object([self.progress.num_skipped])
+        first = gather_object(self.progress.first_skipped)
+        if sum(counts) and self.is_world_process_zero():
+            lines = "\n".join(f"- {message}" for message in first[:NAMED_ROWS])
+            logger.warning(f"{sum(counts)} rows were skipped; the first of them:\n{lines}")
 
 
 def states_learn(seed: int, global_step: int, probability: float) -> bool:
@@ -180,10 +396,31 @@ def check_stage(model, args: VReflectionSFTConfig):
         raise ValueError(f"Stage {args.stage!r} trains BCM, and the model has none (`has_bcm=False`).")
     if args.stage in ("2", "joint") and dac is None:
         raise ValueError(f"Stage {args.stage!r} trains DAC, and the model has none (`has_dac=False`).")
-    if args.stage == "2" and not args.allow_untrained_bcm and (bcm is None or not bcm.is_trained):
+    if args.stage == "2" and not args.allow_untrained_bcm and (bcm is None or not is_trained(bcm)):
         raise ValueError(
             "Stage 2 distils BCM, and this model's was never trained: start from a stage 1 checkpoint, or set "
             "`allow_untrained_bcm=True` for the ablation."
+        )
+
+
+def is_trained(bcm) -> bool:
+    """Whether a BCM was ever trained, also where ZeRO-3 has spread it over the ranks."""
+    gathered = nullcontext()
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters([bcm.norm.bias])
+    with gathered:
+        return bcm.is_trained
+
+
+def check_resumed_stage(checkpoint: str, stored: str, stage: str):
+    """Raises where a run would go on from a checkpoint of another stage: a stage starts anew, from weights alone."""
+    if stored != stage:
+        raise ValueError(
+            f"{checkpoint} belongs to stage {stored!r}, and this run is stage {stage!r}: optimiser, schedule and data begin "
+            "anew with a stage. Leave `resume_from_checkpoint` out and start from its weights: vreflection-train RECIPE "
+            f"--model_name_or_path {checkpoint}"
         )
 
 
@@ -191,7 +428,7 @@ def freeze(model, args: VReflectionSFTConfig):
     """Sets what the stage trains: the language model; BCM in stage 1, DAC in stage 2, both jointly."""
     model.requires_grad_(True)
     model.model.visual.requires_grad_(not args.freeze_vision)
-    trained = {"sft": (), "1": ("bcm",), "2": ("dac",), "joint": ("bcm", "dac")}[args.stage]
+    trained = TRAINED_MODULES[args.stage]
     for name in ("bcm", "dac"):
         module = getattr(model.model, name)
         if module is not None:

@@ -105,6 +105,9 @@ class VReflectionModel(Qwen2_5_VLModel):
         **kwargs,
     ) -> VReflectionModelOutputWithPast:
         """See [`VReflectionForConditionalGeneration.forward`]; `latent_state` (B, 1, D) is what `generate` feeds back."""
+        if position_ids is not None and position_ids.ndim == 2 and input_ids is not None and attention_mask is None:
+            types = kwargs.get("mm_token_type_ids")
+            position_ids = self._packed_positions(input_ids, position_ids, types, image_grid_thw)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -147,6 +150,15 @@ class VReflectionModel(Qwen2_5_VLModel):
             attentions=outputs.attentions,
         )
 
+    def _packed_positions(self, input_ids, position_ids, mm_token_type_ids, image_grid_thw) -> torch.LongTensor:
+        """Positions (4, B, T) of packed rows: of the text, which keep samples apart, then in three dimensions."""
+        if mm_token_type_ids is None:
+            raise ValueError("Packed rows, which 2-D `position_ids` without a mask mean, need `mm_token_type_ids`.")
+        positions, _ = self.get_rope_index(input_ids, mm_token_type_ids, image_grid_thw)  # as if a row were one sample
+        starts = torch.arange(position_ids.shape[1], device=position_ids.device) - position_ids
+        positions = positions - positions.gather(2, starts.expand_as(positions))
+        return torch.cat([position_ids[None], positions])
+
     def _image_features(self, pixel_values, image_grid_thw, mm_encoder_outputs) -> list[torch.Tensor]:
         """F_global of every image of the batch: a list of (L_i, D)."""
         if mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
@@ -187,7 +199,7 @@ class VReflectionModel(Qwen2_5_VLModel):
         student_latents, student_attention = None, None
         if self.dac is not None:
             if boxes is None:
-                global_features = images_before(inputs["input_ids"], segments, features, self.config.image_token_id)
+                global_features = images_before(inputs, segments, features, self.config.image_token_id)
             else:
                 global_features = [feature for feature, *_ in regions]
             if all(len(feature) for feature in global_features):
@@ -250,8 +262,8 @@ class VReflectionModel(Qwen2_5_VLModel):
                 "`gradient_checkpointing=False`, or another `latent_inputs`."
             )
         position_ids = inputs["position_ids"]
-        if position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4:
-            raise ValueError("Feeding the states back can't run on packed rows: turn packing off.")
+        if is_packed(position_ids):
+            raise ValueError("Feeding the states back can't run on packed rows: turn `sample_packing` off.")
         if len(rows.unique()) < len(rows) or len(first.unique()) > 1:
             raise ValueError(
                 "Feeding the states back needs one segment a row, all starting in one column (pad the prompts on the "
@@ -431,6 +443,9 @@ class VReflectionForConditionalGeneration(ReflectionGenerationMixin, Qwen2_5_VLF
         """Qwen2.5-VL's forward pass, with reflection segments where `input_ids` hold them.
 
         Args:
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Where rows hold several samples each, every
+                token's position in its own sample, with `attention_mask=None` and `use_cache=False`: attention stays
+                within samples.
             boxes (`torch.LongTensor` of shape `(G, 5)`, *optional*): One row a segment, in the order of `input_ids`:
                 the image's index in `image_grid_thw`, then x0, y0, x1, y1 in 1/65,536 of its sides. The processor makes
                 them.
@@ -470,12 +485,12 @@ class VReflectionForConditionalGeneration(ReflectionGenerationMixin, Qwen2_5_VLF
         hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if skip_logits:
-            logits = hidden.new_zeros(()).expand(len(hidden), 1, self.lm_head.out_features)
+            logits = hidden.new_zeros(()).expand(len(hidden), 1, self.config.text_config.vocab_size)
         else:
             logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         return VReflectionCausalLMOutputWithPast(loss=loss, logits=logits, **outputs)
 
 
@@ -507,15 +522,25 @@ def find_segments(input_ids: torch.LongTensor, config: VReflectionConfig) -> tup
     return rows, first
 
 
+def is_packed(position_ids: torch.LongTensor | None) -> bool:
+    """Whether positions are (4, B, T): transformers' form of rows that hold several samples."""
+    return position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4
+
+
 def images_before(
-    input_ids: torch.LongTensor, segments: tuple, features: list[torch.Tensor], image_token_id: int
+    inputs: dict, segments: tuple, features: list[torch.Tensor], image_token_id: int
 ) -> list[torch.Tensor]:
-    """F_global where there is no box: the features of all images of the segment's row before it, (L, D) each."""
+    """F_global where there is no box: the features of all images of the segment's sample before it, (L, D) each."""
     rows, first = segments
-    is_image = input_ids == image_token_id
+    is_image = inputs["input_ids"] == image_token_id
     seen = is_image.flatten().cumsum(0).view_as(is_image) - is_image.long()  # image tokens before each token
+    positions = inputs["position_ids"]
+    starts = first - positions[0, rows, first] if is_packed(positions) else torch.zeros_like(first)
     table = torch.cat(features) if features else torch.empty(0, 0)
-    return [table[seen[row, 0] : seen[row, column]] for row, column in zip(rows.tolist(), first.tolist())]
+    return [
+        table[seen[row, start] : seen[row, column]]
+        for row, start, column in zip(rows.tolist(), starts.tolist(), first.tolist())
+    ]
 
 
 # Which class the checkpoint's code is copied for is of no matter: `save_pretrained` writes the whole map.

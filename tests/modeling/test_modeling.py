@@ -241,7 +241,7 @@ def test_images_after_a_segment_are_not_looked_at():
     image, features = 7, [torch.full((2, 1), 1.0), torch.full((1, 1), 2.0), torch.full((3, 1), 3.0)]
     ids = torch.tensor([[7, 7, 0, 7, 0, 0, 0, 0], [0, 0, 7, 7, 0, 0, 7, 0]])
     segments = (torch.tensor([0, 0, 1]), torch.tensor([2, 5, 4]))
-    seen = images_before(ids, segments, features, image)
+    seen = images_before({"input_ids": ids, "position_ids": None}, segments, features, image)
     assert [looked.flatten().tolist() for looked in seen] == [[1, 1], [1, 1, 2], [3, 3]]
 
 
@@ -469,7 +469,7 @@ def test_feeding_back_refuses_what_a_cache_cannot_do(model, make_model, processo
     with pytest.raises(ValueError, match="one column.*left"):
         model(**batch_of(processor, samples).inputs, latent_inputs="hidden")
     packed = torch.zeros(4, *aligned.inputs["input_ids"].shape, dtype=torch.long)
-    with pytest.raises(ValueError, match="packing off"):
+    with pytest.raises(ValueError, match="turn `sample_packing` off"):
         model(**aligned.inputs, position_ids=packed, latent_inputs="hidden")
     checkpointed = make_model().train()
     checkpointed.gradient_checkpointing_enable()

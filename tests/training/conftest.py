@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
+from vreflection_hub_card.glyphsearch import glyphsearch_dataset
+from vreflection_training import VReflectionSFTConfig, VReflectionSFTTrainer
 from vreflection_training.tiny import save_tiny_backbone
 
 
@@ -28,3 +30,41 @@ def model(checkpoint):
     with torch.no_grad():
         model.model.bcm.norm.bias.fill_(0.01)
     return model
+
+
+@pytest.fixture(scope="session")
+def rows():
+    return glyphsearch_dataset("train", 8)
+
+
+@pytest.fixture
+def make_trainer(tmp_path, model, processor, rows):
+    def make(dataset=rows, data_collator=None, trained=model, peft_config=None, **options):
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "train_sampling_strategy": "sequential",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "bf16": False,
+            "use_cpu": True,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "max_grad_norm": 1e9,
+            "report_to": "none",
+        }
+        args = VReflectionSFTConfig(**{**defaults, **options})
+        return VReflectionSFTTrainer(
+            trained,
+            args,
+            processing_class=processor,
+            train_dataset=dataset,
+            data_collator=data_collator,
+            peft_config=peft_config,
+        )
+
+    return make

@@ -4,49 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from torch.utils.data import Dataset as TorchDataset
+from run_helpers import Rows, moved
 
 from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_training import VReflectionDataCollator, VReflectionSFTConfig, VReflectionSFTTrainer
-from vreflection_training.trainer import states_learn
-
-
-@pytest.fixture(scope="session")
-def rows():
-    return glyphsearch_dataset("train", 8)
-
-
-@pytest.fixture
-def make_trainer(tmp_path, model, processor, rows):
-    def make(dataset=rows, data_collator=None, trained=model, **options):
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 2,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            "train_sampling_strategy": "sequential",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "bf16": False,
-            "use_cpu": True,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-            "max_grad_norm": 1e9,
-        }
-        args = VReflectionSFTConfig(**{**defaults, **options})
-        return VReflectionSFTTrainer(
-            trained, args, processing_class=processor, train_dataset=dataset, data_collator=data_collator
-        )
-
-    return make
-
-
-def moved(before, after):
-    """Names of parameters that differ in any bit."""
-    return {name for name, value in after.items() if not torch.equal(value, before[name])}
+from vreflection_training.trainer import FACTS, states_learn
 
 
 @pytest.mark.parametrize(
@@ -123,21 +86,13 @@ def test_accumulated_micro_batches_equal_one_batch(make_trainer, checkpoint, mod
             assert parts.state.log_history[0][name] == pytest.approx(value, rel=1e-4), name
 
 
-class Rows(TorchDataset):
-    """Rows as they are: `Dataset.from_list` would give text-only rows the columns of the others."""
-
-    def __new__(cls, rows):
-        return Dataset.from_dict({"index": range(len(rows))}).with_transform(
-            lambda batch: {key: [rows[index][key] for index in batch["index"]] for key in ("id", "images", "messages")}
-        )
-
-
 def test_a_zero_weight_is_the_cross_entropy_alone(make_trainer, model, processor, rows):
     other = copy.deepcopy(model)
     trainer = make_trainer(stage="1", lambda_bcm=0.0, optim="sgd", learning_rate=1.0, max_steps=1, weight_decay=0.0)
     got = gradients(trainer)
     batch = VReflectionDataCollator(processor, model.config)([rows[0], rows[1]])
-    labels, _ = batch.pop("labels"), batch.pop("sample_ids")
+    labels = batch["labels"]
+    batch = {key: value for key, value in batch.items() if key not in FACTS}
     other.model.visual.requires_grad_(False)
     logits = other(**batch, latent_inputs="bcm").logits[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
@@ -166,9 +121,9 @@ def test_the_draw_decides_who_learns_from_the_alignment(make_trainer, model, sta
 
     class AlignmentOnly(VReflectionSFTTrainer):
         def compute_loss(self, model, inputs, **kwargs):
-            inputs = {key: value for key, value in inputs.items() if key not in ("labels", "sample_ids")}
+            inputs = {key: value for key, value in inputs.items() if key not in FACTS}
             outputs = model(**inputs, latent_inputs="bcm", bcm_receives_ce=False)
-            return self.latent_losses(outputs, len(outputs.latent_states))["loss_bcm"]
+            return self.latent_losses(outputs, 2, 2)["loss_bcm"]
 
     trainer = make_trainer(stage="1", bernoulli_p=states)
     trainer.__class__ = AlignmentOnly
@@ -270,7 +225,12 @@ def test_a_checkpoint_resumes_bit_for_bit(make_trainer, checkpoint, model, tmp_p
         ({"stage": "sft", "latent_inputs": "bcm"}, "no slots to fill"),
         ({"stage": "1", "latent_inputs": "dac"}, "Stage 1 doesn't train DAC"),
         ({"latent_inputs": "hidden", "gradient_checkpointing": True}, "set `gradient_checkpointing=False`"),
-        ({"packing": True}, "doesn't support `packing=True`"),
+        ({"packing": True}, "set `sample_packing=True` instead"),
+        ({"sample_packing": True, "latent_inputs": "hidden"}, "set `sample_packing=False`"),
+        ({"sample_packing": True, "train_sampling_strategy": "group_by_length"}, "must be 'random' or 'sequential'"),
+        ({"max_samples_per_pack": 0}, "`max_samples_per_pack` must be at least 1, got 0"),
+        ({"on_bad_row": "warn"}, "`on_bad_row` must be one of error, skip"),
+        ({"sample_every": -1}, "`sample_every` must not be negative"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
     ],

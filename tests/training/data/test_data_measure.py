@@ -1,0 +1,237 @@
+import copy
+
+import pytest
+from datasets import Dataset, Image, List, load_from_disk
+from PIL import Image as Picture
+
+from vreflection_hub_card.glyphsearch import glyphsearch_dataset
+from vreflection_training import VReflectionDataCollator
+from vreflection_training.data.measure import measure_row, measure_rows
+from vreflection_training.data.rows import BadRow
+from vreflection_training.data.sources import load_rows
+
+
+def picture(width=84, height=56):
+    return Picture.new("RGB", (width, height), "red")
+
+
+def ask(*parts):
+    return {
+        "role": "user",
+        "content": [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts],
+    }
+
+
+def answer(*parts):
+    return {**ask(*parts), "role": "assistant"}
+
+
+def reflection(box=(0.1, 0.2, 0.5, 0.6), **keys):
+    return {"type": "reflection", "box": list(box), **keys}
+
+
+IMAGE = {"type": "image"}
+GOOD = {
+    "one": {"images": [picture()], "messages": [ask(IMAGE, "What?"), answer(reflection(image_index=0), "A")]},
+    "several images": {
+        "images": [picture(500, 300), picture(31, 29), picture(28, 2000)],
+        "messages": [ask(IMAGE, IMAGE, "What?", IMAGE), answer(reflection(image_index=2), "A", reflection(), "B")],
+    },
+    "several reflections": {
+        "images": [picture(300, 301)],
+        "messages": [ask(IMAGE, "What?"), answer(reflection(), reflection(), "A is", reflection(), " B.")],
+    },
+    "text": {"messages": [ask("Hello"), answer("Which glyph")]},
+    "strings": {"images": [picture()], "messages": [{"role": "user", "content": "What <|lvr|>?"}, {"role": "assistant", "content": "K"}]},
+    "inline": {"messages": [ask({"type": "image", "image": picture(99, 400)}, "What?"), answer("K")]},
+    "single image": {"image": picture(64, 64), "messages": [ask(IMAGE, "What?"), answer("K")]},
+    "no text": {"images": [picture()], "messages": [ask(IMAGE), answer(reflection())]},
+    "turns": {
+        "images": [picture(), picture(200, 90)],
+        "messages": [
+            {"role": "system", "content": "Short."},
+            ask(IMAGE, "What?"),
+            answer(reflection(), "A"),  # not rendered: it lies in the past
+            ask(IMAGE, "And here?"),
+            answer("First B, ", reflection(image_index=1), "é\n<|sovt|> 图"),
+        ],
+    },
+}  # fmt: skip
+REFLECTIONS = {"one": 1, "several images": 2, "several reflections": 3, "no text": 1, "turns": 1}
+SIZES = [(1, 1), (13, 200), (57, 55), (70, 98), (1024, 33), (640, 480), (2000, 1999), (27, 27)]
+
+
+@pytest.fixture
+def collate(processor, model):
+    def make(rows, reflect=True):
+        return VReflectionDataCollator(processor, model.config, reflect=reflect)(rows)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def check_agreement(row, processor, collate, reflect=True):
+    measured = measure_row(row, processor, reflect)
+    batch = collate([copy.deepcopy(row)], reflect)
+    assert measured.tokens == batch["input_ids"].shape[1]
+    assert measured.images == len(batch.get("image_grid_thw", ()))
+    assert measured.reflections == len(batch.get("boxes", ()))
+    return measured
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("reflect", [True, False])
+def test_a_measured_row_is_as_long_as_the_collators(processor, collate, name, reflect):
+    measured = check_agreement(GOOD[name], processor, collate, reflect)
+    assert measured.reflections == (REFLECTIONS.get(name, 0) if reflect else 0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pictures_of_odd_sizes_count_as_the_collator_makes_them(processor, collate, size):
+    check_agreement({**GOOD["one"], "images": [picture(*size)]}, processor, collate)
+
+
+def test_a_reflection_costs_its_slots_and_two_tokens(processor):
+    row = GOOD["one"]
+    assert measure_row(row, processor).tokens - measure_row(row, processor, reflect=False).tokens == 8 + 2
+
+
+def test_rows_from_arrow_with_none_in_every_part_count_the_same(processor, collate, tmp_path):
+    rows = [
+        {"id": str(number), "images": [], **GOOD[name]}
+        for number, name in enumerate(["one", "several images", "turns"])
+    ]
+    for row in rows:
+        row["messages"] = [
+            message if isinstance(message["content"], list) else ask(message["content"]) | {"role": message["role"]}
+            for message in row["messages"]
+        ]
+    dataset = Dataset.from_list(rows)
+    assert dataset.features["images"] == List(Image())
+    assert "box" in dataset[0]["messages"][0]["content"][0]  # None, in an image's part
+    expected = [measure_row(row, processor) for row in rows]
+    assert [check_agreement(row, processor, collate) for row in dataset] == expected
+    dataset.to_parquet(str(tmp_path / "rows.parquet"))  # with the pictures in it
+    for streaming in (False, True):
+        loaded = list(load_rows([{"path": str(tmp_path / "rows.parquet")}], streaming=streaming))
+        assert loaded[0]["images"][0]["bytes"] is not None
+        assert [check_agreement(row, processor, collate) for row in loaded] == expected
+
+
+def test_only_headers_are_read(processor, tmp_path):
+    path = tmp_path / "cut.jpg"
+    Picture.effect_noise((400, 300), 90).save(path)
+    path.write_bytes(path.read_bytes()[:3000])
+    whole = measure_row({**GOOD["one"], "images": [picture(400, 300)]}, processor)
+    assert measure_row({**GOOD["one"], "images": [str(path)]}, processor) == whole
+
+
+BAD = {
+    "missing picture": ({"images": ["/gone/a.jpg"]}, "/gone/a.jpg: no such file"),
+    "picture": ({"images": [{"path": "a.jpg", "bytes": b"text"}]}, "a.jpg: not a picture"),
+    "too narrow": ({"images": [picture(2, 500)]}, "2 x 500 pixels is too narrow"),
+    "too few": ({"images": []}, r"images provided \(0\) does not match number of image placeholders \(1\)"),
+    "too many": ({"images": [picture()] * 2}, r"images provided \(2\) does not match"),
+    "reversed": ({"box": [0.5, 0.1, 0.4, 0.3]}, "Box 0 must have x0 < x1"),
+    "pixels": ({"box": [3, 4, 50, 60]}, r"Box 0 must have corners in \[0, 1\]"),
+    "nan": ({"box": [0.1, float("nan"), 0.4, 0.3]}, "Box 0 must have corners"),
+    "no box": ({"box": None}, r"Box 0 must be \[x0, y0, x1, y1\], got None"),
+    "three corners": ({"box": [0.1, 0.2, 0.3]}, r"Box 0 must be \[x0, y0, x1, y1\]"),
+    "index": ({"index": 1}, "Box 0 has `image_index` 1, but the sample has 1 images"),
+    "negative index": ({"index": -1}, "Box 0 has `image_index` -1"),
+    "index of text": ({"index": "0"}, "Box 0 has `image_index` '0'"),
+    "no answer": ({"messages": [ask(IMAGE, "What?")]}, "nothing to learn from"),
+    "no messages": ({"messages": []}, "no `messages`"),
+    "messages are text": ({"messages": "Hi"}, "no `messages`"),
+    "no content": ({"messages": [{"role": "user", "content": None}]}, "a message needs `content`"),
+    "no type": ({"messages": [{"role": "user", "content": [{"text": "Hi"}]}]}, "parts with a `type`"),
+    "no text": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "needs `text`"),
+    "role": ({"messages": [{"role": "robot", "content": "Hi"}]}, "a `role` of system, user"),
+    "video": ({"messages": [ask(IMAGE, {"type": "video"}), answer("A")]}, "'text' or 'image', not 'video'"),
+    "an assistant's picture": ({"messages": [ask("Draw."), answer(IMAGE)]}, "'text' or 'reflection', not 'image'"),
+    "a user's reflection": ({"messages": [ask(IMAGE, reflection()), answer("A")]}, "not 'reflection'"),
+    "image token in text": (
+        {"messages": [ask(IMAGE, "What is <|image_pad|>?"), answer("A")]},
+        r"holds <\|image_pad\|> 2 times, but there are 1 images",
+    ),
+    "reader's": ({"error": "`bboxs` is missing."}, "`bboxs` is missing"),
+}
+
+
+def make_bad(change):
+    row = {"id": "seven", **copy.deepcopy(GOOD["one"])}
+    part = row["messages"][1]["content"][0]
+    for key, value in change.items():
+        if key in ("box", "index"):
+            part["box" if key == "box" else "image_index"] = value
+        else:
+            row[key] = value
+    return row
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_every_kind_of_bad_row_is_named(processor, name):
+    change, problem = BAD[name]
+    with pytest.raises(BadRow, match=f"Sample seven.*{problem}"):
+        measure_row(make_bad(change), processor)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_bad_for_the_measure_is_bad_for_the_collator(collate, name):
+    with pytest.raises(BadRow):
+        collate([make_bad(BAD[name][0])])
+
+
+def test_boxes_that_are_dropped_may_be_bad(processor, collate):
+    row = make_bad({"box": [3, 4, 50, 60]})
+    assert check_agreement(row, processor, collate, reflect=False).reflections == 0
+
+
+def save_rows(tmp_path, count=12):
+    Picture.new("RGB", (84, 56)).save(tmp_path / "a.jpg")
+    rows = []
+    for number in range(count):
+        images = ["gone.jpg" if number % 5 == 3 else "a.jpg"]
+        rows.append(
+            {
+                "id": f"r{number}",
+                "images": images,
+                "messages": [ask(IMAGE, "What? " * number), answer(reflection(), "A")],
+            }
+        )
+    return Dataset.from_list(
+        [{**row, "images": [str(tmp_path / image) for image in row["images"]]} for row in rows]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_bad_rows_are_left_out_or_stop(processor, tmp_path, num_proc):
+    dataset = save_rows(tmp_path)
+    indices, lengths, bad = measure_rows(dataset, processor, on_bad_row="skip", num_proc=num_proc)
+    assert indices == [number for number in range(12) if number not in (3, 8)]
+    assert lengths == [measure_row(dataset[number], processor).tokens for number in indices]
+    assert [message.split(":")[0] for message in bad] == ["Sample r3", "Sample r8"]
+    assert all("gone.jpg: no such file" in message for message in bad)
+    with pytest.raises(BadRow, match="Sample r3: .*gone.jpg"):
+        measure_rows(dataset.select(range(6)), processor, num_proc=num_proc)
+
+
+def test_a_data_set_that_draws_its_rows_is_measured(processor):
+    dataset = glyphsearch_dataset("train", 9)
+    indices, lengths, bad = measure_rows(dataset, processor)
+    assert indices == list(range(9)) and bad == []
+    assert lengths == [measure_row(row, processor).tokens for row in dataset]
+    assert measure_rows(dataset, processor, reflect=False)[1] == [length - 10 for length in lengths]
+
+
+def test_a_picture_that_was_missing_counts_when_it_is_there(processor, tmp_path):
+    dataset = save_rows(tmp_path)
+    dataset.save_to_disk(str(tmp_path / "rows"))  # a data set in files has a cache
+    dataset = load_from_disk(str(tmp_path / "rows"))
+    assert len(measure_rows(dataset, processor, on_bad_row="skip")[0]) == 10
+    Picture.new("RGB", (84, 56)).save(tmp_path / "gone.jpg")
+    assert len(measure_rows(dataset, processor)[0]) == 12

@@ -1,0 +1,288 @@
+import json
+import os
+import time
+
+import pytest
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from PIL import Image as Picture
+
+from vreflection_training.data.images import image_size
+from vreflection_training.data.rows import FEATURES
+from vreflection_training.data.sources import load_rows
+
+
+QUESTION = {
+    "question": "what month?",
+    "answer": "MAY",
+    "image": "a.png",
+    "width": 80,
+    "height": 60,
+    "bboxs": [[8, 6, 16, 12]],
+    "dataset": "docvqa",
+    "split": "train",
+}
+RELEASED = {
+    "dataset": "docvqa",
+    "image": "viscot/docvqa/a.png",
+    "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "<lvr>\nMAY"}],
+    "bboxes": [[[0.1, 0.1, 0.2, 0.2]]],
+}
+PARTS = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+    {
+        "role": "assistant",
+        "content": [
+            {"type": "reflection", "box": [0.1, 0.1, 0.2, 0.2], "image_index": 0},
+            {"type": "text", "text": "MAY"},
+        ],
+    },
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "docvqa").mkdir()
+    Picture.new("RGB", (80, 60), "red").save(tmp_path / "docvqa" / "a.png")
+    write(tmp_path / "docvqa_cot_train.jsonl", [{**QUESTION, "question": f"{number}?"} for number in range(30)])
+    (tmp_path / "released.json").write_text(json.dumps([RELEASED] * 3))
+    meta = [{"ds_name": "r", "data_path": "released.json", "image_folder": "."}] * 2
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    write(tmp_path / "own.jsonl", [{"images": ["docvqa/a.png"], "messages": PARTS} for _ in range(5)])
+    return tmp_path
+
+
+def write(path, items):
+    path.write_text("\n".join(map(json.dumps, items)))
+
+
+def visual_cot(folder, **options):
+    return {"path": str(folder / "docvqa_cot_train.jsonl"), "format": "visual_cot", **options}
+
+
+def own(folder, **options):
+    return {"path": str(folder / "own.jsonl"), **options}
+
+
+def save_parquet(folder, rows=4):
+    """A file with the pictures in it, as a data set is published."""
+    picture = {"bytes": (folder / "docvqa/a.png").read_bytes(), "path": "a.png"}
+    data = [{"id": str(number), "images": [picture], "messages": PARTS, "extra": 1} for number in range(rows)]
+    part = {
+        "type": Value("string"),
+        "text": Value("string"),
+        "image_index": Value("int64"),
+        "box": List(Value("float32")),
+    }
+    messages = List({"content": List(part), "role": Value("string")})
+    dataset = Dataset.from_list(
+        data,
+        features=Features(
+            {"extra": Value("int64"), "id": Value("string"), "images": List(Image()), "messages": messages}
+        ),
+    )
+    dataset.to_parquet(str(folder / "rows.parquet"))
+    return str(folder / "rows.parquet")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_format_gives_the_same_row(folder, streaming):
+    sources = [
+        visual_cot(folder),
+        {"path": str(folder / "released.json"), "format": "released"},
+        {"path": str(folder / "meta.json"), "format": "released_meta"},
+        own(folder),
+        {"path": save_parquet(folder)},
+    ]
+    counts = [30, 3, 6, 5, 4]
+    for source, count in zip(sources, counts):
+        rows = load_rows([source], streaming=streaming)
+        assert isinstance(rows, IterableDataset if streaming else Dataset)
+        assert rows.features == FEATURES
+        listed = list(rows)
+        assert len(listed) == count
+        row = listed[0]
+        assert row["error"] is None
+        assert row["id"] and row["dataset"]
+        assert [image_size(image) for image in row["images"]] == [(80, 60)]
+        answer = row["messages"][1]["content"]
+        assert answer[0]["type"] == "reflection" and answer[0]["image_index"] == 0
+        assert answer[0]["box"] == pytest.approx([0.1, 0.1, 0.2, 0.2])
+        assert answer[-1]["text"].strip() == "MAY"
+    together = list(load_rows(sources, streaming=streaming))
+    assert len(together) == sum(counts)
+    assert len({str(row["id"]) for row in together[:30]}) == 30
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_in_a_parquet_file_stay_as_they_are(folder, streaming):
+    # Decoding and encoding a JPEG again changes it.
+    Picture.effect_noise((80, 60), 90).save(folder / "docvqa/a.png", "JPEG", quality=93)
+    (row, *_) = load_rows([{"path": save_parquet(folder)}], streaming=streaming)
+    assert row["images"][0]["bytes"] == (folder / "docvqa/a.png").read_bytes()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_weights_mix_by_their_shares_and_by_the_seed(folder, streaming):
+    def mix(seed):
+        sources = [visual_cot(folder, weight=3), own(folder, weight=1.0)]
+        return [row["id"] for row in load_rows(sources, streaming=streaming, seed=seed)]
+
+    write(folder / "own.jsonl", [{"images": ["docvqa/a.png"], "messages": PARTS} for _ in range(300)])
+    first = mix(0)
+    assert first == mix(0)
+    assert first != mix(1)
+    assert len({name for name in first if name.startswith("own")}) == 300  # all of the one that takes longest
+    share = sum(name.startswith("docvqa") for name in first) / len(first)
+    assert len(first) > 1000
+    assert share == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / len(first)) ** 0.5)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_scenes_mix_with_files(folder, streaming):
+    scenes = {"format": "glyphsearch", "split": "train", "count": 6}
+    rows = list(load_rows([scenes, own(folder)], streaming=streaming))
+    assert [row["dataset"] for row in rows] == ["glyphsearch"] * 6 + ["own"] * 5
+    drawn = load_rows([scenes])
+    assert drawn[2]["images"][0].size == (168, 168)  # alone, drawn when it is read
+    assert image_size(rows[2]["images"][0]) == (168, 168)
+    box = drawn[2]["messages"][1]["content"][0]["box"]
+    assert rows[2]["messages"][1]["content"][0]["box"] == box
+    curriculum = {"format": "glyphsearch_curriculum", "crops": 1, "lists": 1, "scenes": 1}
+    assert len(list(load_rows([curriculum], streaming=streaming))) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_with_split_and_data_files_is_read_by_datasets(folder, streaming):
+    save_parquet(folder, rows=9)
+    source = {"path": str(folder), "data_files": {"mine": "rows.parquet"}, "split": "mine"}
+    assert len(list(load_rows([source], streaming=streaming))) == 9
+    if not streaming:
+        assert len(load_rows([{**source, "split": "mine[:3]"}])) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_with_parts_of_different_keys_and_relative_paths_is_read(folder, streaming):
+    (folder / "set").mkdir()
+    write(folder / "set" / "train.jsonl", [{"extra": 1, "images": ["../docvqa/a.png"], "messages": PARTS}] * 3)
+    rows = list(load_rows([{"path": str(folder / "set")}], streaming=streaming))
+    assert [row["error"] for row in rows] == [None] * 3
+    assert image_size(rows[2]["images"][0]) == (80, 60)
+    assert rows[2]["messages"][1]["content"][0]["box"] == [0.1, 0.1, 0.2, 0.2]
+
+
+def test_a_changed_file_is_read_again(folder):
+    assert len(load_rows([own(folder)])) == 5
+    before = os.stat(folder / "own.jsonl").st_mtime_ns
+    text = (folder / "own.jsonl").read_text()
+    (folder / "own.jsonl").write_text(text.replace("MAY", "NOV"))  # the same size
+    os.utime(folder / "own.jsonl", ns=(before + 10**9, before + 10**9))
+    assert load_rows([own(folder)])[0]["messages"][1]["content"][1]["text"] == "NOV"
+    write(folder / "own.jsonl", [{"messages": PARTS, "images": ["docvqa/a.png"]}])
+    assert len(load_rows([own(folder)])) == 1
+
+
+def test_pictures_that_are_added_later_are_found(folder):
+    (folder / "docvqa_cot_train.jsonl").write_text(
+        json.dumps({**QUESTION, "image": "new.png", "dataset": "openimages"})
+    )
+    (folder / "openimages" / "train_4").mkdir(parents=True)
+    missing = load_rows([visual_cot(folder)])[0]["images"][0]["path"]
+    assert missing == str(folder / "openimages" / "new.png")
+    time.sleep(0.02)
+    Picture.new("RGB", (8, 6)).save(folder / "openimages" / "train_4" / "new.png")
+    assert load_rows([visual_cot(folder)])[0]["images"][0]["path"] == str(folder / "openimages/train_4/new.png")
+
+
+def test_a_second_load_reads_the_cache(folder, monkeypatch):
+    first = load_rows([visual_cot(folder)])
+    second = load_rows([visual_cot(folder)])
+    assert first.cache_files and first.cache_files == second.cache_files
+
+
+def test_strings_inline_pictures_and_absolute_paths_become_parts(folder):
+    inline = str(folder / "docvqa/a.png")
+    items = [
+        {"id": 7, "images": [inline], "messages": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B"}]},
+        {"image": "docvqa/a.png", "messages": PARTS, "dataset": "mine"},
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "docvqa/a.png"}]}, PARTS[1]]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": None, "text": None}]}, PARTS[1]], "images": [inline]},
+        {"messages": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B"}]},
+    ]  # fmt: skip
+    write(folder / "own.jsonl", items)
+    rows = list(load_rows([own(folder)]))
+    assert [row["error"] for row in rows] == [None] * 5
+    assert [[image["path"] for image in row["images"]] for row in rows] == [[inline]] * 4 + [[]]
+    kinds = [[part["type"] for part in row["messages"][0]["content"]] for row in rows]
+    assert kinds == [["image", "text"], ["image", "text"], ["image"], ["image"], ["text"]]
+    assert [row["id"] for row in rows] == ["7", "own-1", "own-2", "own-3", "own-4"]
+    assert rows[1]["dataset"] == "mine"
+    elsewhere = load_rows([own(folder, image_folder=str(folder / "docvqa"))])
+    assert elsewhere[1]["images"][0]["path"] == str(folder / "docvqa/docvqa/a.png")
+
+
+def test_relative_paths_are_stored_as_absolute_ones(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    save_parquet(folder)
+    sources = [
+        {"path": "own.jsonl"},
+        {"path": "own.jsonl", "image_folder": "."},
+        {"path": "docvqa_cot_train.jsonl", "format": "visual_cot"},
+        {"path": "meta.json", "format": "released_meta"},
+    ]
+    for source in sources:
+        assert load_rows([source])[0]["images"][0]["path"] == str(folder / "docvqa" / "a.png")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_rows_come_along_with_what_is_wrong(folder, streaming):
+    good = {"images": ["docvqa/a.png"], "messages": PARTS}
+    bad = [
+        {"messages": PARTS},
+        {"messages": []},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "robot", "content": "Hi"}]},
+        {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        {"messages": [{"role": "user", "content": 3}]},
+        {"messages": [{"role": "assistant", "content": [{"type": "reflection", "box": ["a"]}]}]},
+        {"messages": [{"role": "assistant", "content": [{"type": "reflection", "image_index": "a"}]}]},
+        {"images": [3], "messages": PARTS},
+        3,
+    ]
+    write(folder / "own.jsonl", [good, *bad, good])
+    rows = list(load_rows([own(folder)], streaming=streaming))
+    assert [row["error"] is None for row in rows] == [True] + [False] * len(bad) + [True]
+    assert "images provided (0) does not match number of image placeholders (1)" in rows[1]["error"]
+    assert "line 12 is not a JSON object" in rows[11]["error"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "error", "problem"),
+    [
+        ([], ValueError, "at least one source"),
+        (["a.json"], ValueError, "Source 0 must be a dict"),
+        ([{}], ValueError, "needs `path`"),
+        ([{"path": "x", "format": "coco"}], ValueError, "`format` must be one of messages, visual_cot"),
+        ([{"path": "gone.jsonl"}], FileNotFoundError, "gone.jsonl"),
+        ([{"path": "gone.jsonl", "format": "visual_cot"}], FileNotFoundError, "gone.jsonl"),
+        ([{"path": "own.jsonl", "split": "train"}], ValueError, "takes no 'split'"),
+        ([{"path": "docvqa", "format": "visual_cot"}], FileNotFoundError, "no files"),
+        ([{"path": "own.jsonl", "weight": 1}, {"path": "own.jsonl"}], ValueError, "Source 1 has `weight` None"),
+        ([{"path": "own.jsonl", "weight": 0}] * 2, ValueError, "Source 0 has `weight` 0"),
+        ([{"path": "own.jsonl", "weight": "1"}], ValueError, "above 0"),
+        ([{"path": "meta.json", "format": "released_meta", "image_folder": "x"}], ValueError, "its own image folders"),
+        ([{"path": "x", "format": "glyphsearch"}], ValueError, "leave `path`"),
+        ([{"path": "released.json", "format": "released", "image_folder": "x"}], NotADirectoryError, "image_folder"),
+        ([{"path": "own.jsonl", "image_folder": "x"}], NotADirectoryError, "image_folder"),
+    ],
+)  # fmt: skip
+def test_sources_that_cannot_be_understood_are_refused(folder, monkeypatch, sources, error, problem):
+    monkeypatch.chdir(folder)
+    for streaming in (False, True):
+        with pytest.raises(error, match=problem):
+            load_rows(sources, streaming=streaming)

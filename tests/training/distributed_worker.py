@@ -1,0 +1,66 @@
+"""One process of several runs: `torchrun distributed_worker.py SPECS.json`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import DistributedType, PartialState
+from PIL import Image
+from run_helpers import Rows
+from torch.distributed.fsdp import FSDPModule
+
+from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
+from vreflection_hub_card.glyphsearch import glyphsearch_dataset
+from vreflection_training import VReflectionSFTConfig, VReflectionSFTTrainer
+
+
+def rows():
+    """Scenes, between them a row without a box and one without a picture: each alone on its rank for a step."""
+    scenes = [dict(row) for row in glyphsearch_dataset("train", 6)]
+    said = {"role": "assistant", "content": [{"type": "text", "text": "red circle"}]}
+    seen = [{"type": "image"}, {"type": "text", "text": "Which glyph?"}]
+    image = Image.new("RGB", (84, 56), "red")
+    no_box = {"id": "no box", "images": [image], "messages": [{"role": "user", "content": seen}, said]}
+    asked = [{"type": "text", "text": "Which glyph is on the cross?"}]
+    no_picture = {"id": "no picture", "images": [], "messages": [{"role": "user", "content": asked}, said]}
+    return [scenes[0], no_box, no_picture, scenes[1], scenes[2], scenes[3], no_picture, no_box]
+
+
+def run(spec):
+    model = VReflectionForConditionalGeneration.from_pretrained(spec["checkpoint"], dtype=torch.float32)
+    with torch.no_grad():
+        model.model.bcm.norm.bias.fill_(0.01)
+    args = VReflectionSFTConfig(
+        max_steps=4,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **spec["options"],
+    )
+    sharded = "ACCELERATE_USE_FSDP" in os.environ
+    if sharded:  # accelerate has FSDP for accelerators alone; the code behind it runs on a CPU as well
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = VReflectionSFTTrainer(
+        model,
+        args,
+        processing_class=VReflectionProcessor.from_pretrained(spec["checkpoint"]),
+        train_dataset=Rows(rows()),
+    )
+    trainer.train(resume_from_checkpoint=spec["resume"])
+    if sharded:
+        assert isinstance(trainer.model_wrapped, FSDPModule)
+    trainer.save_model(args.output_dir)
+    if trainer.is_world_process_zero():
+        Path(args.output_dir, "history.json").write_text(json.dumps(trainer.state.log_history))
+
+
+if __name__ == "__main__":
+    for spec in json.loads(Path(sys.argv[1]).read_text()):
+        run(spec)

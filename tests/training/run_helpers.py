@@ -1,0 +1,19 @@
+"""What several tests of runs need."""
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
+
+
+class Rows(TorchDataset):
+    """Rows as they are: `Dataset.from_list` would give text-only rows the columns of the others."""
+
+    def __new__(cls, rows):
+        return Dataset.from_dict({"index": range(len(rows))}).with_transform(
+            lambda batch: {key: [rows[index][key] for index in batch["index"]] for key in ("id", "images", "messages")}
+        )
+
+
+def moved(before, after):
+    """Names of parameters that differ in any bit."""
+    return {name for name, value in after.items() if not torch.equal(value, before[name])}

@@ -1,0 +1,119 @@
+"""Two processes on the CPU (gloo) against one: DDP and FSDP2 for real, and DeepSpeed where it is installed."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+ZERO = {"DS_ACCELERATOR": "cpu"}
+SAME = ("loss", "loss_ce", "loss_bcm", "loss_feat", "loss_attn", "latent_distance", "num_tokens", "latent_spread")
+
+
+# SGD, so that an error in a gradient isn't scaled away.
+SGD = {"optim": "sgd", "learning_rate": 0.05, "gradient_checkpointing": False, "max_grad_norm": 1e9}
+RUNS = {
+    "stage 1, packed": {"stage": "1", "sample_packing": True, "max_length": 400, "packing_lookahead": 2},
+    "stage 2": {"stage": "2"},
+    "sft": {"stage": "sft", "freeze_vision": False},
+}
+
+
+def zero(stage):
+    return {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": stage == 3},
+        "zero_allow_untested_optimizer": True,
+        **dict.fromkeys(
+            ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+        ),
+    }
+
+
+def start(folder, checkpoint, processes, environment=None, deepspeed=None):
+    """Trains all runs, one after the other, in some processes."""
+    specs = [
+        {
+            "checkpoint": str(checkpoint),
+            "resume": None,
+            "options": {
+                "output_dir": str(folder / name),
+                "save_strategy": "no",
+                "per_device_train_batch_size": 2 // processes,
+                "deepspeed": deepspeed,
+                **SGD,
+                **options,
+            },
+        }
+        for name, options in RUNS.items()
+    ]
+    (folder / "specs.json").write_text(json.dumps(specs))
+    launcher = []
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command = [sys.executable, *launcher, str(WORKER), str(folder / "specs.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **(environment or {})}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, checkpoint):
+    return start(tmp_path_factory.mktemp("alone"), checkpoint, 1)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((None, None), id="ddp"),
+        pytest.param((FSDP2, None), id="fsdp2"),
+        pytest.param((ZERO, 2), id="zero2", marks=pytest.mark.slow),
+        pytest.param((ZERO, 3), id="zero3", marks=pytest.mark.slow),
+    ],
+)
+def together(request, tmp_path_factory, checkpoint):
+    environment, stage = request.param
+    if stage is not None:
+        pytest.importorskip("deepspeed")
+    deepspeed = None if stage is None else zero(stage)
+    return start(tmp_path_factory.mktemp("together"), checkpoint, 2, environment, deepspeed)
+
+
+def result(folder):
+    history = json.loads((folder / "history.json").read_text())
+    return load_file(folder / "model.safetensors"), [log for log in history if "loss" in log]
+
+
+def assert_same(one, two):
+    (expected, curve), (got, other_curve) = one, two
+    assert len(curve) == len(other_curve) == 4
+    for step, other_step in zip(curve, other_curve):
+        for name in SAME:
+            assert (name in step) == (name in other_step), name
+            if name in step:
+                assert other_step[name] == pytest.approx(step[name], rel=2e-4, abs=1e-6), name
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_equal_one(alone, together, name):
+    """Steps in which one rank has no box, or no picture, included: nobody waits for ever."""
+    assert_same(result(alone / name), result(together / name))

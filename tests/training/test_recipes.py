@@ -1,0 +1,309 @@
+"""The shipped recipes hold the paper's numbers, and each trains: the same options, with the tiny model and a few rows."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import get_scheduler
+
+from modeling_vreflection import VReflectionForConditionalGeneration
+from vreflection_training import VReflectionSFTConfig
+from vreflection_training.cli import ACCELERATE_CONFIGS, RECIPES, build_trainer, parse
+from vreflection_training.tiny import save_tiny_backbone
+
+
+PAPER = [f"qwen2_5_vl_{size}_{stage}" for size in ("7b", "3b") for stage in ("sft", "stage1", "stage2")]
+LORA = "qwen2_5_vl_7b_stage1_lora"
+RELEASED = ["released_code", "released_code_stage2"]
+LARGE = [*PAPER, LORA, *RELEASED]
+TINY = ["tiny_base", "tiny_stage1", "tiny_stage2"]
+# What a machine without a GPU can't do.
+ON_CPU = "--use_cpu true --bf16 false --dtype float32 --attn_implementation sdpa".split()
+SHORT = (
+    "--max_steps 2 --warmup_steps 0 --gradient_accumulation_steps 1 --dataloader_num_workers 0 --save_strategy no "
+    "--sample_every 0 --report_to none --logging_steps 1 --disable_tqdm true"
+).split()
+
+
+def read(name: str) -> dict:
+    """A recipe's options as parsed, by name, from whichever part they belong to."""
+    parsed = parse([name, "--use_cpu", "true"])
+    assert isinstance(parsed[-1], VReflectionSFTConfig)
+    return {field.name: getattr(part, field.name) for part in parsed for field in fields(part)}
+
+
+def test_the_lists_name_every_recipe():
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*LARGE, *TINY}
+
+
+@pytest.mark.parametrize("name", [*LARGE, *TINY])
+def test_the_recipe_parses(name):
+    options = read(name)
+    assert options["output_dir"] == f"outputs/{name}" and options["max_steps"] > 0
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_head_says_how_to_run_it(name):
+    head = re.match(r"(#.*\n)+", (RECIPES / f"{name}.yaml").read_text()).group()
+    recipe, engine = re.search(r"# Run:  vreflection-train (\S+) --accelerate_config (\S+)\n", head).groups()
+    assert recipe == name and (ACCELERATE_CONFIGS / f"{engine}.yaml").is_file()
+    assert "# Hardware: " in head and f"`vreflection-train check {name}`" in head
+    for source in yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["datasets"]:
+        assert source["path"] in head and source.get("image_folder", "") in head
+
+
+# Section 4.1 of the paper.
+@pytest.mark.parametrize("name", [*PAPER, LORA, *RELEASED])
+def test_what_the_paper_gives_for_all_runs(name):
+    options = read(name)
+    expected = {
+        "min_pixels": 128 * 28 * 28,
+        "max_pixels": 5120 * 28 * 28,
+        "sample_packing": True,
+        "max_samples_per_pack": 4,
+        "long_sample_length": 4096,
+        "max_length": 16384,
+        "per_device_train_batch_size": 1,
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "weight_decay": 0.1,
+        "freeze_vision": True,
+        "attention_temperature": 1.0,
+        "attention_epsilon": 1e-9,
+        "bernoulli_p": 0.5,
+        "on_bad_row": "error",
+    }
+    assert {key: options[key] for key in expected} == expected
+    assert options["optim"] == "adamw_torch" and options["lr_scheduler_type"] == "cosine"
+
+
+# learning rate, steps, warm-up steps (3 %), stage
+@pytest.mark.parametrize("size", ["7b", "3b"])
+@pytest.mark.parametrize(
+    "run, expected",
+    [("sft", (1e-5, 2500, 75, "sft")), ("stage1", (1e-5, 2500, 75, "1")), ("stage2", (5e-6, 1250, 38, "2"))],
+)
+def test_schedule_of_the_paper(size, run, expected):
+    args = parse([f"qwen2_5_vl_{size}_{run}", "--use_cpu", "true"])[-1]
+    warmup = args.get_warmup_steps(args.max_steps)
+    assert (args.learning_rate, args.max_steps, warmup, args.stage) == expected
+    # The learning rate peaks at the end of the warm-up, and is near 0 at the end.
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup, args.max_steps).lr_lambdas[0]
+    assert schedule(warmup) == 1 and schedule(warmup // 2) < 1 and schedule(warmup + 1) < 1
+    assert schedule(args.max_steps) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", [*PAPER, LORA])
+def test_losses_of_the_paper(name):
+    options = read(name)
+    expected = {
+        "lambda_bcm": 0.1,
+        "lambda_dac": 0.1,
+        "lambda_feat": 1.0,
+        "lambda_attn": 1.0,
+        "latent_loss": "l1",
+        "alignment": "stochastic",
+        "bcm_receives_ce": True,
+        "slot_ce": False,
+        "latent_inputs": {"sft": None, "1": "bcm", "2": "dac"}[options["stage"]],
+        "allow_untrained_bcm": False,
+        "model_options": None,
+    }
+    assert {key: options[key] for key in expected} == expected
+
+
+def test_the_runs_of_the_paper_differ_in_what_they_say_only():
+    def difference(one, other):
+        one, other = read(one), read(other)
+        return {key for key in one if one[key] != other[key]}
+
+    names = {"output_dir", "model_name_or_path"}
+    schedule = {"learning_rate", "max_steps", "save_steps"}
+    assert difference("qwen2_5_vl_7b_sft", "qwen2_5_vl_7b_stage1") == {"output_dir", "stage", "latent_inputs"}
+    assert difference("qwen2_5_vl_7b_stage1", "qwen2_5_vl_7b_stage2") == {*names, "stage", "latent_inputs", *schedule}
+    for stage in ("sft", "stage1", "stage2"):
+        assert difference(f"qwen2_5_vl_7b_{stage}", f"qwen2_5_vl_3b_{stage}") == names
+    adapters = {"use_peft", "lora_r", "lora_alpha"}
+    assert difference("qwen2_5_vl_7b_stage1", LORA) == {
+        *{"output_dir", "dtype", "learning_rate", "gradient_accumulation_steps"},
+        *adapters,
+    }
+
+
+def test_a_step_sees_as_many_packs_on_one_gpu_with_lora_as_on_eight():
+    assert read(LORA)["gradient_accumulation_steps"] == 8 * read("qwen2_5_vl_7b_stage1")["gradient_accumulation_steps"]
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [(f"qwen2_5_vl_{size}_stage1", f"qwen2_5_vl_{size}_stage2") for size in ("7b", "3b")] + [tuple(RELEASED)],
+)
+def test_stage_2_starts_from_stage_1(first, second):
+    assert read(second)["model_name_or_path"] == read(first)["output_dir"]
+
+
+def test_full_runs_keep_float32_weights_and_adapters_a_bf16_base():
+    # In bf16 with 8 bits, 0.02 - 1e-5 is 0.02 again.
+    assert torch.tensor(0.02, dtype=torch.bfloat16) - 1e-5 == torch.tensor(0.02, dtype=torch.bfloat16)
+    assert {read(name)["dtype"] for name in [*PAPER, *RELEASED]} == {"float32"}
+    assert read(LORA)["dtype"] == "bfloat16"
+
+
+# The column "released code" of design.md's section 3, and the numbers of the authors' scripts.
+RELEASED_BOTH = {
+    "latent_loss": "mse",
+    "latent_inputs": "bcm",
+    "lambda_feat": 1.0,
+    "lambda_attn": 1.0,
+    "gradient_accumulation_steps": 8,
+    "max_steps": 2500,
+    "warmup_steps": 0.03,
+    "seed": 42,
+    "logging_steps": 1,
+    "dataloader_num_workers": 8,
+}
+RELEASED_STAGE = {
+    "released_code": {
+        "stage": "1",
+        "alignment": "symmetric",
+        "bcm_receives_ce": False,
+        "slot_ce": True,
+        "lambda_bcm": 0.5,
+        "learning_rate": 1e-5,
+        "save_steps": 300,
+        "save_total_limit": 10,
+    },
+    "released_code_stage2": {
+        "stage": "2",
+        "slot_ce": False,
+        "lambda_dac": 1.0,
+        "learning_rate": 1e-6,
+        "save_steps": 100,
+        "save_total_limit": 25,
+    },
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_behaviour(name):
+    options = read(name)
+    expected = RELEASED_BOTH | RELEASED_STAGE[name]
+    assert {key: options[key] for key in expected} == expected
+
+
+def test_the_released_architecture_is_chosen_in_stage_1_and_kept_in_stage_2():
+    assert read("released_code")["model_options"] == {
+        "latent_tokens": ["<|lvr_start|>", "<|lvr|>", "<|lvr_end|>"],
+        "query_position": "at",
+        "region_pooling": "patch",
+    }
+    assert read("released_code_stage2")["model_options"] is None
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data and stage 1 checkpoints where the large recipes look for them."""
+    place = tmp_path_factory.mktemp("place")
+    write_visual_cot(place / "data")
+    stock = save_tiny_backbone(place / "stock")
+    architecture = read("released_code")["model_options"]
+    starts = {read(name)["model_name_or_path"]: {} for name in ("qwen2_5_vl_7b_stage2", "qwen2_5_vl_3b_stage2")}
+    starts[read("released_code_stage2")["model_name_or_path"]] = architecture
+    for folder, options in starts.items():
+        model, processor = VReflectionForConditionalGeneration.from_backbone(stock, dtype=torch.float32, **options)
+        with torch.no_grad():
+            model.model.bcm.norm.bias.fill_(0.01)  # counts as trained
+        for part in (model, processor):
+            part.save_pretrained(place / folder)
+    return place
+
+
+def write_visual_cot(folder: Path):
+    """Eight rows as the release and the authors' formatted file have them, with pictures of noise, and their meta file."""
+    images = folder / "images" / "coco"
+    images.mkdir(parents=True)
+    generator, rows, release = np.random.default_rng(0), [], []
+    for number in range(8):
+        picture = Image.fromarray(generator.integers(0, 256, (84, 84 + 28 * (number % 3), 3), dtype=np.uint8))
+        picture.save(images / f"{number}.png")
+        conversation = [
+            {"from": "human", "value": "<image>\nWhich glyph is on the red triangle?"},
+            {"from": "gpt", "value": f"<lvr>\n<answer> {number} </answer>"},
+        ]
+        row = {"dataset": "coco", "image": [f"coco/{number}.png"], "conversations": conversation}
+        rows.append(row | {"bboxes": [[0.1, 0.2, 0.5, 0.7]]})
+        asked = "<image>\nWhich glyph? Please provide the bounding box coordinate of the region that can help you."
+        said = [("human", asked), ("gpt", "[0.1, 0.2, 0.5, 0.7]"), ("human", "<image>"), ("gpt", str(number))]
+        turns = [{"from": speaker, "value": value} for speaker, value in said]
+        path = f"coco/{number}.png"
+        release.append({"dataset": "coco", "image": [path, f"{path}###[8, 17, 42, 59]"], "conversations": turns})
+    (folder / "viscot_363k.json").write_text(json.dumps(release))
+    (folder / "viscot_363k_lvr_formatted.json").write_text(json.dumps(rows))
+    meta = [
+        {
+            "ds_name": "viscot_2",
+            "data_path": "viscot_363k_lvr_formatted.json",
+            "image_folder": "images",
+            "ds_type": "Q_A",
+        }
+    ]
+    (folder / "meta_data_lvr_sft_stage1.json").write_text(json.dumps(meta))
+
+
+@pytest.fixture
+def dry_run(place, tmp_path, monkeypatch):
+    """Builds a recipe's trainer, from the tiny model instead of Qwen2.5-VL, and trains two steps."""
+    monkeypatch.chdir(place)
+
+    def run(name):
+        start = read(name)["model_name_or_path"]
+        start = "stock" if start is not None and start.startswith("Qwen/") else start
+        parsed = parse([name, "--model_name_or_path", start, "--output_dir", str(tmp_path), *ON_CPU, *SHORT])
+        trainer = build_trainer(*parsed)
+        before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+        trainer.train()
+        after = trainer.model.named_parameters()
+        return trainer, {name for name, weight in after if not torch.equal(weight, before[name])}
+
+    return run
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_dry_run(dry_run, name):
+    if name == LORA:
+        pytest.importorskip("peft")
+    trainer, changed = dry_run(name)
+    stage = trainer.args.stage
+    assert trainer.state.global_step == 2
+
+    # The stage's losses, and no others.
+    logged = {key for entry in trainer.state.log_history for key in entry if key.startswith("loss_")}
+    terms = {"sft": set(), "1": {"loss_bcm"}, "2": {"loss_feat", "loss_attn"}}[stage]
+    assert logged == {"loss_ce", *terms}
+
+    # What trains: the language model, or its adapters; BCM in stage 1, DAC in stage 2; never the vision encoder.
+    modules = {
+        module for module in ("visual", "bcm", "dac", "language_model") for path in changed if f".{module}." in path
+    }
+    assert modules == {"language_model", *{"sft": (), "1": ("bcm",), "2": ("dac",)}[stage]}
+    assert any("lora_" in path for path in changed) == (name == LORA)
+
+    # Several samples shared a row, at the paper's resolution: below 128 image tokens a picture is enlarged.
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert len(batch["input_ids"]) == 1 and len(batch["sample_ids"]) == 4
+    assert (batch["image_grid_thw"].prod(-1) // 4 >= 128).all()
+    assert trainer.processing_class.image_processor.size["longest_edge"] == 5120 * 28 * 28
+
+    # Architecture and names of the tokens: from stage 1's recipe, and from its checkpoint in stage 2.
+    config, tokenizer = trainer.model.config, trainer.processing_class.tokenizer
+    released = name in RELEASED
+    tokens = ["<|lvr_start|>", "<|lvr|>", "<|lvr_end|>"] if released else ["<|sovt|>", "<|lvr|>", "<|eovt|>"]
+    assert tokenizer.convert_ids_to_tokens(config.latent_token_ids) == tokens
+    assert config.query_position == ("at" if released else "before")

@@ -1,0 +1,76 @@
+"""Where the pictures of Visual CoT lie: the folders of its own archive, and those of the data sets that it is made of."""
+
+import os
+from pathlib import Path
+
+
+# Folders of each data set below the image folder, in the order in which they are searched.
+FOLDERS = {
+    "coco": ("coco", "coco/train2017", "coco/train2014"),
+    "cub": ("cub", "cub/CUB_200_2011/images"),
+    "docvqa": ("docvqa",),
+    "dude": ("dude", "dude/viscot/dude", "dude/DUDE_train-val-test_binaries/images/train"),
+    "flickr30k": ("flickr30k", "flickr30k/flickr30k-images", "flickr30k/images"),
+    "gqa": ("gqa", "gqa/images"),
+    "infographicsvqa": ("infographicsvqa",),
+    "openimages": ("openimages", *(f"openimages/train_{part}" for part in range(6))),
+    "sroie": ("sroie", "sroie/viscot/sroie"),
+    "textcap": ("textcap", "textvqa", "textvqa/train_images"),
+    "textvqa": ("textvqa", "textvqa/train_images"),
+    "v7w": ("v7w", "v7w/images", "visual7w", "visual7w/images"),
+    "vsr": ("vsr", "vsr/images"),
+}
+NAMES = {"visual7w": "v7w", "infovqa": "infographicsvqa", "textcaps": "textcap"}
+# What the archive, or a file's paths, put before the data set's folder.
+ROOTS = ("", "cot_image_data", "cot", "viscot")
+
+
+class ImageFolders:
+    """Finds the pictures of Visual CoT under one folder.
+
+    Args:
+        root (`str` or `Path`): The folder that holds the data sets' folders (or `cot_image_data`, as the archive is packed);
+            for a single data set, the folder with its pictures will do.
+
+    Raises:
+        NotADirectoryError: No such folder.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = os.path.abspath(root)
+        if not os.path.isdir(self.root):
+            raise NotADirectoryError(f"`image_folder`: there is no folder {self.root}.")
+        candidates = {
+            name: [os.path.join(self.root, above, folder) for folder in folders for above in ROOTS]
+            for name, folders in FOLDERS.items()
+        }
+        self.folders = {name: [path for path in paths if os.path.isdir(path)] for name, paths in candidates.items()}
+
+    def stamp(self) -> tuple:
+        """Changes when pictures are added to the folders that are searched, or such a folder appears."""
+        found = sorted({self.root, *(path for paths in self.folders.values() for path in paths)})
+        return tuple((path, os.stat(path).st_mtime_ns) for path in found)
+
+    def find(self, image: str, dataset: str | None = None) -> str:
+        """The path of a picture; where there is none, the path that it should have.
+
+        Args:
+            image (`str`): A path as a file gives it: absolute, below the root (`cot/cub/...`, `viscot/docvqa/...`), or
+                below its data set's folder.
+            dataset (`str`, *optional*): The data set's name.
+        """
+        as_written = os.path.join(self.root, image)
+        if os.path.isabs(image) or os.path.exists(as_written):
+            return as_written
+        parts = image.split("/")
+        if parts[0] in ROOTS and len(parts) > 1:
+            parts = parts[1:]
+        first = NAMES.get(parts[0], parts[0])
+        if first in FOLDERS and len(parts) > 1:
+            dataset, parts = first, parts[1:]
+        below, name = "/".join(parts), parts[-1]
+        folders = self.folders.get(NAMES.get(dataset, dataset), [])
+        for path in dict.fromkeys(os.path.join(folder, end) for end in (below, name) for folder in folders):
+            if os.path.exists(path):
+                return path
+        return os.path.join(folders[0], below) if folders else as_written

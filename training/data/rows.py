@@ -1,0 +1,189 @@
+"""The format of a row, the same for every source, and what makes a row bad."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import PIL.Image
+from datasets import Features, Image, List, Value
+from trl.data_utils import prepare_multimodal_messages
+
+
+# One schema for all sources, so that they can be mixed. Pictures stay paths or encoded bytes until they are loaded. `error` says
+# what is wrong with a row that its reader couldn't make sense of.
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "dataset": Value("string"),
+        "images": List(Image(decode=False)),
+        "messages": List(
+            {
+                "role": Value("string"),
+                "content": List(
+                    {
+                        "type": Value("string"),
+                        "text": Value("string"),
+                        "box": List(Value("float64")),
+                        "image_index": Value("int64"),
+                    }
+                ),
+            }
+        ),
+        "error": Value("string"),
+    }
+)
+
+
+# What a content part may be, by the role of its message.
+PARTS = {
+    "system": ("text", "image"),
+    "user": ("text", "image"),
+    "assistant": ("text", "reflection"),
+    "tool": ("text", "image"),
+}
+
+
+class BadRow(ValueError):
+    """A row that can't be trained on; the message names the row and says what is wrong.
+
+    Args:
+        message (`str`): Which row, and what is wrong with it.
+        kind (`str`, *optional*, defaults to `"other"`): Under which heading a report counts it.
+    """
+
+    def __init__(self, message: str, kind: str = "other"):
+        super().__init__(message)
+        self.kind = kind
+
+
+def row_name(row: dict[str, Any]) -> str:
+    """What messages call a row."""
+    return f"Sample {row['id']}" if row.get("id") is not None else "A sample without `id`"
+
+
+def row_images(row: dict[str, Any]) -> list[Any]:
+    """The pictures of a row that its messages hold places for."""
+    if row.get("images"):
+        return list(row["images"])
+    return [row["image"]] if row.get("image") is not None else []
+
+
+def row_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a row with its pictures, as given, in their places, and without the keys that Arrow fills with None.
+
+    Raises:
+        BadRow: Messages that aren't any, another number of pictures than places, or what the row's reader found wrong.
+    """
+    if row.get("error") is not None:
+        raise BadRow(f"{row_name(row)}: {row['error']}", "format")
+    messages = row.get("messages")
+    if not _is_list(messages) or len(messages) == 0:
+        raise BadRow(f"{row_name(row)} has no `messages`.", "messages")
+    cleaned = [_clean_message(message, row) for message in messages]
+    try:
+        return prepare_multimodal_messages(cleaned, images=row_images(row))
+    except ValueError as error:
+        raise BadRow(f"{row_name(row)}: {error}", "images and places") from error
+
+
+def make_row(row_id: str, dataset: str, images: Sequence[Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """A good row."""
+    return {"id": row_id, "dataset": dataset, "images": list(images), "messages": messages, "error": None}
+
+
+def make_bad_row(row_id: str, dataset: str, error: str | Exception, images: Sequence[Any] = ()) -> dict[str, Any]:
+    """A row that a reader found wrong: it travels on, to be counted, named or refused where the run wants it."""
+    return {"id": row_id, "dataset": dataset, "images": list(images), "messages": [], "error": str(error)}
+
+
+def text_part(text: str) -> dict[str, Any]:
+    """A content part with text."""
+    return {"type": "text", "text": text}
+
+
+def reflection_part(box: Sequence[float], image_index: int = 0) -> dict[str, Any]:
+    """A content part that is a reflection on a box."""
+    return {"type": "reflection", "box": list(box), "image_index": image_index}
+
+
+def normalise_row(row: dict[str, Any], row_id: str, dataset: str) -> dict[str, Any]:
+    """Brings a row in the project's format, pictures inline or as placeholders, text as string or parts, to `FEATURES`.
+
+    Args:
+        row (`dict`): The row.
+        row_id (`str`): Its id, if it has none.
+        dataset (`str`): The name of its data set, if it has none.
+    """
+    row_id = row_id if row.get("id") is None else str(row["id"])
+    dataset = row["dataset"] if isinstance(row.get("dataset"), str) else dataset
+    try:
+        messages = row_messages({**row, "id": row_id})
+        images = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+        for image in images:
+            _check_image(image)
+        messages = [
+            {"role": message["role"], "content": [_plain_part(part) for part in message["content"]]}
+            for message in messages
+        ]
+    except BadRow as error:
+        return make_bad_row(row_id, dataset, str(error).removeprefix(f"Sample {row_id}: "))
+    return make_row(row_id, dataset, images, messages)
+
+
+def flatten_boxes(boxes: Any) -> list[list[float]]:
+    """Boxes in a flat list: one box, a list of them, or lists of lists of them.
+
+    Raises:
+        ValueError: Something else.
+    """
+    if not _is_list(boxes):
+        raise ValueError(f"boxes must be a list of [x0, y0, x1, y1], got {boxes!r}.")
+    if len(boxes) == 4 and all(isinstance(corner, (int, float)) for corner in boxes):
+        return [[float(corner) for corner in boxes]]
+    if not all(_is_list(item) for item in boxes):
+        raise ValueError(f"a box must be [x0, y0, x1, y1], got {boxes!r}.")
+    return [box for item in boxes for box in flatten_boxes(item)]
+
+
+def _plain_part(part: dict[str, Any]) -> dict[str, Any]:
+    """A part with nothing in it that `FEATURES` can't hold."""
+    box, image_index = part.get("box"), part.get("image_index")
+    if box is not None and not (_is_list(box) and all(isinstance(corner, (int, float)) for corner in box)):
+        raise BadRow(f"`box` must be [x0, y0, x1, y1], got {box!r}.", "box")
+    if image_index is not None and not isinstance(image_index, int):
+        raise BadRow(f"`image_index` must be a number, got {image_index!r}.", "image_index")
+    return {key: part[key] for key in ("type", "text", "box", "image_index") if key in part}
+
+
+def _check_image(image: Any):
+    if not isinstance(image, (str, dict, PIL.Image.Image)):
+        raise BadRow(
+            f"a picture must be a path, a dict with `path` or `bytes`, or a PIL image, got {image!r}.", "picture"
+        )
+
+
+def _clean_message(message: Any, row: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content") if isinstance(message, dict) else None
+    if content is None or message.get("role") not in PARTS:
+        roles = ", ".join(PARTS)
+        raise BadRow(
+            f"{row_name(row)}: a message needs `content` and a `role` of {roles}, got {message!r}.", "messages"
+        )
+    if isinstance(content, str):
+        return {"role": message["role"], "content": content}
+    if not _is_list(content) or not all(isinstance(part, dict) and part.get("type") for part in content):
+        raise BadRow(f"{row_name(row)}: `content` must be text or parts with a `type`, got {content!r}.", "messages")
+    parts = [{key: value for key, value in part.items() if value is not None} for part in content]
+    for part in parts:
+        if part["type"] not in PARTS[message["role"]]:
+            kinds = " or ".join(map(repr, PARTS[message["role"]]))
+            raise BadRow(
+                f"{row_name(row)}: a content part of role {message['role']!r} is {kinds}, not {part['type']!r}.",
+                "messages",
+            )
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            raise BadRow(f"{row_name(row)}: a part of type 'text' needs `text`, got {part!r}.", "messages")
+    return {"role": message["role"], "content": parts}
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))

@@ -1,0 +1,300 @@
+"""The data of a run: any number of sources, in several formats, as one data set."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import (
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    List,
+    concatenate_datasets,
+    interleave_datasets,
+    load_dataset,
+)
+
+from vreflection_hub_card.glyphsearch import glyphsearch_curriculum, glyphsearch_dataset
+
+from .image_folders import ImageFolders
+from .images import is_url
+from .json_files import read_json_rows
+from .released import read_meta, released_rows
+from .rows import FEATURES, make_bad_row, normalise_row
+from .visual_cot import visual_cot_rows
+
+
+GLYPHSEARCH = {"glyphsearch": glyphsearch_dataset, "glyphsearch_curriculum": glyphsearch_curriculum}
+FORMATS = ("messages", "visual_cot", "released", "released_meta", *GLYPHSEARCH)
+
+
+@dataclass
+class Source:
+    """One entry of `load_rows`' list, checked: its format, its path, and what else it says."""
+
+    format: str
+    path: str | None
+    image_folder: str | None
+    options: dict[str, Any]
+
+
+def load_rows(sources: list[dict[str, Any]], *, streaming: bool = False, seed: int = 0) -> Dataset | IterableDataset:
+    """Loads sources in any format as one data set of rows with `id`, `dataset`, `images` and `messages`.
+
+    Pictures stay files (`{"path": ..., "bytes": ...}`) until they are needed. A row that its reader can't understand comes
+    with what is wrong in `error`.
+
+    ```python
+    load_rows(
+        [
+            {"path": "Visual-CoT/metadata", "format": "visual_cot", "image_folder": "Visual-CoT/cot_image_data", "weight": 3},
+            {"path": "someone/other-questions", "split": "train[:1000]", "weight": 1},
+        ]
+    )
+    ```
+
+    Args:
+        sources (`list[dict]`): For each source
+            - `format`: `"messages"` (the default), `"visual_cot"`, `"released"`, `"released_meta"`, `"glyphsearch"` or
+              `"glyphsearch_curriculum"`;
+            - `path`: for `"messages"` a Hub id, a local folder, or a `.parquet`, `.json` or `.jsonl` file; for
+              `"visual_cot"` a file of the release or the folder with its `*_cot_train.jsonl`; for `"released"` the
+              authors' formatted JSON, for `"released_meta"` their list of such files; for GlyphSearch nothing;
+            - `image_folder`: where relative paths of pictures begin, by default at the file's folder; `"released_meta"`
+              has its own;
+            - `weight`: its share of the mixture, relative to the others';
+            - for `"messages"` arguments of `datasets.load_dataset`, such as `split` (`"train"`, if left out), `name` or
+              `data_files`; for GlyphSearch those of its functions.
+        streaming (`bool`, *optional*, defaults to `False`): Whether to read rows as they are used. Otherwise they are read
+            once, into the cache of `datasets`, and again when a file or a folder with pictures has changed. Pictures that
+            a data set holds itself are copied there, too.
+        seed (`int`, *optional*, defaults to 0): Seed of the mixture.
+
+    Returns:
+        `Dataset` or `IterableDataset`: The sources one after the other; with weights, mixed until each has been read
+        at least once. A single GlyphSearch source is drawn as it is read; in company its scenes are drawn beforehand.
+
+    Raises:
+        ValueError: A source that can't be understood; weights for some sources only.
+        OSError: A file or folder that isn't there.
+    """
+    if not isinstance(sources, list) or not sources:
+        raise ValueError(f"Name at least one source of data, as a list of dicts, got {sources!r}.")
+    parsed = [_parse(source, number) for number, source in enumerate(sources)]
+    weights = [source.get("weight") for source in sources]
+    _check_weights(weights)
+    if len(parsed) == 1 and parsed[0].format in GLYPHSEARCH and not streaming:
+        return GLYPHSEARCH[parsed[0].format](**parsed[0].options)
+    loaded = [_load(source, streaming) for source in parsed]
+    if all(weight is None for weight in weights):
+        return _concatenate(loaded)
+    if len(loaded) == 1:
+        return loaded[0]
+    return interleave_datasets(
+        loaded,
+        probabilities=[weight / sum(weights) for weight in weights],
+        seed=seed,
+        stopping_strategy="all_exhausted",
+    )
+
+
+def _check_weights(weights: list[Any]):
+    if all(weight is None for weight in weights):
+        return
+    for number, weight in enumerate(weights):
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 < weight < float("inf"):
+            raise ValueError(
+                f"Source {number} has `weight` {weight!r}. Give every source a weight above 0, or none of them one."
+            )
+
+
+def _concatenate(datasets: list[Dataset] | list[IterableDataset]) -> Dataset | IterableDataset:
+    return datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets)
+
+
+def _parse(source: dict[str, Any], number: int) -> Source:
+    where = f"Source {number}"
+    if not isinstance(source, dict):
+        raise ValueError(f"{where} must be a dict, got {source!r}.")
+    options = {key: value for key, value in source.items() if key not in ("format", "path", "image_folder", "weight")}
+    parsed = Source(source.get("format", "messages"), source.get("path"), source.get("image_folder"), options)
+    if parsed.format not in FORMATS:
+        raise ValueError(f"{where}: `format` must be one of {', '.join(FORMATS)}, got {parsed.format!r}.")
+    if parsed.format in GLYPHSEARCH:
+        if parsed.path is not None or parsed.image_folder is not None:
+            raise ValueError(f"{where}: {parsed.format} draws its pictures: leave `path` and `image_folder` out.")
+        return parsed
+    if not isinstance(parsed.path, str):
+        raise ValueError(f"{where} needs `path`, got {parsed.path!r}.")
+    if parsed.format == "released_meta" and parsed.image_folder is not None:
+        raise ValueError(f"{where}: a meta file names its own image folders: leave `image_folder` out.")
+    if parsed.image_folder is not None and not os.path.isdir(parsed.image_folder):
+        raise NotADirectoryError(f"{where}: there is no `image_folder` {parsed.image_folder}.")
+    if parsed.format != "messages" or _is_json(parsed.path):
+        if options:
+            raise ValueError(f"{where}: a file read as {parsed.format!r} takes no {', '.join(map(repr, options))}.")
+        if not os.path.exists(parsed.path):
+            raise FileNotFoundError(f"{where}: there is no file {parsed.path}.")
+    return parsed
+
+
+def _load(source: Source, streaming: bool) -> Dataset | IterableDataset:
+    """Loads a source with the columns of `FEATURES`."""
+    if source.format in GLYPHSEARCH:
+        return _generate(_glyphsearch_rows, streaming, name=source.format, options=source.options)
+    if source.format == "released_meta":
+        return _concatenate(
+            [
+                _generate_files(released_rows, [entry["data_path"]], entry["image_folder"], streaming)
+                for entry in read_meta(source.path)
+            ]
+        )
+    folder = source.image_folder or _folder(source.path)
+    folder = folder and os.path.abspath(folder)  # what is stored must be found from any working folder
+    if source.format == "messages":
+        if _is_json(source.path):
+            return _generate(_message_rows, streaming, files=(os.path.abspath(source.path),), folder=folder)
+        return _load_messages(source, folder, streaming)
+    path = Path(source.path)
+    files = sorted(path.glob("*_cot_train.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(f"There are no files *_cot_train.jsonl in {path}.")
+    reader = visual_cot_rows if source.format == "visual_cot" else released_rows
+    return _generate_files(reader, files, folder, streaming)
+
+
+def _load_messages(source: Source, folder: str | None, streaming: bool) -> Dataset | IterableDataset:
+    """Loads messages that `datasets` reads itself."""
+    options = {"split": "train", **source.options}
+    if source.path.endswith(".parquet"):
+        dataset = load_dataset("parquet", data_files=source.path, streaming=streaming, **options)
+    else:
+        dataset = load_dataset(source.path, streaming=streaming, **options)
+    if isinstance(dataset, dict):
+        raise ValueError(f"{source.path}: name one `split` of {', '.join(dataset)}, got {options['split']!r}.")
+    name = os.path.basename(os.path.normpath(source.path))
+    # In Arrow's format pictures are what is stored, bytes or a path, and aren't decoded and encoded again.
+    rows = dataset.with_format("arrow").map(
+        _normalise_table,
+        batched=True,
+        batch_size=100,
+        with_indices=True,
+        features=FEATURES,
+        fn_kwargs={
+            "features": _keep_encoded(dataset.features),
+            "name": name,
+            "folder": folder,
+            "stamps": _code_stamps(),
+        },
+    )
+    return rows.with_format(None)
+
+
+def _normalise_table(
+    table: pa.Table, indices: list[int], features: Features | None, name: str, folder: str | None, stamps: tuple
+) -> pa.Table:
+    """Rows as `datasets` stores them, brought to `FEATURES`; `stamps` tells its cache when this code changes."""
+    stored = table.to_pylist()
+    rows = stored if features is None else map(features.decode_example, stored)
+    rows = [
+        FEATURES.encode_example(_place_images(normalise_row(row, f"{name}-{index}", name), folder))
+        for row, index in zip(rows, indices)
+    ]
+    return pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema)
+
+
+def _keep_encoded(feature: Any) -> Any:
+    """The same features, with pictures left encoded."""
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, dict):
+        return type(feature)({key: _keep_encoded(value) for key, value in feature.items()})
+    if isinstance(feature, List):
+        return List(_keep_encoded(feature.feature), length=feature.length)
+    return feature
+
+
+def _generate_files(
+    reader: Callable, files: list[str | Path], folder: str, streaming: bool
+) -> Dataset | IterableDataset:
+    folders = ImageFolders(folder)
+    return _generate(
+        _reader_rows,
+        streaming,
+        reader=reader,
+        files=tuple(map(os.path.abspath, files)),
+        folder=folders.root,
+        folder_stamp=folders.stamp(),
+    )
+
+
+def _generate(generator: Callable, streaming: bool, **options) -> Dataset | IterableDataset:
+    """A data set of what a generator yields. A stored one is known by its options, its files' state and this code's."""
+    stamps = (*map(_stamp, options.get("files", ())), *_code_stamps())
+    kwargs = {"generator": generator, "options": options, "stamps": stamps}
+    return (IterableDataset if streaming else Dataset).from_generator(_run, features=FEATURES, gen_kwargs=kwargs)
+
+
+def _run(generator: Callable, options: dict[str, Any], stamps: tuple) -> Iterator[dict[str, Any]]:
+    yield from generator(**options)
+
+
+def _reader_rows(reader: Callable, files: tuple[str, ...], folder: str, folder_stamp: tuple) -> Iterator[dict]:
+    folders = ImageFolders(folder)
+    for path in files:
+        yield from reader(path, folders)
+
+
+def _message_rows(files: tuple[str, ...], folder: str) -> Iterator[dict[str, Any]]:
+    for path in files:
+        name = Path(path).stem
+        for number, row in enumerate(read_json_rows(path)):
+            if isinstance(row, ValueError):
+                yield make_bad_row(f"{name}-{number}", name, row)
+            else:
+                yield _place_images(normalise_row(row, f"{name}-{number}", name), folder)
+
+
+def _glyphsearch_rows(name: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for row in GLYPHSEARCH[name](**options):
+        yield normalise_row(row, row["id"], name)
+
+
+def _place_images(row: dict[str, Any], folder: str | None) -> dict[str, Any]:
+    """Makes the relative paths of a row's pictures absolute."""
+    return {**row, "images": [_place_image(image, folder) for image in row["images"]]}
+
+
+def _place_image(image: Any, folder: str | None) -> Any:
+    if folder is None or is_url(image):
+        return image
+    if isinstance(image, str):
+        return os.path.join(folder, image)
+    if isinstance(image, dict) and image.get("bytes") is None and image.get("path") and not is_url(image["path"]):
+        return {**image, "path": os.path.join(folder, image["path"])}
+    return image
+
+
+def _is_json(path: str) -> bool:
+    return path.endswith((".json", ".jsonl"))
+
+
+def _folder(path: str) -> str | None:
+    """The folder that a local path is, or lies in; None for a Hub id."""
+    if not os.path.exists(path):
+        return None
+    return path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+
+
+def _stamp(path: str | Path) -> tuple[str, int, int]:
+    """A file's name and state: what is stored of an older state isn't used."""
+    state = os.stat(path)
+    return str(path), state.st_size, state.st_mtime_ns
+
+
+def _code_stamps() -> tuple:
+    return tuple(map(_stamp, sorted(Path(__file__).parent.glob("*.py"))))

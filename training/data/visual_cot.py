@@ -1,0 +1,106 @@
+"""Reader of the Visual CoT release: its metadata, one question a line, and its list of conversations."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .image_folders import ImageFolders
+from .images import image_size
+from .json_files import read_json_rows
+from .rows import flatten_boxes, make_bad_row, make_row, reflection_part, text_part
+
+
+# The request for a box that the list of conversations appends to a question.
+BOX_REQUEST = re.compile(
+    r"\s*Please (think step by step and )?provide the bounding box coordinate of the region that.*$"
+)
+
+
+def visual_cot_rows(path: str | Path, folders: ImageFolders) -> Iterator[dict[str, Any]]:
+    """Reads a file of the Visual CoT release as rows of the project's format.
+
+    Two forms are read. The metadata (`docvqa_cot_train.jsonl`, ...):
+
+    ```python
+    {"question": "when is the meeting?", "answer": "MAY", "possible_answers": ["MAY", "may"], "image": "mqnk0226_15.png",
+     "width": 1638, "height": 2196, "bboxs": [[1146, 368, 1444, 396], [126, 798, 563, 827]], "dataset": "docvqa", "split": "train"}
+    ```
+
+    and the list of conversations (`viscot_363k.json`), whose boxes stand in pixels behind the second path. The normalised
+    ones in its answers aren't used: they are fractions of the picture after padding it to a square.
+
+    ```python
+    {"dataset": "docvqa", "split": "train", "question_id": 138460,
+     "image": ["cot/docvqa/kpfl0225_13.png", "cot/docvqa/kpfl0225_13.png###[14, 645, 1776, 1617]"],
+     "conversations": [{"from": "human", "value": "<image>\\nWhich ...? Please provide the bounding box coordinate of ..."},
+                       {"from": "gpt", "value": "[0.006, 0.407, 0.807, 0.849]"},
+                       {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "8%"}]}
+    ```
+
+    A question with several boxes gets one reflection for each, in the file's order, before the answer. Boxes are divided by
+    the `width` and `height` of the file, else by those of the picture. Nothing is clipped: a box that sticks out of its
+    picture makes a bad row.
+
+    Args:
+        path (`str` or `Path`): JSON Lines or a JSON list.
+        folders (`ImageFolders`): Where the pictures are.
+
+    Yields:
+        `dict`: A row; its id is the file's name and the number of the row. What can't be understood is a row with `error`.
+    """
+    name = Path(path).stem
+    for number, item in enumerate(read_json_rows(path)):
+        row_id = f"{name}-{number}"
+        dataset, image = name.removesuffix("_cot_train"), None
+        try:
+            if isinstance(item, ValueError):
+                raise item
+            if isinstance(item.get("dataset"), str):
+                dataset = item["dataset"]
+            image, question, answer, boxes = (_conversation if "conversations" in item else _metadata)(item)
+            image = folders.find(image, dataset)
+            width, height = item.get("width"), item.get("height")
+            if boxes and not (width and height):
+                width, height = image_size(image)
+            boxes = [[x0 / width, y0 / height, x1 / width, y1 / height] for x0, y0, x1, y1 in boxes]
+        except (ValueError, TypeError, LookupError, OSError, ZeroDivisionError) as error:
+            images = [image] if isinstance(image, str) else []
+            yield make_bad_row(row_id, dataset, error if str(error) else repr(error), images)
+            continue
+        messages = [
+            {"role": "user", "content": [{"type": "image"}, text_part(question)]},
+            {"role": "assistant", "content": [*map(reflection_part, boxes), text_part(answer)]},
+        ]
+        yield make_row(row_id, dataset, [image], messages)
+
+
+def _metadata(item: dict[str, Any]) -> tuple[str, str, str, list[list[float]]]:
+    image, question, answer = (_text(item, key) for key in ("image", "question", "answer"))
+    return image, question, answer, flatten_boxes(item.get("bboxs"))
+
+
+def _conversation(item: dict[str, Any]) -> tuple[str, str, str, list[list[float]]]:
+    images, turns = item.get("image"), item["conversations"]
+    if not isinstance(images, list) or not images or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"`image` must be a list of paths, got {images!r}.")
+    if [turn["from"] for turn in turns] != ["human", "gpt", "human", "gpt"]:
+        raise ValueError("`conversations` must be a question, its box, <image> and the answer.")
+    question = BOX_REQUEST.sub("", _text(turns[0], "value").replace("<image>", "")).strip()
+    boxes = [_pixels(image.partition("###")[2]) for image in images[1:]]
+    return images[0], question, _text(turns[3], "value"), boxes
+
+
+def _pixels(text: str) -> list[float]:
+    numbers = re.fullmatch(r"\s*\[([^\[\]]*)\]\s*", text)
+    box = [float(number) for number in numbers[1].split(",")] if numbers else []
+    if len(box) != 4:
+        raise ValueError(f"behind ### must stand a box in pixels, got {text!r}.")
+    return box
+
+
+def _text(item: dict[str, Any], key: str) -> str:
+    value = item.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"`{key}` must be a text, got {value!r}.")
+    return value
