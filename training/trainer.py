@@ -250,14 +250,14 @@ class VReflectionSFTTrainer(SFTTrainer):
         training = mode == "train" and num_items_in_batch is not None
         loss = nll / (num_items_in_batch if training else tokens.clamp(min=1))
         segments, terms = sum(facts["reflections"]), {}
-        latents = (outputs.latent_states, outputs.teacher_latents, outputs.student_latents)
-        check_finite(facts["sample_ids"], **dict(zip(("H", "Z_T", "Z_S"), latents)))
-        if facts["spare"]:  # every rank runs every module; what the spare sample gives is nothing
-            loss = loss + sum(0.0 * latent[segments:].float().sum() for latent in latents if latent is not None)
-        if segments:
-            divisor = self._segments_in_step if training else segments
-            terms = self.latent_losses(outputs, divisor, segments)
-            loss = loss + sum(self.weights[name] * term for name, term in terms.items())
+        if outputs.latent_states is not None:
+            latents = {"H": outputs.latent_states, "Z_T": outputs.teacher_latents, "Z_S": outputs.student_latents}
+            check_finite(facts["sample_ids"], **latents)
+            divisor = self._segments_in_step if training else max(segments, 1)
+            terms = self.latent_losses(outputs, divisor)
+            # Of a spare sample nothing counts, but each module has its backward pass, as on the other ranks.
+            counts = 0.0 if facts["spare"] else 1.0
+            loss = loss + counts * sum(self.weights[name] * term for name, term in terms.items())
         check_finite(facts["sample_ids"], loss=loss)
         if training and self.args.average_tokens_across_devices:
             # The engines average gradients over the ranks, while the divisors count all ranks.
@@ -268,7 +268,7 @@ class VReflectionSFTTrainer(SFTTrainer):
             meters.add("loss_ce", nll, tokens)
             meters.add("entropy", entropy_from_logits(logits[learned]).sum(), tokens)
             meters.add("mean_token_accuracy", (logits.argmax(-1) == targets).sum(), tokens)
-            for name, term in terms.items():
+            for name, term in terms.items() if segments else ():
                 meters.add(name, term * divisor, segments)
             meters.add("reflections", sum(map(bool, facts["reflections"])), len(facts["sample_ids"]))
             meters.add("padding", inputs["input_ids"].numel() - facts["num_tokens"], inputs["input_ids"].numel())
@@ -282,14 +282,14 @@ class VReflectionSFTTrainer(SFTTrainer):
         self._metrics[mode]["num_tokens"] = [self.progress.num_tokens]
         return (loss, outputs) if return_outputs else loss
 
-    def latent_losses(self, outputs, num_segments: int | torch.Tensor, count: int) -> dict[str, torch.Tensor]:
-        """The stage's losses at the first `count` segments, by name, unweighted, divided by `num_segments`."""
+    def latent_losses(self, outputs, num_segments: int | torch.Tensor) -> dict[str, torch.Tensor]:
+        """The stage's losses at the segments, by name, unweighted."""
         args = self.args
         losses = {}
         if args.stage in ("1", "joint"):
             losses["loss_bcm"] = bcm_alignment_loss(
-                outputs.latent_states[:count],
-                outputs.teacher_latents[:count],
+                outputs.latent_states,
+                outputs.teacher_latents,
                 states_learn=states_learn(args.seed, self.state.global_step, args.bernoulli_p),
                 alignment=args.alignment,
                 distance=args.latent_loss,
@@ -298,14 +298,14 @@ class VReflectionSFTTrainer(SFTTrainer):
         if args.stage in ("2", "joint"):
             if outputs.teacher_latents is not None:
                 losses["loss_feat"] = feature_distillation_loss(
-                    outputs.student_latents[:count],
-                    outputs.teacher_latents[:count],
+                    outputs.student_latents,
+                    outputs.teacher_latents,
                     distance=args.latent_loss,
                     num_segments=num_segments,
                 )
             losses["loss_attn"] = attention_distillation_loss(
-                outputs.student_attention[:count],
-                outputs.teacher_attention[:count],
+                outputs.student_attention,
+                outputs.teacher_attention,
                 temperature=args.attention_temperature,
                 epsilon=args.attention_epsilon,
                 num_segments=num_segments,
@@ -318,15 +318,15 @@ class VReflectionSFTTrainer(SFTTrainer):
         merge = self.model.config.vision_config.spatial_merge_size
         grids = [(height // merge, width // merge) for _, height, width in inputs["image_grid_thw"].tolist()]
         if outputs.teacher_latents is not None:
-            pair = outputs.latent_states[:count], outputs.teacher_latents[:count]
+            pair = outputs.latent_states, outputs.teacher_latents
             self._meters[mode].add("latent_distance", latent_distance(*pair, "l1", 1), count)
         for name in ("teacher", "student"):
             attention = getattr(outputs, f"{name}_attention")
             if attention is not None:
-                inside = attention_inside(attention[:count], inputs["boxes"][:count], grids)
+                inside = attention_inside(attention, inputs["boxes"], grids)
                 self._meters[mode].add(f"{name}_inside_box", inside.sum(), count)
         if mode == "train":
-            self._spread.add(outputs.latent_states[:count])
+            self._spread.add(outputs.latent_states)
             step = self.state.global_step + 1
             due = self.args.sample_every and step % self.args.sample_every == 0 and step != self._drawn_step
             if due and self.is_world_process_zero():

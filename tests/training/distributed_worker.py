@@ -5,15 +5,14 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 from accelerate import DistributedType, PartialState
 from PIL import Image
 from run_helpers import Rows
 from torch.distributed.fsdp import FSDPModule
 
-from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_training import VReflectionSFTConfig, VReflectionSFTTrainer
+from vreflection_training.loading import load_model_and_processor
 
 
 def rows():
@@ -29,9 +28,6 @@ def rows():
 
 
 def run(spec):
-    model = VReflectionForConditionalGeneration.from_pretrained(spec["checkpoint"], dtype=torch.float32)
-    with torch.no_grad():
-        model.model.bcm.norm.bias.fill_(0.01)
     args = VReflectionSFTConfig(
         max_steps=4,
         lr_scheduler_type="constant",
@@ -47,12 +43,8 @@ def run(spec):
     sharded = "ACCELERATE_USE_FSDP" in os.environ
     if sharded:  # accelerate has FSDP for accelerators alone; the code behind it runs on a CPU as well
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    trainer = VReflectionSFTTrainer(
-        model,
-        args,
-        processing_class=VReflectionProcessor.from_pretrained(spec["checkpoint"]),
-        train_dataset=Rows(rows()),
-    )
+    model, processor = load_model_and_processor(spec["checkpoint"], dtype="float32")
+    trainer = VReflectionSFTTrainer(model, args, processing_class=processor, train_dataset=Rows(rows()))
     trainer.train(resume_from_checkpoint=spec["resume"])
     if sharded:
         assert isinstance(trainer.model_wrapped, FSDPModule)

@@ -1,4 +1,6 @@
 import copy
+import importlib.util
+import logging
 
 import pytest
 import torch
@@ -123,7 +125,7 @@ def test_the_draw_decides_who_learns_from_the_alignment(make_trainer, model, sta
         def compute_loss(self, model, inputs, **kwargs):
             inputs = {key: value for key, value in inputs.items() if key not in FACTS}
             outputs = model(**inputs, latent_inputs="bcm", bcm_receives_ce=False)
-            return self.latent_losses(outputs, 2, 2)["loss_bcm"]
+            return self.latent_losses(outputs, 2)["loss_bcm"]
 
     trainer = make_trainer(stage="1", bernoulli_p=states)
     trainer.__class__ = AlignmentOnly
@@ -238,3 +240,95 @@ def test_a_checkpoint_resumes_bit_for_bit(make_trainer, checkpoint, model, tmp_p
 def test_wrong_settings_raise(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         VReflectionSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+@pytest.mark.parametrize("stage", ["sft", "1", "2"])
+def test_a_pack_trains_like_its_samples(make_trainer, model, rows, stage):
+    other = copy.deepcopy(model)
+    plain = {"id": "text", "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "red"}]}
+    data = Rows([rows[0], {"images": [], **plain}, rows[1], rows[2]])
+    options = {"stage": stage, "optim": "sgd", "learning_rate": 1.0, "max_steps": 1, "weight_decay": 0.0}
+    padded = make_trainer(data, per_device_train_batch_size=4, **options)
+    packed = make_trainer(data, trained=other, per_device_train_batch_size=1, sample_packing=True, **options)
+    expected, got = gradients(padded), gradients(packed)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=2e-5, msg=name)
+    (one, *_), (two, *_) = padded.state.log_history, packed.state.log_history
+    for name in ("loss", "loss_ce", "loss_bcm", "loss_attn", "reflections", "num_tokens", "student_inside_box"):
+        assert (name in one) == (name in two)
+        assert name not in one or two[name] == pytest.approx(one[name], rel=1e-4), name
+    assert one["padding"] > 0 and two["padding"] == 0
+    assert one["reflections"] == (0.75 if stage != "sft" else 0.0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_logits_of_whole_sequences(make_trainer, model, rows, training):
+    """Of 156 tokens a scene, four or so are the assistant's."""
+    positions = []
+    trainer = make_trainer(stage="2", max_steps=1)
+    trainer.eval_dataset = rows
+    hook = model.lm_head.register_forward_hook(lambda module, args, out: positions.append(out.shape[1]))
+    trainer.train() if training else trainer.evaluate()
+    hook.remove()
+    assert positions and max(positions) < 10
+
+
+def test_every_sample_every_steps_there_is_a_picture(make_trainer, tmp_path):
+    make_trainer(stage="2", max_steps=5, sample_every=2, gradient_accumulation_steps=2, sample_packing=True).train()
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == ["step-2.png", "step-4.png"]
+
+
+def test_collapsed_latents_are_said(make_trainer, model, caplog):
+    assert "latent_spread" in run_log(make_trainer(stage="1"))[-1] and "nearly equal" not in caplog.text
+    with torch.no_grad():  # the states of all samples become the norm's bias
+        model.model.language_model.norm.weight.zero_()
+    logger = logging.getLogger("vreflection_training.trainer")
+    logger.addHandler(caplog.handler)
+    try:
+        trainer = make_trainer(stage="1", learning_rate=0.0)
+        hook = model.model.language_model.norm.register_forward_hook(lambda module, args, out: out + 1)
+        log = run_log(trainer)
+    finally:
+        hook.remove()
+        logger.removeHandler(caplog.handler)
+    assert log[-1]["latent_spread"] < 1e-3 and "latents of different samples are nearly equal" in caplog.text
+
+
+def run_log(trainer):
+    trainer.train()
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+def test_metrics_against_a_computation_by_hand(make_trainer, model, processor, rows):
+    log = run_log(make_trainer(stage="1", max_steps=1, learning_rate=0.0))[0]
+    batch = VReflectionDataCollator(processor, model.config)([rows[0], rows[1]])
+    outputs = model(**{key: value for key, value in batch.items() if key not in FACTS}, latent_inputs="bcm")
+    distance = (outputs.latent_states - outputs.teacher_latents).abs().mean().item()
+    assert log["latent_distance"] == pytest.approx(distance, rel=1e-5)
+    h = outputs.latent_states.double()  # two segments: one minus their inner product over their mean square
+    spread = ((1 - (h[0] * h[1]).sum(1) / ((h[0] ** 2).sum(1) + (h[1] ** 2).sum(1)) * 2).mean() ** 0.5).item()
+    assert log["latent_spread"] == pytest.approx(spread, rel=1e-4)
+    assert log["teacher_inside_box"] == pytest.approx(1) and 0 < log["student_inside_box"] < 1
+    assert log["tokens_per_second"] > 0
+
+
+def test_a_step_of_bad_rows_alone_changes_nothing(make_trainer, model, rows, tmp_path):
+    bad = {**rows[0], "images": [str(tmp_path / "none.png")]}
+    before = copy.deepcopy(model.state_dict())
+    trainer = make_trainer(Rows([bad, bad]), stage="1", on_bad_row="skip", max_steps=1, weight_decay=0.0)
+    trainer.train()
+    assert not moved(before, model.state_dict()) and trainer.progress.num_skipped == 2
+
+
+def test_trackio_is_the_default_where_it_is_installed(tmp_path):
+    installed = importlib.util.find_spec("trackio") is not None
+    args = VReflectionSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    assert args.report_to == (["trackio"] if installed else [])
+    args = VReflectionSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="tensorboard")
+    assert args.report_to == ["tensorboard"]
+
+
+def test_packs_of_one_batch_and_flash_attention_are_refused(make_trainer, model):
+    model.config.get_text_config()._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="set `per_device_train_batch_size=1`"):
+        make_trainer(stage="1", sample_packing=True, per_device_train_batch_size=2)
