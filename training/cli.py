@@ -210,6 +210,10 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[0] in ("check", "merge"):
             return {"check": check, "merge": merge}[arguments[0]](arguments[1:])
         return launch(arguments) if "--accelerate_config" in arguments else run(arguments)
-    except (ValueError, OSError) as error:  # a recipe, a model or a data set that won't do; nothing has run yet
+    except (
+        ValueError,
+        OSError,
+        ImportError,
+    ) as error:  # a recipe, model, data set or engine that won't do; nothing has run
         print(f"vreflection-train: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """What a training run is told: the loss options beside trl's, and what to load."""
 
+import json
 from dataclasses import dataclass, field
 
 from transformers.integrations.integration_utils import is_trackio_available
@@ -233,10 +234,11 @@ class VReflectionScriptArguments:
         if (self.dataset_name is None) == (self.datasets is None):
             raise ValueError("Set either `dataset_name` or `datasets`.")
         for name in ("dataset_options", "datasets", "model_options"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError(
-                    f"`{name}` is a mapping or a list: write it into the recipe, not on the command line."
-                )
+            if isinstance(value := getattr(self, name), str):
+                try:
+                    setattr(self, name, json.loads(value))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"`{name}` must be JSON on the command line, got {value!r} ({error}).") from error
 
     @property
     def sources(self) -> list[dict]:

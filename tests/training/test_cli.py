@@ -59,6 +59,16 @@ def test_the_feedback_lands_in_the_generation_config_and_no_weight_in_the_config
     [
         (["no_such_recipe"], "No recipe 'no_such_recipe'.*tiny_base"),
         (["tiny_base", "--stage", "4"], "invalid choice|must be one of"),
+        (
+            ["tiny_base", "--dataset_options", "{difficulty: mixed}"],
+            "`dataset_options` must be JSON on the command line",
+        ),
+        (["tiny_base", "--min_pixels", "9000000"], "must be above 0 and not above `max_pixels`, got 9000000 and"),
+        (["tiny_base", "--load_in_4bit", "true"], "set `use_peft: true`"),
+        (["tiny_base", "--datasets", "[]"], "Set either `dataset_name` or `datasets`"),
+        (["tiny_base", "--accelerate_config", "zero9"], "No configuration of accelerate 'zero9'.*fsdp2"),
+        (["check", "no_such_recipe"], "No recipe 'no_such_recipe'"),
+        (["merge", "adapter"], "usage: vreflection-train merge ADAPTER OUTPUT"),
         (["tiny_stage1", "--from_scratch", "true"], "Set either `model_name_or_path` or `from_scratch: true`"),
     ],
 )
@@ -80,3 +90,32 @@ def test_an_unknown_key_in_a_recipe_is_refused(run, tmp_path, capsys):
 def test_help_lists_the_recipes(capsys):
     assert main([]) == 0
     assert "tiny_stage1" in capsys.readouterr().out
+
+
+def test_check_reports_without_a_model(run, tmp_path, capsys):
+    options = ["--sample_packing", "true", "--dataset_options", '{"split": "train", "count": 40}']
+    assert run("check", "tiny_base", "--dataset_name", "glyphsearch", *options, "--histogram", "lengths.png") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"rows +40\n", said) and "packs" in said
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG") and not (tmp_path / "outputs").exists()
+
+
+def test_check_fails_on_bad_rows(run, tmp_path, capsys):
+    row = {"id": "lost", "images": ["nowhere.png"], "messages": [{"role": "user", "content": [{"type": "image"}]}]}
+    row["messages"].append({"role": "assistant", "content": [{"type": "text", "text": "Z"}]})
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    arguments = ["check", "tiny_base", "--dataset_name", "rows.jsonl", "--dataset_options", "{}"]
+    assert run(*arguments) == 1 and "nowhere.png" in capsys.readouterr().out
+    assert run(*arguments, "--on_bad_row", "skip") == 0
+
+
+def test_options_of_accelerate_are_told_from_ours(monkeypatch, run):
+    launched = []
+    monkeypatch.setattr("vreflection_training.cli.launch_command", launched.append)
+    options = ["--accelerate_config", "ddp_8gpu", "--num_processes", "2", "--learning_rate", "0.1"]
+    assert run("tiny_base", *options) == 0
+    (command,) = launched
+    assert command.config_file.endswith("ddp_8gpu.yaml") and command.num_processes == 2 and command.module
+    assert command.training_script == "vreflection_training"
+    assert command.training_script_args[:3] == ["tiny_base", "--learning_rate", "0.1"]
+    assert "--num_processes" not in command.training_script_args
