@@ -150,7 +150,6 @@ class VReflectionDataCollator:
         supervised = spoken.bool() & batch["attention_mask"].bool()
         if not self.slot_ce:
             supervised &= (input_ids != self.config.latent_token_id) & (input_ids != self.config.latent_end_token_id)
-        supervised[:, 0] = False  # nothing predicts a sample's first token
         return input_ids.masked_fill(~supervised, -100)
 
     def _check(self, names: list[str], lengths: torch.Tensor, labels: torch.Tensor):

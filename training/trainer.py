@@ -222,12 +222,6 @@ class VReflectionSFTTrainer(SFTTrainer):
         # A step whose rows were all skipped has no labels.
         return batches, None if num_items is None else torch.as_tensor(num_items, device=device).clamp(min=1)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if not prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        with torch.no_grad(), self.compute_loss_context_manager():  # without the logits of whole sequences
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
         facts = {name: inputs[name] for name in FACTS}

@@ -208,6 +208,24 @@ class FullDisk(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+def test_no_older_checkpoint_goes_before_the_newer_is_whole(make_trainer, tmp_path, monkeypatch):
+    """Dies when everything is written, but other ranks may not have finished."""
+    trainer = make_trainer(**saving(tmp_path, save_total_limit=1))
+
+    def die():
+        if trainer.state.global_step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", die)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [Path(path).name for path in whole_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists()
+    monkeypatch.undo()
+    make_trainer(**saving(tmp_path, save_total_limit=1)).train(resume_from_checkpoint=True)
+    assert [Path(path).name for path in whole_checkpoints(tmp_path)] == ["checkpoint-4"]
+
+
 def test_bad_rows_are_skipped_and_named_at_the_end(make_trainer, tmp_path, caplog):
     bad = copy.deepcopy(SCENES[1])
     bad["id"], bad["images"] = "bad", [str(tmp_path / "missing.png")]
