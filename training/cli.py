@@ -22,6 +22,7 @@ usage: vreflection-train RECIPE [--option value ...]                            
        vreflection-train check RECIPE [--decode] [--histogram FILE] [--option value ...]
                                                                                 read all data, without a model
        vreflection-train merge ADAPTER OUTPUT                                   make a plain checkpoint of a LoRA adapter
+       vreflection-train cost --output FILE                                     measure speed and memory of training
 
 Recipes that come with the package: {recipes}.
 Configurations of accelerate that come with the package: {engines}; options of `accelerate launch` go with them."""
@@ -179,6 +180,13 @@ def merge(arguments: list[str]) -> int:
     return 0
 
 
+def cost(arguments: list[str]) -> int:
+    """Measures what reflections cost in training."""
+    from .cost.cli import main as measure_cost
+
+    return measure_cost(arguments)
+
+
 def run(arguments: list[str]) -> int:
     """Trains a recipe in this process."""
     from .data.rows import BadRow
@@ -207,8 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE.format(recipes=shipped(RECIPES), engines=shipped(ACCELERATE_CONFIGS)))
         return 0
     try:
-        if arguments[0] in ("check", "merge"):
-            return {"check": check, "merge": merge}[arguments[0]](arguments[1:])
+        if (command := {"check": check, "merge": merge, "cost": cost}.get(arguments[0])) is not None:
+            return command(arguments[1:])
         return launch(arguments) if "--accelerate_config" in arguments else run(arguments)
     except (
         ValueError,

@@ -55,6 +55,18 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def fill_block(document: str, name: str, text: str) -> str:
+    """The document with the text between the markers of that name.
+
+    Raises:
+        ValueError: A document without the markers.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if begin not in document or end not in document:
+        raise ValueError(f"The document has no {begin} and {end} to put the table between.")
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n\n{text}\n\n{end}", document, flags=re.DOTALL)
+
+
 def insert_table(document: str, report: dict) -> str:
     """The document with the report's table between the markers for its difficulty.
 
@@ -62,11 +74,7 @@ def insert_table(document: str, report: dict) -> str:
         ValueError: A document without the markers.
     """
     name = f"glyphsearch {report['tasks']['glyphsearch']['data']['difficulty']}"
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if begin not in document or end not in document:
-        raise ValueError(f"The document has no {begin} and {end} to put the table between.")
-    table = glyphsearch_table(report)
-    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n\n{table}\n\n{end}", document, flags=re.DOTALL)
+    return fill_block(document, name, glyphsearch_table(report))
 
 
 if __name__ == "__main__":

@@ -150,6 +150,16 @@ class VReflectionModel(Qwen2_5_VLModel):
             attentions=outputs.attentions,
         )
 
+    # `generate` reads the parameters' names.
+    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor | None = None, **kwargs):
+        """The stock features, without a graph where the vision encoder is frozen.
+
+        Gradient checkpointing lets its input require gradients, and would run it once more, forward and backward, for nothing.
+        """
+        learns = any(parameter.requires_grad for parameter in self.visual.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            return super().get_image_features(pixel_values, image_grid_thw, **kwargs)
+
     def _packed_positions(self, input_ids, position_ids, mm_token_type_ids, image_grid_thw) -> torch.LongTensor:
         """Positions (4, B, T) of packed rows: of the text, which keep samples apart, then in three dimensions."""
         if mm_token_type_ids is None:
@@ -490,7 +500,9 @@ class VReflectionForConditionalGeneration(ReflectionGenerationMixin, Qwen2_5_VLF
             logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
         return VReflectionCausalLMOutputWithPast(loss=loss, logits=logits, **outputs)
 
 

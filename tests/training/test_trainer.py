@@ -177,6 +177,16 @@ def test_a_non_finite_loss_stops_the_run_with_the_samples(make_trainer, model, w
         make_trainer(stage="1").train()
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_vision_encoder_is_not_run_backwards(make_trainer, model, frozen):
+    """Gradient checkpointing lets its input require gradients, and so its output would."""
+    graphs = []
+    hook = model.model.visual.register_forward_hook(lambda module, args, out: graphs.append(out.pooler_output))
+    make_trainer(stage="1", max_steps=1, gradient_checkpointing=True, freeze_vision=frozen).train()
+    hook.remove()
+    assert [features.requires_grad for features in graphs] == [not frozen]
+
+
 def test_gradient_checkpointing_changes_nothing(make_trainer, model):
     other = copy.deepcopy(model)
     options = {"stage": "2", "optim": "sgd", "learning_rate": 1.0, "max_steps": 1, "weight_decay": 0.0}

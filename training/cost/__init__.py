@@ -1,0 +1,1 @@
+"""What reflections cost in training, measured: `vreflection-train cost`."""

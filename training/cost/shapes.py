@@ -1,0 +1,158 @@
+"""Backbones to measure: a small one for a CPU, and the shapes of Qwen2.5-VL-3B and 7B."""
+
+from dataclasses import dataclass
+
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2VLImageProcessor,
+)
+
+from modeling_vreflection import VReflectionConfig, VReflectionProcessor
+from modeling_vreflection.processing_vreflection import LATENT_TOKENS
+
+from ..tiny import MERGE_SIZE, PATCH_SIZE, SPECIAL_TOKENS, tiny_tokenizer
+
+
+# A merged patch, in pixels.
+CELL = PATCH_SIZE * MERGE_SIZE
+# The paper's limits (4.1), in tokens or merged patches.
+PAPER = {"max_length": 16_384, "long_sample_length": 4096, "min_patches": 128, "max_patches": 5120}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of the backbone and of its pictures.
+
+    Args:
+        note (`str`): How it was chosen.
+        text (`dict`): Fields of the language model's config.
+        vision (`dict`): Fields of the vision encoder's config.
+        tied (`bool`): Whether embedding and head share their weights.
+        dtype (`str`): Dtype of the weights.
+        side (`int`): Side of the arms' pictures in merged patches.
+        mix_divisor (`int`): What areas and the limits of packing are divided by in the Visual CoT mix.
+    """
+
+    note: str
+    text: dict
+    vision: dict
+    tied: bool
+    dtype: str
+    side: int
+    mix_divisor: int
+
+
+VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+TEXT = {
+    "max_position_embeddings": 128_000,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]},
+}
+SHAPES = {
+    "small": Shape(
+        note=(
+            "Qwen2.5-VL-7B with its depths and every width divided by 14, the vocabulary too, so that BCM, DAC and the "
+            "vocabulary projection each have about the share of the work that they have in the 7B"
+        ),
+        text={
+            **TEXT,
+            "vocab_size": 10_864,
+            "hidden_size": 256,
+            "intermediate_size": 1353,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 1,
+            "rope_parameters": {**TEXT["rope_parameters"], "mrope_section": [4, 6, 6]},
+        },
+        vision={**VISION, "hidden_size": 96, "intermediate_size": 244, "num_heads": 4, "out_hidden_size": 256},
+        tied=False,
+        dtype="float32",
+        side=16,
+        mix_divisor=4,
+    ),
+    "3b": Shape(
+        note="Qwen2.5-VL-3B, random weights",
+        text={
+            **TEXT,
+            "vocab_size": 151_936,
+            "hidden_size": 2048,
+            "intermediate_size": 11_008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+        },
+        vision={**VISION, "out_hidden_size": 2048},
+        tied=True,
+        dtype="bfloat16",
+        side=16,
+        mix_divisor=1,
+    ),
+    "7b": Shape(
+        note="Qwen2.5-VL-7B, random weights",
+        text={
+            **TEXT,
+            "vocab_size": 152_064,
+            "hidden_size": 3584,
+            "intermediate_size": 18_944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+        },
+        vision={**VISION, "out_hidden_size": 3584},
+        tied=False,
+        dtype="bfloat16",
+        side=16,
+        mix_divisor=1,
+    ),
+}
+
+
+def build_processor(folder: str) -> VReflectionProcessor:
+    """The tiny model's tokenizer, and an image processor that leaves pictures as they are."""
+    tiny_tokenizer().save_pretrained(folder)
+    Qwen2VLImageProcessor(
+        patch_size=PATCH_SIZE,
+        merge_size=MERGE_SIZE,
+        size={"shortest_edge": CELL**2, "longest_edge": PAPER["max_patches"] * CELL**2},
+    ).save_pretrained(folder)
+    Qwen2_5_VLConfig().save_pretrained(folder)  # tells the tokenizer's class
+    return VReflectionProcessor.from_backbone(folder)
+
+
+def build_config(shape: Shape, processor: VReflectionProcessor) -> VReflectionConfig:
+    """The model's config; ids are the processor's, whose tokens fill only the head of the vocabulary."""
+    ids = {name: processor.tokenizer.convert_tokens_to_ids(name) for name in (*SPECIAL_TOKENS, *LATENT_TOKENS)}
+    start, slot, end = (ids[name] for name in LATENT_TOKENS)
+    return VReflectionConfig(
+        text_config={
+            **shape.text,
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+        vision_config={"patch_size": PATCH_SIZE, "spatial_merge_size": MERGE_SIZE, **shape.vision},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=shape.tied,
+        latent_start_token_id=start,
+        latent_token_id=slot,
+        latent_end_token_id=end,
+    )
+
+
+def stock_config(config: VReflectionConfig) -> Qwen2_5_VLConfig:
+    """The stock class's config with the same backbone."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings")
+    return Qwen2_5_VLConfig(
+        text_config=config.text_config.to_dict(),
+        vision_config=config.vision_config.to_dict(),
+        **{name: getattr(config, name) for name in names},
+    )
