@@ -48,7 +48,7 @@ def _arms_table(result: dict) -> list[str]:
 def _packing_lines(result: dict) -> list[str]:
     packing = result["packing"]
     lines = [
-        "| stage 1 on Visual CoT's mix of lengths | useful tokens/s (quartiles) | padding | ratio |",
+        "| stage 1, lengths mixed as assumed for Visual CoT | useful tokens/s (quartiles) | padding | ratio |",
         "|---|---|---|---|",
     ]
     for name, title in (("padded", "padded batches of 4 samples"), ("packed", "packs of at most 4 samples")):
