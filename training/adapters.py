@@ -7,14 +7,14 @@ from pathlib import Path
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
-from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
+from transformers import BitsAndBytesConfig, GenerationConfig
 from trl import ModelConfig
 from trl import get_quantization_config as get_stock_quantization_config
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
 
 from .configs import TRAINED_MODULES, VReflectionSFTConfig
-from .loading import load_model_and_processor
+from .loading import is_stock, load_model_and_processor
 
 
 LANGUAGE_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -188,7 +188,7 @@ def _is_stock(model: VReflectionForConditionalGeneration) -> bool:
             f"An adapter holds no base weights, only the base's name, and there is nothing at {base!r}: save the base "
             "with `save_pretrained`, and start from that folder."
         )
-    return AutoConfig.from_pretrained(base).model_type != VReflectionConfig.model_type
+    return is_stock(base)
 
 
 def _complete_targets(config: LoraConfig, names: list[str], args: VReflectionSFTConfig):

@@ -2,9 +2,11 @@
 
 import signal
 import threading
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -22,20 +24,30 @@ class RunProgress(TrainerCallback, ExportableState):
     def __init__(self, stage: str):
         self.stage = stage
         self.num_tokens = 0
-        self.num_skipped = 0
-        self.first_skipped: list[str] = []
+        self.skipped: list[str] = []
 
     def state(self) -> dict:
-        attributes = {name: getattr(self, name) for name in ("num_tokens", "num_skipped", "first_skipped")}
+        attributes = {"num_tokens": self.num_tokens, "skipped": self.skipped}
         return {"args": {"stage": self.stage}, "attributes": attributes}
 
     def restore(self, state: dict):
-        for name, value in state["attributes"].items():
-            setattr(self, name, value)
+        self.num_tokens = state["attributes"]["num_tokens"]
+        self.skip(state["attributes"]["skipped"])
 
     def skip(self, messages: list[str]):
-        self.num_skipped += len(messages)
-        self.first_skipped = (self.first_skipped + messages)[:NAMED_ROWS]
+        """Notes rows by what is wrong with them, each once however often an epoch comes to it."""
+        self.skipped = list(dict.fromkeys([*self.skipped, *messages]))
+
+    def gather_skipped(self):
+        """Lets every rank know of all ranks' skipped rows; all of them have to call it."""
+        self.skip(gather_object(self.skipped))
+
+    def report(self) -> str | None:
+        """How many rows were skipped, and the first of them by name."""
+        if not self.skipped:
+            return None
+        lines = "\n".join(f"- {message}" for message in self.skipped[:NAMED_ROWS])
+        return f"{len(self.skipped)} rows were skipped; the first of them:\n{lines}"
 
 
 class PreemptionCallback(TrainerCallback):
@@ -54,6 +66,7 @@ class PreemptionCallback(TrainerCallback):
         self._previous = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.requested = False
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             self._previous = signal.signal(signal.SIGTERM, self._request)
 
@@ -70,3 +83,10 @@ class PreemptionCallback(TrainerCallback):
 
     def _request(self, signum, frame):
         self.requested = True
+
+
+def outlive_sigterm(worker_id: int, then: Callable[[int], None] | None = None):
+    """`worker_init_fn` of a data loader: where the signal goes to all processes, workers go on until the run ends them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if then is not None:
+        then(worker_id)

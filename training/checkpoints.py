@@ -9,8 +9,13 @@ from transformers import TrainerState
 from transformers.trainer_utils import sort_checkpoints
 
 
-# transformers' own name for it.
+# transformers' own names.
 MARKER = "checkpoint-is-incomplete.txt"
+TRAINER_STATE_NAME = "trainer_state.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that a run can't resume from."""
 
 
 @contextmanager
@@ -46,30 +51,36 @@ def whole_checkpoints(output_dir: str | Path) -> list[str]:
     """The checkpoints of a folder that were written to the end, oldest first."""
     if not Path(output_dir).is_dir():
         return []
-    return [folder for folder in sort_checkpoints(str(output_dir)) if not (Path(folder) / MARKER).exists()]
+    return [folder for folder in sort_checkpoints(str(output_dir)) if is_whole(Path(folder))]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint was written to the end."""
+    return (folder / TRAINER_STATE_NAME).is_file() and not (folder / MARKER).exists()
 
 
 def remove_incomplete(output_dir: str | Path):
     """Removes what killed runs left half written."""
-    for marker in Path(output_dir).glob(f"checkpoint-*/{MARKER}"):
-        shutil.rmtree(marker.parent)
+    for folder in map(Path, sort_checkpoints(str(output_dir))):
+        if not is_whole(folder):
+            shutil.rmtree(folder)
 
 
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) -> str | None:
     """The checkpoint that a run is to resume from: `True` means the last whole one of its output folder.
 
     Raises:
-        ValueError: There is none, or the one that was named was never written to the end.
+        CheckpointError: There is none, or the one that was named was never written to the end.
     """
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint is True:
         found = whole_checkpoints(output_dir)
         if not found:
-            raise ValueError(f"No whole checkpoint to resume from in {output_dir}.")
+            raise CheckpointError(f"No whole checkpoint to resume from in {output_dir}.")
         return found[-1]
     if (Path(resume_from_checkpoint) / MARKER).exists():
-        raise ValueError(
+        raise CheckpointError(
             f"{resume_from_checkpoint} was being written when its run ended: resume from an earlier checkpoint, or from "
             "the last whole one with `resume_from_checkpoint=True`."
         )
@@ -80,12 +91,29 @@ def load_progress(checkpoint: str, key: str) -> dict:
     """What a callback named `key` stored in a checkpoint's trainer_state.json.
 
     Raises:
-        ValueError: The folder is no checkpoint of a run.
+        CheckpointError: The folder is no checkpoint of a run.
     """
-    path = Path(checkpoint) / "trainer_state.json"
+    path = Path(checkpoint) / TRAINER_STATE_NAME
     if not path.is_file():
-        raise ValueError(f"{checkpoint} is no checkpoint of a run: it has no trainer_state.json.")
+        raise CheckpointError(f"{checkpoint} is no checkpoint of a run: it has no trainer_state.json.")
     stored = TrainerState.load_from_json(str(path)).stateful_callbacks.get(key)
     if stored is None:
-        raise ValueError(f"{checkpoint} is no checkpoint of this trainer: its trainer_state.json has no {key}.")
+        raise CheckpointError(f"{checkpoint} is no checkpoint of this trainer: its trainer_state.json has no {key}.")
     return stored
+
+
+def check_same_stage(checkpoint: str, stored: str, stage: str):
+    """Raises where a run would go on from a checkpoint of another stage: a stage starts anew, from weights alone."""
+    if stored == stage:
+        return
+    folder = Path(checkpoint)
+    if (folder / "adapter_config.json").is_file():
+        how = f"merge it, `vreflection-train merge {folder} MERGED`, and start with --model_name_or_path MERGED"
+    elif any(folder.glob("model*.safetensors")):
+        how = f"vreflection-train RECIPE --model_name_or_path {folder}"
+    else:  # its weights are spread over the ranks' files; those of the finished run aren't
+        how = f"finish that stage, then vreflection-train RECIPE --model_name_or_path {folder.parent}"
+    raise CheckpointError(
+        f"{checkpoint} belongs to stage {stored!r}, and this run is stage {stage!r}: optimiser, schedule and data begin anew "
+        f"with a stage. Leave `resume_from_checkpoint` out and start from its weights: {how}."
+    )

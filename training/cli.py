@@ -112,7 +112,8 @@ def build_trainer(script: VReflectionScriptArguments, model_args: ModelConfig, a
     if script.latent_feedback is not None:
         model.generation_config.latent_feedback = script.latent_feedback
     limit_pixels(processor, script)
-    rows = load_rows(script.sources, streaming=script.streaming, seed=args.seed)
+    shuffle_buffer = None if args.train_sampling_strategy == "sequential" else script.shuffle_buffer
+    rows = load_rows(script.sources, streaming=script.streaming, seed=args.seed, shuffle_buffer=shuffle_buffer)
     return VReflectionSFTTrainer(model, args, processing_class=processor, train_dataset=rows, peft_config=peft_config)
 
 
@@ -187,15 +188,14 @@ def cost(arguments: list[str]) -> int:
     return measure_cost(arguments)
 
 
-def run(arguments: list[str]) -> int:
-    """Trains a recipe in this process."""
+def run(trainer, script: VReflectionScriptArguments) -> int:
+    """Trains; whatever a person can mend is one line."""
+    from .checkpoints import CheckpointError
     from .data.rows import BadRow
 
-    script, model_args, args = parse(arguments)
-    trainer = build_trainer(script, model_args, args)
     try:
         finished = train(trainer, script)
-    except (BadRow, FloatingPointError, OSError) as error:
+    except (BadRow, CheckpointError, FloatingPointError, OSError) as error:
         # From a worker of the data loader an error comes with its traceback as the message; its last line says it.
         print(f"vreflection-train: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 1
@@ -217,11 +217,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if (command := {"check": check, "merge": merge, "cost": cost}.get(arguments[0])) is not None:
             return command(arguments[1:])
-        return launch(arguments) if "--accelerate_config" in arguments else run(arguments)
-    except (
-        ValueError,
-        OSError,
-        ImportError,
-    ) as error:  # a recipe, model, data set or engine that won't do; nothing has run
+        if "--accelerate_config" in arguments:
+            return launch(arguments)
+        script, model_args, args = parse(arguments)
+        trainer = build_trainer(script, model_args, args)
+    except (ValueError, OSError, ImportError) as error:  # a recipe, model, data set or engine that won't do
         print(f"vreflection-train: {error}", file=sys.stderr)
         return 2
+    return run(trainer, script)

@@ -13,7 +13,7 @@ from modeling_vreflection.processing_vreflection import rendered_reflections
 
 from .data.images import load_image
 from .data.measure import measure_row
-from .data.rows import BadRow, row_messages
+from .data.rows import BadRow, check_past_reflections, row_messages
 
 
 SPARE_ROW = {
@@ -121,9 +121,11 @@ class VReflectionDataCollator:
 
     def _messages(self, row: dict[str, Any], name: str) -> list[dict]:
         try:
-            return [{**message, "content": self._parts(message["content"])} for message in row_messages(row)]
+            messages = [{**message, "content": self._parts(message["content"])} for message in row_messages(row)]
         except (OSError, ValueError) as error:  # a picture
             raise error if isinstance(error, BadRow) else BadRow(f"Sample {name}: {error}") from error
+        check_past_reflections(messages, row)
+        return messages
 
     def _parts(self, content: list[dict]) -> list[dict]:
         return [

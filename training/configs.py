@@ -207,6 +207,8 @@ class VReflectionScriptArguments:
             Several sources instead of one, each with `path`, `format`, `image_folder`, `weight`, ….
         streaming (`bool`, *optional*, defaults to `False`):
             Whether rows are read as they are needed; `max_steps` must be given then.
+        shuffle_buffer (`int`, *optional*, defaults to 1000):
+            Rows of a stream among which the next one is drawn, unless `train_sampling_strategy` is `"sequential"`.
         min_pixels (`int`, *optional*):
             Fewest pixels that a picture is scaled to; written into the processor. The checkpoint's, if left out.
         max_pixels (`int`, *optional*):
@@ -224,6 +226,7 @@ class VReflectionScriptArguments:
     dataset_options: dict | str | None = field(default=None, metadata={"help": "Further options of the data set."})
     datasets: list | str | None = field(default=None, metadata={"help": "Several sources, as a list of mappings."})
     streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed."})
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Rows of a stream among which the next is drawn."})
     min_pixels: int | None = field(default=None, metadata={"help": "Fewest pixels a picture is scaled to."})
     max_pixels: int | None = field(default=None, metadata={"help": "Most pixels a picture is scaled to."})
     save_dtype: str | None = field(default=None, metadata={"help": "Dtype of the final checkpoint."})

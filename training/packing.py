@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 
 from modeling_vreflection import VReflectionProcessor
@@ -39,7 +41,7 @@ def pack_samples(
         samples (`Iterable[tuple[T, int]]`): Samples, each with its length in tokens.
         max_length (`int`): Most tokens of a pack.
         max_samples (`int`, *optional*, defaults to 4): Most samples of a pack.
-        long_length (`int`, *optional*, defaults to 4096): A sample above it is packed alone.
+        long_length (`int`, *optional*, defaults to 4096): A sample above it, or of unknown length (0), is packed alone.
         lookahead (`int`, *optional*, defaults to 256): Samples held in the buffer.
 
     Yields:
@@ -67,7 +69,7 @@ def pack_samples(
     for arrival, (sample, length) in enumerate(samples):
         if length > max_length:
             raise ValueError(f"A sample of {length} tokens doesn't fit a pack of {max_length}.")
-        if length > long_length:
+        if length > long_length or length == 0:
             yield [sample]
             continue
         waiting[arrival] = sample, length
@@ -166,9 +168,12 @@ def pack_dataset(
     reflect = args.stage != "sft"
     if isinstance(rows, IterableDataset):
         return PackedIterableDataset(rows, processor, reflect, args.on_bad_row, rule), []
-    numbers, lengths, skipped = measure_rows(
-        rows, processor, reflect=reflect, on_bad_row=args.on_bad_row, num_proc=args.dataset_num_proc
-    )
+    # One process measures: a file that only one of them fails to read would give them different packs.
+    measured = [None]
+    if PartialState().is_main_process:
+        options = {"reflect": reflect, "on_bad_row": args.on_bad_row, "num_proc": args.dataset_num_proc}
+        measured = [measure_rows(rows, processor, **options)]
+    numbers, lengths, skipped = broadcast_object_list(measured)[0]
     samples = []
     for number, length in zip(numbers, lengths):
         if length <= args.max_length:
@@ -178,6 +183,8 @@ def pack_dataset(
         if args.on_bad_row == "error":
             raise BadRow(message)
         skipped.append(message)
+    if not samples:
+        raise BadRow(f"Of {len(rows)} rows none can be trained on. The first: {' '.join(skipped[:1])}")
     if args.train_sampling_strategy != "sequential":
         random.Random(args.seed).shuffle(samples)
     return PackedDataset(rows, list(pack_samples(samples, **rule))), skipped

@@ -3,11 +3,12 @@
 import random
 import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import is_peft_model
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
@@ -17,10 +18,11 @@ from trl.trainer.utils import entropy_from_logits
 from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.drawing import save_figure
 
-from .callbacks import NAMED_ROWS, PreemptionCallback, RunProgress
-from .checkpoints import find_checkpoint, load_progress, remove_incomplete, writing
+from .callbacks import PreemptionCallback, RunProgress, outlive_sigterm
+from .checkpoints import check_same_stage, find_checkpoint, load_progress, remove_incomplete, writing
 from .collator import VReflectionDataCollator
 from .configs import TRAINED_MODULES, VReflectionSFTConfig
+from .data.rows import BadRow
 from .loading import load_model_and_processor
 from .losses import (
     attention_distillation_loss,
@@ -100,6 +102,15 @@ class VReflectionSFTTrainer(SFTTrainer):
                 "The model carries an adapter already: merge it (`vreflection-train merge ADAPTER OUTPUT`), and start from "
                 "the merged checkpoint with a new `peft_config`."
             )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {args.n_gpu} GPUs, and torch's DataParallel would cut batches apart: start with "
+                "`--accelerate_config ddp_8gpu --num_processes N`, or set CUDA_VISIBLE_DEVICES=0."
+            )
+        if args.world_size > 1 and not getattr(data_collator, "every_module", True):
+            raise ValueError(
+                "With several processes the collator needs `every_module=True`, or they may wait for ever."
+            )
         check_stage(model, args)
         if peft_config is None:
             freeze(model, args)
@@ -137,6 +148,9 @@ class VReflectionSFTTrainer(SFTTrainer):
         self._spread = LatentSpread(*self._latents_shape)
         self._segments_in_step = None
         self._drawn_step = None
+        self._collapsed = False
+        # Before stage 2 the student is as it was drawn.
+        self._watched = ("teacher", "student") if "dac" in TRAINED_MODULES[args.stage] else ("teacher",)
         self._clock = None  # when tokens were last counted, and how many there were
         super().__init__(
             model=model,
@@ -154,27 +168,36 @@ class VReflectionSFTTrainer(SFTTrainer):
         self.add_callback(self.preemption)
         if args.sample_packing:
             self.train_dataset, skipped = pack_dataset(self.train_dataset, processing_class, args)
-            self.progress.skip(skipped if self.is_world_process_zero() else [])
+            self.progress.skip(skipped)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """[`~transformers.Trainer.train`], which never resumes from a checkpoint that wasn't written to the end.
 
         Raises:
-            ValueError: No whole checkpoint where one is asked for; a checkpoint of another stage.
+            CheckpointError: No whole checkpoint where one is asked for; a checkpoint of another stage.
         """
         checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
         if checkpoint is not None:
             stored = load_progress(checkpoint, type(self.progress).__name__)
-            check_resumed_stage(checkpoint, stored["args"]["stage"], self.args.stage)
+            check_same_stage(checkpoint, stored["args"]["stage"], self.args.stage)
             self.progress.restore(stored)
+        self.accelerator.wait_for_everyone()  # all have chosen
         if self.is_world_process_zero():
             remove_incomplete(self.args.output_dir)
         self.accelerator.wait_for_everyone()
         self._total_train_tokens = self.progress.num_tokens
         self._clock = (time.perf_counter(), self._total_train_tokens)
         result = super().train(checkpoint, **kwargs)
-        self._report_skipped()
+        self.progress.gather_skipped()
+        if self.is_world_process_zero() and (report := self.progress.report()):
+            logger.warning(report)
         return result
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.worker_init_fn = partial(outlive_sigterm, then=inner.worker_init_fn)
+        return loader
 
     def _save(self, output_dir=None, state_dict=None):
         if self.is_fsdp_enabled and self.model.config.tie_word_embeddings:
@@ -205,7 +228,9 @@ class VReflectionSFTTrainer(SFTTrainer):
         # An older checkpoint goes only when this one is whole.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
+            self.progress.gather_skipped()
             with writing(folder, self.args.should_save):
+                self.accelerator.wait_for_everyone()  # nobody writes before the marker
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
         finally:
@@ -219,8 +244,9 @@ class VReflectionSFTTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices:
             segments = self.accelerator.gather(segments).sum()
         self._segments_in_step = segments.clamp(min=1)
-        # A step whose rows were all skipped has no labels.
-        return batches, None if num_items is None else torch.as_tensor(num_items, device=device).clamp(min=1)
+        if batches and num_items is not None and int(num_items) == 0:
+            raise BadRow("No row of this step can be trained on: `vreflection-train check RECIPE` says why.")
+        return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
@@ -272,7 +298,7 @@ class VReflectionSFTTrainer(SFTTrainer):
             seen = torch.tensor(facts["num_tokens"], device=loss.device)
             self.progress.num_tokens += int(self.accelerator.reduce(seen, reduction="sum"))
             self._total_train_tokens = self.progress.num_tokens
-            self.progress.skip(facts["skipped"])
+        self.progress.skip(facts["skipped"])
         self._metrics[mode]["num_tokens"] = [self.progress.num_tokens]
         return (loss, outputs) if return_outputs else loss
 
@@ -314,7 +340,7 @@ class VReflectionSFTTrainer(SFTTrainer):
         if outputs.teacher_latents is not None:
             pair = outputs.latent_states, outputs.teacher_latents
             self._meters[mode].add("latent_distance", latent_distance(*pair, "l1", 1), count)
-        for name in ("teacher", "student"):
+        for name in self._watched:
             attention = getattr(outputs, f"{name}_attention")
             if attention is not None:
                 inside = attention_inside(attention, inputs["boxes"], grids)
@@ -330,16 +356,20 @@ class VReflectionSFTTrainer(SFTTrainer):
     def _draw(self, inputs, outputs, facts, grids: list[tuple[int, int]], step: int):
         image, *box = inputs["boxes"][0].tolist()
         height, width = grids[image]
-        teacher, student = (
-            None if attention is None else attention[0, :, : height * width].unflatten(1, (height, width))
-            for attention in (outputs.teacher_attention, outputs.student_attention)
-        )
+        maps = {name: getattr(outputs, f"{name}_attention") for name in self._watched}
+        maps = {
+            name: attention[0, :, : height * width].unflatten(1, (height, width))
+            for name, attention in maps.items()
+            if attention is not None
+        }
         image_processor = self.processing_class.image_processor
         picture = picture_from_patches(inputs["pixel_values"], inputs["image_grid_thw"], image, image_processor)
         name = next(name for name, count in zip(facts["sample_ids"], facts["reflections"]) if count)
         folder = Path(self.args.output_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        figure = draw_sample(picture, box, teacher, student, f"stage {self.args.stage}, step {step}: {name}")
+        figure = draw_sample(
+            picture, box, maps.get("teacher"), maps.get("student"), f"stage {self.args.stage}, step {step}: {name}"
+        )
         save_figure(figure, folder / f"step-{step}.png")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -364,18 +394,13 @@ class VReflectionSFTTrainer(SFTTrainer):
             self._spread = LatentSpread(*self._latents_shape)
             if spread is not None:
                 logs["latent_spread"] = spread
-            if (message := collapse_message(spread, self.state.global_step)) and self.is_world_process_zero():
+            message = collapse_message(spread, self.state.global_step)
+            if message and not self._collapsed and self.is_world_process_zero():
                 logger.warning(message)
-        if self.progress.num_skipped:
-            logs["skipped_rows"] = self.progress.num_skipped
-
-    def _report_skipped(self):
-        """Names what was skipped, of all ranks."""
-        counts = gather_object([self.progress.num_skipped])
-        first = gather_object(self.progress.first_skipped)
-        if sum(counts) and self.is_world_process_zero():
-            lines = "\n".join(f"- {message}" for message in first[:NAMED_ROWS])
-            logger.warning(f"{sum(counts)} rows were skipped; the first of them:\n{lines}")
+            self._collapsed = message is not None
+        self.progress.gather_skipped()
+        if self.progress.skipped:
+            logs["skipped_rows"] = len(self.progress.skipped)
 
 
 def states_learn(seed: int, global_step: int, probability: float) -> bool:
@@ -406,16 +431,6 @@ def is_trained(bcm) -> bool:
         gathered = deepspeed.zero.GatheredParameters([bcm.norm.bias])
     with gathered:
         return bcm.is_trained
-
-
-def check_resumed_stage(checkpoint: str, stored: str, stage: str):
-    """Raises where a run would go on from a checkpoint of another stage: a stage starts anew, from weights alone."""
-    if stored != stage:
-        raise ValueError(
-            f"{checkpoint} belongs to stage {stored!r}, and this run is stage {stage!r}: optimiser, schedule and data begin "
-            "anew with a stage. Leave `resume_from_checkpoint` out and start from its weights: vreflection-train RECIPE "
-            f"--model_name_or_path {checkpoint}"
-        )
 
 
 def freeze(model, args: VReflectionSFTConfig):

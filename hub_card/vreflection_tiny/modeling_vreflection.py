@@ -107,7 +107,12 @@ class VReflectionModel(Qwen2_5_VLModel):
         """See [`VReflectionForConditionalGeneration.forward`]; `latent_state` (B, 1, D) is what `generate` feeds back."""
         if position_ids is not None and position_ids.ndim == 2 and input_ids is not None and attention_mask is None:
             types = kwargs.get("mm_token_type_ids")
-            position_ids = self._packed_positions(input_ids, position_ids, types, image_grid_thw)
+            if types is not None:
+                position_ids = self._packed_positions(input_ids, position_ids, types, image_grid_thw)
+                if use_cache is not False:
+                    raise ValueError("Packed rows need `use_cache=False`: with a cache samples would see one another.")
+            elif (position_ids.diff() < 0).any():
+                raise ValueError("Packed rows, which `position_ids` that begin anew mean, need `mm_token_type_ids`.")
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -162,8 +167,6 @@ class VReflectionModel(Qwen2_5_VLModel):
 
     def _packed_positions(self, input_ids, position_ids, mm_token_type_ids, image_grid_thw) -> torch.LongTensor:
         """Positions (4, B, T) of packed rows: of the text, which keep samples apart, then in three dimensions."""
-        if mm_token_type_ids is None:
-            raise ValueError("Packed rows, which 2-D `position_ids` without a mask mean, need `mm_token_type_ids`.")
         positions, _ = self.get_rope_index(input_ids, mm_token_type_ids, image_grid_thw)  # as if a row were one sample
         starts = torch.arange(position_ids.shape[1], device=position_ids.device) - position_ids
         positions = positions - positions.gather(2, starts.expand_as(positions))
@@ -454,8 +457,8 @@ class VReflectionForConditionalGeneration(ReflectionGenerationMixin, Qwen2_5_VLF
 
         Args:
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Where rows hold several samples each, every
-                token's position in its own sample, with `attention_mask=None` and `use_cache=False`: attention stays
-                within samples.
+                token's position in its own sample, with `mm_token_type_ids`, `attention_mask=None` and
+                `use_cache=False`: attention stays within samples.
             boxes (`torch.LongTensor` of shape `(G, 5)`, *optional*): One row a segment, in the order of `input_ids`:
                 the image's index in `image_grid_thw`, then x0, y0, x1, y1 in 1/65,536 of its sides. The processor makes
                 them.

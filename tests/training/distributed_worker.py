@@ -45,9 +45,10 @@ def run(spec):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model, processor = load_model_and_processor(spec["checkpoint"], dtype="float32")
     trainer = VReflectionSFTTrainer(model, args, processing_class=processor, train_dataset=Rows(rows()))
-    trainer.train(resume_from_checkpoint=spec["resume"])
+    trainer.train(resume_from_checkpoint=spec.get("resume"))
     if sharded:
         assert isinstance(trainer.model_wrapped, FSDPModule)
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
         Path(args.output_dir, "history.json").write_text(json.dumps(trainer.state.log_history))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_helpers import moved
 from safetensors.torch import load_file
 
 from vreflection_training.loading import load_model_and_processor
@@ -19,7 +20,7 @@ FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
 ZERO = {"DS_ACCELERATOR": "cpu"}
 SAME = ("loss", "loss_ce", "loss_bcm", "loss_feat", "loss_attn", "latent_distance", "num_tokens", "latent_spread")
@@ -27,8 +28,9 @@ SAME = ("loss", "loss_ce", "loss_bcm", "loss_feat", "loss_attn", "latent_distanc
 
 # SGD, so that an error in a gradient isn't scaled away.
 SGD = {"optim": "sgd", "learning_rate": 0.05, "gradient_checkpointing": False, "max_grad_norm": 1e9}
+PACKED = {"stage": "1", "sample_packing": True, "max_length": 400, "packing_lookahead": 2}
 RUNS = {
-    "stage 1, packed": {"stage": "1", "sample_packing": True, "max_length": 400, "packing_lookahead": 2},
+    "stage 1, packed": PACKED,
     "stage 2": {"stage": "2"},
     "sft": {"stage": "sft", "freeze_vision": False},
 }
@@ -46,21 +48,15 @@ def zero(stage):
 
 def start(folder, checkpoint, processes, environment=None, deepspeed=None):
     """Trains all runs, one after the other, in some processes."""
+    common = {"save_strategy": "no", "per_device_train_batch_size": 2 // processes, "deepspeed": deepspeed, **SGD}
     specs = [
-        {
-            "checkpoint": str(checkpoint),
-            "resume": None,
-            "options": {
-                "output_dir": str(folder / name),
-                "save_strategy": "no",
-                "per_device_train_batch_size": 2 // processes,
-                "deepspeed": deepspeed,
-                **SGD,
-                **options,
-            },
-        }
+        {"checkpoint": str(checkpoint), "options": {"output_dir": str(folder / name), **common, **options}}
         for name, options in RUNS.items()
     ]
+    saving = {"output_dir": str(folder / "resumed"), "save_strategy": "steps", "save_steps": 2}
+    broken = {"checkpoint": str(checkpoint), "options": {**common, **PACKED, **saving}}
+    resume = str(folder / "resumed" / "checkpoint-2")
+    specs += [broken, {**broken, "resume": resume}]
     (folder / "specs.json").write_text(json.dumps(specs))
     launcher = []
     if processes > 1:
@@ -133,3 +129,10 @@ def test_two_processes_equal_one(alone, together, name):
     """Steps in which one rank has no box, or no picture, included: nobody waits for ever."""
     folder, twice = together
     assert_same(result(alone / name), result(folder / name), twice)
+
+
+def test_a_resumed_run_of_two_processes_equals_the_uninterrupted_one(together):
+    folder, _ = together
+    (expected, curve), (got, resumed) = result(folder / "stage 1, packed"), result(folder / "resumed")
+    assert [step["loss"] for step in curve] == [step["loss"] for step in resumed]
+    assert not moved(expected, got)

@@ -101,7 +101,8 @@ def write_recipe(folder):
 def start(recipe, *options):
     command = [sys.executable, "-m", "vreflection_training", str(recipe), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
 
 def wait_for(path, process):
@@ -128,9 +129,9 @@ def test_killed_then_preempted_then_finished_equals_uninterrupted(tmp_path):
     whole = [Path(path).name for path in whole_checkpoints(broken)]
     assert whole[:2] == ["checkpoint-2", "checkpoint-4"]  # nothing older went before the newer was whole
 
-    process = start(recipe, "--resume_from_checkpoint", "true")
+    process = start(recipe, "--resume_from_checkpoint", "true", "--dataloader_num_workers", "2")
     wait_for(broken / "checkpoint-8", process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as schedulers do: the data loader's workers get it too
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0
     step = int(re.search(r"ended by SIGTERM after step (\d+) of 12", said).group(1))
@@ -164,6 +165,9 @@ def test_a_checkpoint_that_was_being_written_is_never_resumed_from(make_trainer,
     assert find_checkpoint(str(tmp_path), True) == str(tmp_path / "checkpoint-2")
     trainer.train(resume_from_checkpoint=True)
     assert not (tmp_path / "checkpoint-4" / MARKER).exists()  # written anew
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-6" / "rng_state_1.pth").touch()  # a rank died before another had begun
+    assert find_checkpoint(str(tmp_path), True) == str(tmp_path / "checkpoint-4")
 
 
 def test_resuming_from_nothing_says_so(make_trainer, tmp_path):
@@ -180,6 +184,29 @@ def test_a_stage_is_not_resumed_from_another(make_trainer, tmp_path):
     message = "belongs to stage '1', and this run is stage '2'.*--model_name_or_path .*checkpoint-4"
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
+    (tmp_path / "one" / "checkpoint-4" / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="vreflection-train merge .*checkpoint-4 MERGED`, and start with"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
+
+
+def test_a_run_can_go_on_after_a_preemption(make_trainer, tmp_path):
+    trainer = make_trainer(**saving(tmp_path))
+    trainer.add_callback(Preempted(at_step=1))
+    trainer.train()
+    assert trainer.state.global_step == 1 and trainer.preemption.requested
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4 and not trainer.preemption.requested
+
+
+class Preempted(TrainerCallback):
+    """Sends the signal once."""
+
+    def __init__(self, at_step):
+        self.at_step = at_step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at_step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(make_trainer, tmp_path):
@@ -212,8 +239,11 @@ def test_no_older_checkpoint_goes_before_the_newer_is_whole(make_trainer, tmp_pa
     """Dies when everything is written, but other ranks may not have finished."""
     trainer = make_trainer(**saving(tmp_path, save_total_limit=1))
 
+    waits = []
+
     def die():
-        if trainer.state.global_step == 4:
+        waits.append(trainer.state.global_step)
+        if waits.count(4) == 2:  # before writing, and after it
             raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", die)
@@ -233,8 +263,16 @@ def test_bad_rows_are_skipped_and_named_at_the_end(make_trainer, tmp_path, caplo
     with pytest.raises(ValueError, match="Sample bad: .*missing.png: no such file"):
         make_trainer(data, stage="1").train()
     for packing in (False, True):
-        trainer = make_trainer(data, stage="1", on_bad_row="skip", sample_packing=packing, num_train_epochs=1)
-        trainer.train()
-        assert trainer.progress.num_skipped == 1
-        assert "missing.png" in trainer.progress.first_skipped[0]
+        trainer = make_trainer(data, stage="1", on_bad_row="skip", sample_packing=packing, max_steps=4)
+        trainer.train()  # more than one epoch
+        (message,) = trainer.progress.skipped
+        assert "missing.png" in message
+        assert trainer.progress.report().startswith("1 rows were skipped; the first of them:\n- Sample bad: ")
         assert trainer.state.log_history[-2]["skipped_rows"] == 1
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_run_without_one_good_row_fails(make_trainer, tmp_path, packing):
+    data = Rows([{**SCENES[0], "id": str(number), "images": [str(tmp_path / "missing.png")]} for number in range(4)])
+    with pytest.raises(ValueError, match="Of 4 rows none can be|No row of this step can be trained on"):
+        make_trainer(data, stage="1", on_bad_row="skip", sample_packing=packing).train()

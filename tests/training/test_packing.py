@@ -142,10 +142,24 @@ def test_a_pack_is_labelled_like_its_samples(processor, model):
     assert "attention_mask" not in pack and pack["num_tokens"] == int(real.sum())
 
 
-def test_packed_rows_need_their_token_types(model, processor):
-    batch = VReflectionDataCollator(processor, model.config)([ROWS[1:2]])
+def test_packed_rows_need_their_token_types_and_no_cache(model, processor):
+    batch = VReflectionDataCollator(processor, model.config)([[ROWS[1], ROWS[1]]])
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     with pytest.raises(ValueError, match="need `mm_token_type_ids`"):
-        model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+        model(**inputs, use_cache=False)
+    with pytest.raises(ValueError, match="need `use_cache=False`"):
+        model(**inputs, mm_token_type_ids=batch["mm_token_type_ids"])
+
+
+def test_plain_positions_of_a_text_are_as_good_as_none(model, processor):
+    ids = processor.tokenizer("Which glyph is on the red cross?", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        given = model(input_ids=ids, position_ids=torch.arange(ids.shape[1])[None]).logits
+        assert torch.equal(given, model(input_ids=ids).logits)
+
+
+def test_a_bad_row_of_a_stream_takes_no_place_in_a_pack():
+    assert packs_of([10, 0, 10, 10, 10], max_length=100) == [[1], [0, 2, 3, 4]]
 
 
 def lengths(count, seed=0):

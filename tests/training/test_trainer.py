@@ -318,16 +318,15 @@ def test_metrics_against_a_computation_by_hand(make_trainer, model, processor, r
     h = outputs.latent_states.double()  # two segments: one minus their inner product over their mean square
     spread = ((1 - (h[0] * h[1]).sum(1) / ((h[0] ** 2).sum(1) + (h[1] ** 2).sum(1)) * 2).mean() ** 0.5).item()
     assert log["latent_spread"] == pytest.approx(spread, rel=1e-4)
-    assert log["teacher_inside_box"] == pytest.approx(1) and 0 < log["student_inside_box"] < 1
+    assert log["teacher_inside_box"] == pytest.approx(1)
+    assert "student_inside_box" not in log  # as it was drawn: it says nothing
     assert log["tokens_per_second"] > 0
 
 
-def test_a_step_of_bad_rows_alone_changes_nothing(make_trainer, model, rows, tmp_path):
-    bad = {**rows[0], "images": [str(tmp_path / "none.png")]}
-    before = copy.deepcopy(model.state_dict())
-    trainer = make_trainer(Rows([bad, bad]), stage="1", on_bad_row="skip", max_steps=1, weight_decay=0.0)
-    trainer.train()
-    assert not moved(before, model.state_dict()) and trainer.progress.num_skipped == 2
+def test_several_gpus_in_one_process_are_refused(make_trainer, monkeypatch):
+    monkeypatch.setattr(VReflectionSFTConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match="One process sees 2 GPUs.*--accelerate_config ddp_8gpu"):
+        make_trainer(stage="1")
 
 
 def test_trackio_is_the_default_where_it_is_installed(tmp_path):

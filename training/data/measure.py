@@ -11,7 +11,7 @@ from modeling_vreflection import VReflectionProcessor
 from modeling_vreflection.processing_vreflection import quantise_box, rendered_reflections
 
 from .images import count_image_tokens, image_size, load_image
-from .rows import BadRow, row_images, row_messages, row_name
+from .rows import BadRow, check_past_reflections, row_images, row_messages, row_name
 
 
 __all__ = ["BadRow", "Inspection", "RowMeasure", "inspect_row", "inspect_rows", "measure_row", "measure_rows"]
@@ -194,6 +194,7 @@ def _look(row, messages, found: Inspection, processor, reflect: bool, decode: bo
         ]
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow(f"{name} has nothing to learn from: no assistant's turn.", "nothing to learn")
+    check_past_reflections(messages, row)
     reflections = rendered_reflections(messages)
     found.reflections = len(reflections)
     for number, part in enumerate(reflections):

@@ -7,6 +7,8 @@ import PIL.Image
 from datasets import Features, Image, List, Value
 from trl.data_utils import prepare_multimodal_messages
 
+from modeling_vreflection.processing_vreflection import rendered_reflections
+
 
 # One schema for all sources, so that they can be mixed. Pictures stay paths or encoded bytes until they are loaded. `error` says
 # what is wrong with a row that its reader couldn't make sense of.
@@ -83,6 +85,17 @@ def row_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
         return prepare_multimodal_messages(cleaned, images=row_images(row))
     except ValueError as error:
         raise BadRow(f"{row_name(row)}: {error}", "images and places") from error
+
+
+def check_past_reflections(messages: list[dict[str, Any]], row: dict[str, Any]):
+    """Raises where a reflection stands before the last question: the chat template would drop it, and train on the answer."""
+    given = sum(part["type"] == "reflection" for message in messages for part in message["content"])
+    if len(rendered_reflections(messages)) < given:
+        raise BadRow(
+            f"{row_name(row)}: {given - len(rendered_reflections(messages))} of its reflections belong to turns before the "
+            "last question, where what was seen is forgotten: make a row of each turn.",
+            "past reflection",
+        )
 
 
 def make_row(row_id: str, dataset: str, images: Sequence[Any], messages: list[dict[str, Any]]) -> dict[str, Any]:

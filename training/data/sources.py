@@ -42,7 +42,9 @@ class Source:
     options: dict[str, Any]
 
 
-def load_rows(sources: list[dict[str, Any]], *, streaming: bool = False, seed: int = 0) -> Dataset | IterableDataset:
+def load_rows(
+    sources: list[dict[str, Any]], *, streaming: bool = False, seed: int = 0, shuffle_buffer: int | None = None
+) -> Dataset | IterableDataset:
     """Loads sources in any format as one data set of rows with `id`, `dataset`, `images` and `messages`.
 
     Pictures stay files (`{"path": ..., "bytes": ...}`) until they are needed. A row that its reader can't understand comes
@@ -72,7 +74,8 @@ def load_rows(sources: list[dict[str, Any]], *, streaming: bool = False, seed: i
         streaming (`bool`, *optional*, defaults to `False`): Whether to read rows as they are used. Otherwise they are read
             once, into the cache of `datasets`, and again when a file or a folder with pictures has changed. Pictures that
             a data set holds itself are copied there, too.
-        seed (`int`, *optional*, defaults to 0): Seed of the mixture.
+        seed (`int`, *optional*, defaults to 0): Seed of the mixture, and of the order of a stream.
+        shuffle_buffer (`int`, *optional*): Rows of a stream among which the next one is drawn. Left out: in order.
 
     Returns:
         `Dataset` or `IterableDataset`: The sources one after the other; with weights, mixed until each has been read
@@ -87,6 +90,13 @@ def load_rows(sources: list[dict[str, Any]], *, streaming: bool = False, seed: i
     parsed = [_parse(source, number) for number, source in enumerate(sources)]
     weights = [source.get("weight") for source in sources]
     _check_weights(weights)
+    rows = _mix(parsed, weights, streaming, seed)
+    if streaming and shuffle_buffer is not None:
+        return rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+    return rows
+
+
+def _mix(parsed: list[Source], weights: list[float | None], streaming: bool, seed: int) -> Dataset | IterableDataset:
     if len(parsed) == 1 and parsed[0].format in GLYPHSEARCH and not streaming:
         return GLYPHSEARCH[parsed[0].format](**parsed[0].options)
     loaded = [_load(source, streaming) for source in parsed]

@@ -51,7 +51,7 @@ GOOD = {
         "messages": [
             {"role": "system", "content": "Short."},
             ask(IMAGE, "What?"),
-            answer(reflection(), "A"),  # not rendered: it lies in the past
+            answer("A"),
             ask(IMAGE, "And here?"),
             answer("First B, ", reflection(image_index=1), "é\n<|sovt|> 图"),
         ],
@@ -235,3 +235,15 @@ def test_a_picture_that_was_missing_counts_when_it_is_there(processor, tmp_path)
     assert len(measure_rows(dataset, processor, on_bad_row="skip")[0]) == 10
     Picture.new("RGB", (84, 56)).save(tmp_path / "gone.jpg")
     assert len(measure_rows(dataset, processor)[0]) == 12
+
+
+def test_a_reflection_before_the_last_question_is_bad(processor, collate):
+    """The template would drop it, and its answer would be trained on without."""
+    turns = [ask(IMAGE, "What?"), answer(reflection(), "A"), ask("And there?"), answer(reflection(), "B")]
+    row = {"id": "seven", "images": [picture()], "messages": turns}
+    for check in (lambda: measure_row(row, processor), lambda: collate([row])):
+        with pytest.raises(
+            BadRow, match="Sample seven: 1 of its reflections belong to turns before the last question"
+        ):
+            check()
+    assert check_agreement(row, processor, collate, reflect=False).reflections == 0

@@ -286,3 +286,18 @@ def test_sources_that_cannot_be_understood_are_refused(folder, monkeypatch, sour
     for streaming in (False, True):
         with pytest.raises(error, match=problem):
             load_rows(sources, streaming=streaming)
+
+
+def test_a_stream_is_shuffled_within_a_buffer(tmp_path):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"id": str(number), **row}) for number in range(50)))
+    sources = [{"path": str(tmp_path / "rows.jsonl")}]
+
+    def order(**options):
+        return [int(row["id"]) for row in load_rows(sources, streaming=True, **options)]
+
+    assert order() == list(range(50))
+    shuffled = order(seed=1, shuffle_buffer=10)
+    assert sorted(shuffled) == list(range(50)) and shuffled != list(range(50))
+    assert shuffled == order(seed=1, shuffle_buffer=10) != order(seed=2, shuffle_buffer=10)
+    assert all(row <= place + 10 for place, row in enumerate(shuffled))  # nothing is read further ahead
