@@ -61,9 +61,8 @@ def is_whole(folder: Path) -> bool:
 
 def remove_incomplete(output_dir: str | Path):
     """Removes what killed runs left half written."""
-    for folder in map(Path, sort_checkpoints(str(output_dir))):
-        if not is_whole(folder):
-            shutil.rmtree(folder)
+    for marker in Path(output_dir).glob(f"checkpoint-*/{MARKER}"):
+        shutil.rmtree(marker.parent)
 
 
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) -> str | None:
