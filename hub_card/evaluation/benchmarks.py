@@ -1,0 +1,311 @@
+"""The paper's six benchmarks: where their data lies, how many items they have, and how to read a row.
+
+A revision is the data set's commit that public evaluation code pins; BLINK's is the one that the paper's authors used.
+Counts are of the whole data set, so that an item can't get lost unseen.
+"""
+
+import base64
+import binascii
+import hashlib
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from ..errors import InputError
+from ..pictures import DAMAGE, to_rgb
+from .prompts import LETTERS, lettered, mmvp_question, with_options
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Args:
+        id (`str`): Its id, unique in its benchmark.
+        question (`str`): The text after the pictures with the options in it, without the protocol's instruction.
+        options (`tuple[str, ...]`): The options' texts, without letters.
+        answer (`str`): The right letter.
+        images (`tuple[Image.Image, ...]`): The pictures, opened but perhaps not decoded yet: see `pictures`.
+        groups (`dict[str, str]`): For each kind of sub-score, the group that the item counts for.
+    """
+
+    id: str
+    question: str
+    options: tuple[str, ...]
+    answer: str
+    images: tuple[Image.Image, ...]
+    groups: dict[str, str] = field(default_factory=dict)
+
+    def pictures(self) -> list[Image.Image]:
+        """The pictures, decoded, as RGB.
+
+        Raises:
+            InputError: A damaged picture.
+        """
+        try:
+            return [to_rgb(image) for image in self.images]
+        except DAMAGE as error:
+            raise InputError(f"item {self.id}: a picture is damaged or incomplete ({error})") from error
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark's data.
+
+    Args:
+        name (`str`): Its key in `BENCHMARKS`.
+        dataset (`str`): The data set's Hub id.
+        revision (`str`, *optional*): The commit to load; `None` where none is known.
+        split (`str`): The split.
+        subsets (`tuple[str, ...]`): Configurations to load; empty where there is only one.
+        counts (`dict[str, int]`): Items of each subset, or of `""` without subsets.
+        item (`Callable[[dict], Item]`): Reads a row. The image of MMVP and V* may be a file's path, see `read_image`.
+        complete (`dict[str, int]`): Kinds of groups that are right only as a whole, with their size.
+        config (`str`, *optional*): The only configuration, where it has a name that must be given.
+    """
+
+    name: str
+    dataset: str
+    revision: str | None
+    split: str
+    subsets: tuple[str, ...]
+    counts: dict[str, int]
+    item: Callable[[dict], Item]
+    complete: dict[str, int] = field(default_factory=dict)
+    config: str | None = None
+
+    @property
+    def total(self) -> int:
+        """Items of all subsets."""
+        return sum(self.counts.values())
+
+    def check_count(self, count: int, subset: str = "") -> None:
+        """Checks that a subset, or the whole benchmark without subsets, has all its items.
+
+        Raises:
+            InputError: Another number of items.
+        """
+        if count != self.counts[subset]:
+            where = f"{self.name} {subset}".strip()
+            raise InputError(
+                f"{where}: {count} items instead of {self.counts[subset]}; load {self.dataset}, split {self.split}, "
+                f"revision {self.revision}, completely"
+            )
+
+
+def read_mmvp(row: dict[str, Any]) -> Item:
+    """Reads a row of `Questions.csv` (Index, Question, Options, Correct Answer) with its `image`, `INDEX.jpg`."""
+    index = int(row["Index"])
+    name = f"mmvp {index}"
+    options = re.fullmatch(r"\(a\)(.+?)\(b\)(.+)", row["Options"].strip(), re.DOTALL | re.IGNORECASE)
+    if options is None:
+        raise InputError(f"item {name}: the options {row['Options']!r} are not of the form '(a) … (b) …'")
+    options = tuple(option.strip() for option in options.groups())
+    return Item(
+        id=str(index),
+        question=mmvp_question(row["Question"], row["Options"]),
+        options=options,
+        answer=read_answer(row["Correct Answer"], options, name),
+        images=(read_image(row.get("image"), name),),
+        groups={"pair": str((index + 1) // 2)},
+    )
+
+
+def read_vstar(row: dict[str, Any]) -> Item:
+    """Reads a row of V* (question_id, image, text, label, category). The text holds options and an instruction."""
+    name = f"vstar {row['question_id']}"
+    options = tuple(option.strip() for option in re.findall(r"^\([A-E]\)(.*)$", row["text"], re.MULTILINE))
+    if not options:
+        raise InputError(f"item {name}: no line of the text begins with a letter like '(A)'")
+    return Item(
+        id=str(row["question_id"]),
+        question=row["text"],
+        options=options,
+        answer=read_answer(row["label"], options, name),
+        images=(read_image(row.get("image"), name),),
+        groups={"category": one_of(row["category"], ("direct_attributes", "relative_position"), name)},
+    )
+
+
+BLINK_COUNTS = {"Counting": 120, "IQ_Test": 150, "Jigsaw": 150, "Relative_Reflectance": 134, "Spatial_Relation": 143}
+
+
+def read_blink(row: dict[str, Any]) -> Item:
+    """Reads a row of BLINK (idx, question, sub_task, image_1 to image_4, choices, answer)."""
+    name = f"blink {row['idx']}"
+    options = tuple(row["choices"])
+    further = [row[key] for key in ("image_2", "image_3", "image_4") if row.get(key) is not None]
+    return Item(
+        id=row["idx"],
+        # The line that the authors leave empty after the last option.
+        question=with_options(row["question"], lettered(options) + "\n"),
+        options=options,
+        answer=read_answer(row["answer"], options, name),
+        images=tuple(read_image(image, name) for image in [row.get("image_1"), *further]),
+        groups={"subset": one_of(row["sub_task"], tuple(BLINK_COUNTS), name)},
+    )
+
+
+HRBENCH_CATEGORIES = {"single": "FSP", "cross": "FCP"}
+
+
+def read_hrbench(row: dict[str, Any], benchmark: str) -> Item:
+    """Reads a row of HR-Bench (index, question, answer, category, A, B, C, D, cycle_category, image as base64)."""
+    name = f"{benchmark} {row['index']}"
+    options = tuple(row[letter] for letter in "ABCD")
+    image = read_encoded_image(row.get("image"), name)
+    # No column says which rows are one question: those that show the same options, in any order, for the same picture.
+    question = "\n".join([row["question"], *sorted(options), row["image"]])
+    return Item(
+        id=str(row["index"]),
+        question=with_options(row["question"], lettered(options)),
+        options=options,
+        answer=read_answer(row["answer"], options, name),
+        images=(image,),
+        groups={
+            "category": HRBENCH_CATEGORIES[one_of(row["category"], tuple(HRBENCH_CATEGORIES), name)],
+            "cycle": hashlib.sha256(question.encode()).hexdigest()[:16],
+        },
+    )
+
+
+def read_mmerealworld(row: dict[str, Any]) -> Item:
+    """Reads a row of MME-RealWorld-Lite (index, question, multi-choice options, answer, category, bytes as base64)."""
+    name = f"mmerealworld_lite {row['index']}"
+    choices = row["multi-choice options"]
+    options = tuple(re.sub(r"^\s*\([A-E]\)\s*", "", choice).strip() for choice in choices)
+    # The data set writes "Reasoning", "Reason" and "reasoning".
+    kind = {"percep": "Perception", "reason": "Reasoning"}.get(row["category"][:6].lower())
+    if kind is None:
+        raise InputError(f"item {name}: the category {row['category']!r} is neither perception nor reasoning")
+    return Item(
+        id=str(row["index"]),
+        question=with_options(row["question"], "\n".join(choices)),
+        options=options,
+        answer=read_answer(row["answer"], options, name),
+        images=(read_encoded_image(row.get("bytes"), name),),
+        groups={"category": kind},
+    )
+
+
+def read_answer(answer: str, options: tuple[str, ...], name: str) -> str:
+    """The letter of `"B"`, `"(b)"` or `"(B)"`.
+
+    Raises:
+        InputError: What is no letter of an option.
+    """
+    letter = answer.strip().strip("()").upper()
+    if len(letter) != 1 or letter not in LETTERS[: len(options)]:
+        raise InputError(f"item {name}: the answer {answer!r} is no letter of its {len(options)} options")
+    return letter
+
+
+def one_of(value: str, known: tuple[str, ...], name: str) -> str:
+    """The value, if it is known.
+
+    Raises:
+        InputError: Another value.
+    """
+    if value not in known:
+        raise InputError(f"item {name}: {value!r} is none of {', '.join(known)}")
+    return value
+
+
+def read_image(value: Any, name: str) -> Image.Image:
+    """Opens a picture: a Pillow image, a file's path, or `{"bytes": …, "path": …}` as `datasets` keeps it undecoded.
+
+    Raises:
+        InputError: A missing picture, or what is none.
+    """
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, dict):
+        value = io.BytesIO(value["bytes"]) if value.get("bytes") else value.get("path")
+    if not value:
+        raise InputError(f"item {name}: its image is missing")
+    if isinstance(value, str | Path) and not Path(value).is_file():
+        raise InputError(f"item {name}: its image is missing, there is no file {value}")
+    try:
+        return Image.open(value)
+    except (UnidentifiedImageError, Image.DecompressionBombError, *DAMAGE) as error:
+        raise InputError(f"item {name}: its image can't be read ({error})") from error
+
+
+def read_encoded_image(value: str | None, name: str) -> Image.Image:
+    """Opens a picture given as base64.
+
+    Raises:
+        InputError: A missing picture, or what is none.
+    """
+    try:
+        decoded = base64.b64decode(value or "", validate=True)
+    except binascii.Error as error:
+        raise InputError(f"item {name}: its image is not base64 ({error})") from error
+    return read_image({"bytes": decoded}, name)
+
+
+def _hrbench(size: str) -> Benchmark:
+    name = f"hrbench{size}"
+    return Benchmark(
+        name=name,
+        dataset="DreamMr/HR-Bench",
+        revision="83b9013d6293b85dc507e87199ca52517536939c",
+        split=f"hrbench_{size}",
+        subsets=(),
+        counts={"": 800},
+        item=partial(read_hrbench, benchmark=name),
+        complete={"cycle": 4},
+        config="hrbench_version_split",
+    )
+
+
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(
+            name="mmvp",
+            dataset="MMVP/MMVP",
+            revision="37eafecab8a3940c50c2ade5b36de69dbc99a8cf",
+            split="train",
+            subsets=(),
+            counts={"": 300},
+            item=read_mmvp,
+            complete={"pair": 2},
+        ),
+        Benchmark(
+            name="vstar",
+            dataset="craigwu/vstar_bench",
+            revision="d9ae62c903da0c98336e85c5ee89cd863b04b4da",
+            split="test",
+            subsets=(),
+            counts={"": 191},
+            item=read_vstar,
+        ),
+        Benchmark(
+            name="blink",
+            dataset="BLINK-Benchmark/BLINK",
+            revision="a3666eb249237ba3d5eca8db21176cc47967e040",
+            split="val",
+            subsets=tuple(BLINK_COUNTS),
+            counts=BLINK_COUNTS,
+            item=read_blink,
+        ),
+        _hrbench("4k"),
+        _hrbench("8k"),
+        Benchmark(
+            name="mmerealworld_lite",
+            dataset="yifanzhang114/MME-RealWorld-lite-lmms-eval",
+            revision="f6b0dc81ba4d3c39bd9b4e544578198d365ac084",
+            split="train",
+            subsets=(),
+            counts={"": 1919},
+            item=read_mmerealworld,
+        ),
+    )
+}

@@ -1,0 +1,42 @@
+"""What is asked: the text after the pictures, worded as the paper's authors did in their released evaluation."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .benchmarks import Item
+
+LETTERS = "ABCDE"
+# What each protocol adds to the question.
+PROTOCOLS = {"authors": "\nAnswer with the option's letter from the given choices directly."}
+
+
+def prompt(item: "Item", protocol: str = "authors") -> str:
+    """The text that follows the pictures in the user's turn.
+
+    Args:
+        item (`Item`): The item.
+        protocol (`str`): A key of `PROTOCOLS`.
+
+    Raises:
+        ValueError: An unknown protocol.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"Unknown protocol {protocol!r}; choose one of {', '.join(PROTOCOLS)}.")
+    return item.question + PROTOCOLS[protocol]
+
+
+def with_options(question: str, options: str) -> str:
+    """A question and its options, already formatted."""
+    return f"{question}\nOptions:\n{options}"
+
+
+def mmvp_question(question: str, options: str) -> str:
+    """MMVP's `"(a) Open (b) Closed"` on one line as `"A. Open B. Closed"`; a label in the question changes as well."""
+    return with_options(question, options).replace("(a)", "A.").replace("(b)", "B.")
+
+
+def lettered(options: Sequence[str]) -> str:
+    """One option a line: `"A. red"`."""
+    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
