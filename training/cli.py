@@ -162,7 +162,7 @@ def check(arguments: list[str]) -> int:
     parser.add_argument("--decode", action="store_true")
     parser.add_argument("--histogram")
     options, arguments = parser.parse_known_args(arguments)
-    script, model_args, args = parse(arguments)
+    script, model_args, args = parse([*arguments, "--use_cpu", "true"])  # no model is run: any machine will do
     rows = load_rows(script.sources, streaming=script.streaming, seed=args.seed)
     report = check_rows(rows, build_processor(script, model_args), args, decode=options.decode)
     print(format_report(report))

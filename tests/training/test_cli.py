@@ -119,3 +119,9 @@ def test_options_of_accelerate_are_told_from_ours(monkeypatch, run):
     assert command.training_script == "vreflection_training"
     assert command.training_script_args[:3] == ["tiny_base", "--learning_rate", "0.1"]
     assert "--num_processes" not in command.training_script_args
+
+
+def test_check_wants_no_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "qwen2_5_vl_7b_stage1"]) == 2
+    assert "data/images" in capsys.readouterr().err
