@@ -17,15 +17,18 @@ EMBEDDED = Path(__file__).parent / "vreflection_tiny"
 NEEDED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
 
 
-def checkpoint_folder(model: str | Path | None = None) -> Path:
+def checkpoint_folder(model: str | Path | None = None, revision: str | None = None) -> Path:
     """Returns a checkpoint's folder, downloaded first if `model` is a Hub id.
 
     Args:
         model (`str` or `Path`, *optional*): A folder or a Hub id; without it the checkpoint embedded in the package.
+        revision (`str`, *optional*): A Hub id's branch, tag or commit.
 
     Raises:
-        InputError: Neither a folder nor an id that the Hub knows.
+        InputError: Neither a folder nor an id that the Hub knows; a revision of a folder.
     """
+    if revision is not None and (model is None or Path(model).exists()):
+        raise InputError(f"revision {revision!r}: only a model on the Hub has revisions")
     if model is None:
         if not EMBEDDED.is_dir():
             raise InputError(f"this installation holds no embedded checkpoint ({EMBEDDED}); pass a model")
@@ -35,7 +38,7 @@ def checkpoint_folder(model: str | Path | None = None) -> Path:
     if Path(model).exists():
         raise InputError(f"{model}: not a checkpoint's folder")
     try:
-        return Path(snapshot_download(str(model), allow_patterns=NEEDED_FILES))
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=NEEDED_FILES))
     except HFValidationError as error:
         raise InputError(f"{model}: no such folder, and no Hub id either") from error
     except OSError as error:
@@ -66,32 +69,36 @@ def load_checkpoint(
     folder: Path,
     device: str | torch.device | None = None,
     model_class: type[VReflectionForConditionalGeneration] = VReflectionForConditionalGeneration,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
 ) -> tuple[VReflectionForConditionalGeneration, VReflectionProcessor]:
     """Loads a checkpoint for inference with the classes installed here; code that it may carry never runs.
 
     Args:
         folder (`Path`): The checkpoint, see `checkpoint_folder`.
-        device (`str` or `torch.device`, *optional*): Where to compute; without it a GPU if there is one. A CPU computes
-            in float32, anything else in the dtype of the weights.
+        device (`str` or `torch.device`, *optional*): Where to compute; without it a GPU if there is one.
         model_class (`type`, *optional*): The model's class, or a subclass of it.
+        dtype (`str` or `torch.dtype`, *optional*): Defaults to float32 on a CPU, to the dtype of the weights elsewhere.
+        attn_implementation (`str`, *optional*): Defaults to transformers' choice.
 
     Returns:
         `tuple`: The model, in evaluation mode, and its processor.
 
     Raises:
-        InputError: No checkpoint, damaged or incomplete weights, no such device.
+        InputError: No checkpoint, damaged or incomplete weights, no such device, dtype or attention implementation.
     """
     checkpoint_config(folder)
     device = find_device(device)
     try:
         model, report = model_class.from_pretrained(
             folder,
-            dtype=torch.float32 if device.type == "cpu" else "auto",
+            dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
+            attn_implementation=attn_implementation,
             ignore_mismatched_sizes=True,  # they are reported below, by name
             output_loading_info=True,
         )
         processor = VReflectionProcessor.from_pretrained(folder)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(f"{folder}: can't be loaded ({first_line(error)})") from error
     mismatched = {name for name, *_ in report["mismatched_keys"]}
     if wrong := sorted(mismatched | set(report["missing_keys"])):

@@ -1,0 +1,232 @@
+"""V-Reflection as a model of lmms-eval."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+from tqdm import tqdm
+
+from modeling_vreflection.generation_vreflection import LATENT_FEEDBACK, ReflectionOptions, first_given
+
+from ...attention import GREEDY
+from ...checkpoints import checkpoint_folder, find_device, load_checkpoint
+from ...errors import InputError
+from ..provenance import describe_model
+from .answers import AnswerLog
+from .task import PREFIX
+
+
+# Stock tasks allow 16 tokens and less, which a reflection's latents alone would use up.
+MIN_NEW_TOKENS = 512
+SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "num_beams")
+
+
+class VReflection(lmms):
+    """A V-Reflection checkpoint that answers lmms-eval's requests.
+
+    Our own tasks get all that was written, special tokens too, and score it themselves; all others get the bare answer,
+    since their extractors know no `<answer>` tags. Stop strings are ignored: the harness puts them into tasks that never asked for one.
+
+    Args:
+        pretrained (`str`, *optional*): A folder or a Hub id; without it the checkpoint embedded in the package.
+        revision (`str`, *optional*): A Hub id's branch, tag or commit.
+        latent_steps (`int`, *optional*): Latent steps of a reflection; 0 is the plain backbone, at the same number of
+            pixels. Defaults to the checkpoint's.
+        latent_feedback (`str`, *optional*): What a latent step feeds back. Defaults to the checkpoint's.
+        reflect (`bool`, *optional*): Whether each answer begins with a reflection; without it the model decides.
+        min_pixels (`int`, *optional*): Smaller pictures are enlarged to so many pixels. Defaults to the checkpoint's.
+        max_pixels (`int`, *optional*): Larger pictures are reduced to so many pixels. Defaults to the checkpoint's.
+        batch_size (`int`, *optional*, defaults to 1): Questions answered at a time, padded on the left.
+        dtype (`str`, *optional*): Such as `"bfloat16"`. Defaults to that of the weights, float32 on a CPU.
+        attn_implementation (`str`, *optional*): Such as `"flash_attention_2"`. Defaults to transformers' choice.
+        device (`str`, *optional*): Defaults to the process's GPU, else the CPU.
+        answers (`str` or `Path`, *optional*): A folder for raw outputs, which are taken from there if they are known
+            already; see `AnswerLog`.
+
+    Raises:
+        InputError: A checkpoint that can't be loaded, or options that it can't follow.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        revision: str | None = None,
+        latent_steps: int | None = None,
+        latent_feedback: str | None = None,
+        reflect: bool | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        batch_size: int = 1,
+        dtype: str | None = None,
+        attn_implementation: str | None = None,
+        device: str | None = None,
+        answers: str | Path | None = None,
+    ):
+        super().__init__()
+        self.batch_size = int(batch_size)
+        if self.batch_size < 1:
+            raise InputError(f"`batch_size` must be at least 1, got {batch_size}")
+        chosen = find_device(device)
+        self.accelerator = Accelerator(cpu=chosen.type == "cpu")
+        if device is not None and chosen.type != "cpu" and self.accelerator.num_processes > 1:
+            raise InputError(f"device {device!r}: several processes take a GPU each, so leave the device out")
+        self.device = self.accelerator.device if device is None else chosen
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+
+        folder = checkpoint_folder(pretrained, revision)
+        self.model, self.processor = load_checkpoint(
+            folder, self.device, dtype=dtype, attn_implementation=attn_implementation
+        )
+        given = self.model.generation_config
+        steps = first_given(latent_steps, given, None, "latent_steps", self.model.config.num_latent_tokens)
+        feedback = first_given(latent_feedback, given, None, "latent_feedback", LATENT_FEEDBACK[0])
+        try:
+            options = ReflectionOptions(steps, feedback, reflect)
+            if options.can_start and feedback == "dac":
+                self.model._check_dac_feedback()
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        self.reflection = {"latent_steps": steps, "latent_feedback": feedback, "reflect": reflect}
+        limit_pixels(self.processor.image_processor, min_pixels, max_pixels)
+        pixels = self.processor.image_processor.size
+        self.description = describe_model(self.model, folder, pretrained) | {"revision": revision}
+        self.options = self.reflection | {
+            "min_pixels": pixels["shortest_edge"],
+            "max_pixels": pixels["longest_edge"],
+            "batch_size": self.batch_size,
+            "dtype": self.description["dtype"],
+            "attn_implementation": self.model.config._attn_implementation,
+        }
+        self.log = None if answers is None else AnswerLog(Path(answers), self._settings(), self.rank)
+
+    def _settings(self) -> dict:
+        options = {name: value for name, value in self.options.items() if name != "batch_size"}
+        return {"model": self.description["name"], "sha256": self.description["sha256"], **options}
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answers requests, those of an earlier run from its log."""
+        answers: list[dict | None] = []
+        asked: dict[tuple, int] = {}
+        pending = []
+        for request in requests:
+            task, index = request.args[4], request.args[3]
+            if request.metadata.get("__padding_only__"):  # evens out the processes; nobody reads the answer
+                answers.append({"task": task, "raw": "", "text": "", "tokens": 0, "latent_tokens": 0})
+                continue
+            repeat = asked[task, index] = asked.get((task, index), -1) + 1
+            answers.append(self.log and self.log.get(task, index, repeat, request.args[0]))
+            if answers[-1] is None:
+                pending.append((len(answers) - 1, request, repeat))
+
+        with tqdm(
+            total=len(requests), initial=len(requests) - len(pending), disable=self.rank != 0, unit="item"
+        ) as bar:
+            for group in group_by_settings(pending):
+                for first in range(0, len(group), self.batch_size):
+                    batch = group[first : first + self.batch_size]
+                    given = self._answer([request for _, request, _ in batch])
+                    for (position, _, repeat), answer in zip(batch, given):
+                        answers[position] = answer | {"repeat": repeat}
+                    if self.log is not None:
+                        self.log.add([answers[position] for position, _, _ in batch])
+                    bar.update(len(batch))
+        return [
+            GenerationResult(
+                answer["raw"] if answer["task"].startswith(PREFIX) else bare_answer(answer["text"]),
+                TokenCounts(output_tokens=answer["tokens"], reasoning_tokens=answer["latent_tokens"]),
+            )
+            for answer in answers
+        ]
+
+    def _answer(self, batch: list[Instance]) -> list[dict]:
+        started = time.perf_counter()
+        conversations = []
+        for request in batch:
+            _, doc_to_messages, _, index, task, split = request.args
+            messages = doc_to_messages(self.task_dict[task][split][index])
+            conversations.append(ChatMessages(messages=messages).to_hf_messages())
+        inputs = self.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        ).to(self.device)
+        sequences = self.model.generate(**inputs, **decoding(batch[0].args[2]), **self.reflection)
+        tokens = sequences[:, inputs["input_ids"].shape[1] :].cpu()
+        seconds = (time.perf_counter() - started) / len(batch)
+
+        config, tokenizer = self.model.config, self.processor.tokenizer
+        ends = torch.isin(tokens, torch.tensor(self.model.generation_config.eos_token_id))
+        answers = []
+        for request, row, is_end in zip(batch, tokens, ends):
+            row = row[: int(is_end.nonzero()[0]) + 1] if is_end.any() else row  # the rest is padding
+            raw = tokenizer.decode(row, skip_special_tokens=False)
+            answers.append(
+                {
+                    "task": request.args[4],
+                    "index": request.args[3],
+                    "question": request.args[0],
+                    "raw": raw,
+                    "text": tokenizer.decode(row, skip_special_tokens=True),
+                    "reflected": bool((row == config.latent_start_token_id).any()),
+                    "tokens": len(row),
+                    "latent_tokens": int((row == config.latent_token_id).sum()),
+                    "seconds": round(seconds, 3),
+                }
+            )
+        return answers
+
+    def generate_until_multi_round(self, requests):
+        raise NotImplementedError("V-Reflection answers one question at a time; tasks of several rounds can't be run.")
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError(
+            "The probability of an answer skips the reflection before it; use a generating task."
+        )
+
+
+def group_by_settings(pending: list[tuple]) -> list[list[tuple]]:
+    """Puts those requests together that are decoded alike, and keeps their order."""
+    groups: dict[str, list[tuple]] = {}
+    for entry in pending:
+        groups.setdefault(json.dumps(decoding(entry[1].args[2]), sort_keys=True), []).append(entry)
+    return list(groups.values())
+
+
+def decoding(settings: dict) -> dict:
+    """Arguments of `generate` from a task's generation settings: greedy unless it asks for sampling, never short."""
+    limit = {"max_new_tokens": max(MIN_NEW_TOKENS, settings.get("max_new_tokens") or 0)}
+    given = {name: settings[name] for name in SAMPLING if settings.get(name) is not None}
+    if not given.get("do_sample", given.get("temperature", 0) > 0) or given.get("temperature") == 0:
+        return GREEDY | limit | {"num_beams": given.get("num_beams", 1)}
+    return {"num_beams": 1} | given | limit | {"do_sample": True}
+
+
+def bare_answer(text: str) -> str:
+    """What stands in the last `<answer>` tags, else the text."""
+    _, tag, answer = text.rpartition("<answer>")
+    return (answer.partition("</answer>")[0] if tag else text).strip()
+
+
+def limit_pixels(image_processor, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Sets how many pixels a picture has at least and at most; `None` leaves the checkpoint's."""
+    size = {
+        "shortest_edge": image_processor.size["shortest_edge"],
+        "longest_edge": image_processor.size["longest_edge"],
+    }
+    size |= {} if min_pixels is None else {"shortest_edge": int(min_pixels)}
+    size |= {} if max_pixels is None else {"longest_edge": int(max_pixels)}
+    if not 0 < size["shortest_edge"] <= size["longest_edge"]:
+        raise InputError(
+            f"`min_pixels` ({size['shortest_edge']}) must be positive and not above `max_pixels` ({size['longest_edge']})"
+        )
+    image_processor.size = size

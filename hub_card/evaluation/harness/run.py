@@ -1,0 +1,145 @@
+"""A run on lmms-eval: answers that survive a kill, one JSON file, and the samples."""
+
+import datetime
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.tasks import TaskManager
+from loguru import logger
+
+from ..benchmarks import Benchmark
+from ..provenance import describe_machine, describe_versions
+from ..samples import SAMPLES, read_verdicts
+from ..scorers import SCORERS, summarise
+from ..statistics import proportion
+from .answers import AnswerLog
+from .model import VReflection
+from .task import PREFIX, task_benchmark
+
+
+TASKS_FOLDER = Path(__file__).parent / "tasks"
+HARNESS_PACKAGES = ("lmms-eval", "datasets", "accelerate")
+SCORED_BY = tuple(SCORERS)
+RESULTS = "results.json"
+
+
+def evaluate(
+    model: str | None,
+    tasks: Sequence[str | dict],
+    output: Path,
+    limit: int | None = None,
+    **options,
+) -> dict | None:
+    """Asks a model the items of benchmarks and writes down the scores; called again, goes on where a kill struck.
+
+    Args:
+        model (`str`, *optional*): A folder or a Hub id; without it the checkpoint embedded in the package.
+        tasks (`Sequence[str | dict]`): Names of `BENCHMARKS`, or dicts that also change the task's file, such as
+            `{"task": "mmvp", "dataset_path": "a/local/folder"}`.
+        output (`Path`): A folder for this run's files: results, samples, and the answers as they come in.
+        limit (`int`, *optional*): Only so many items of each task, the first ones.
+        options: Of [`VReflection`].
+
+    Returns:
+        `dict`: What was written to `results.json`. `None` in all processes but the first.
+
+    Raises:
+        InputError: Data, options or a checkpoint that can't be used.
+    """
+    logger.disable("lmms_eval")
+    started = datetime.datetime.now(datetime.UTC)
+    configs = [{"task": task} if isinstance(task, str) else dict(task) for task in tasks]
+    configs = {PREFIX + config["task"]: config | {"task": PREFIX + config["task"]} for config in configs}
+    benchmarks = {task: task_benchmark(config) for task, config in configs.items()}
+    asked = VReflection(model, answers=output, **options)
+    outcome = simple_evaluate(
+        asked,
+        tasks=[dict(config) for config in configs.values()],  # the harness empties them
+        task_manager=TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False),
+        batch_size=asked.batch_size,
+        limit=limit,
+        bootstrap_iters=0,
+    )
+    if asked.rank != 0:
+        return None
+    asked.log.read()  # the other processes' answers too
+    samples = {task: join_samples(task, outcome["samples"][task], asked.log) for task in benchmarks}
+    finished = datetime.datetime.now(datetime.UTC)
+    report = {
+        "command": repeat_command(asked, list(benchmarks.values()), limit),
+        "date": started.isoformat(timespec="seconds"),
+        "seconds": round((finished - started).total_seconds(), 1),
+        "model": asked.description,
+        "options": asked.options,
+        "limit": limit,
+        "versions": describe_versions() | {name: importlib.metadata.version(name) for name in HARNESS_PACKAGES},
+        "machine": describe_machine(asked.device) | {"processes": asked.world_size},
+        "tasks": {
+            benchmark.name: {
+                "data": describe_data(benchmark, configs[task].get("dataset_path")),
+                **summarise_task(benchmark, samples[task], limit),
+            }
+            for task, benchmark in benchmarks.items()
+        },
+    }
+    rows = (sample for task in benchmarks for sample in samples[task])
+    write(output / SAMPLES, "".join(json.dumps(row) + "\n" for row in rows))
+    write(output / RESULTS, json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def repeat_command(model: VReflection, benchmarks: list[Benchmark], limit: int | None) -> str:
+    """The command that repeats a run, with every default spelled out and no path of this machine in it."""
+    given = {"revision": model.description["revision"], "limit": limit} | model.options
+    reflect = {None: [], True: ["--reflect"], False: ["--no-reflect"]}[given.pop("reflect")]
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value is not None]
+    names = " ".join(benchmark.name for benchmark in benchmarks)
+    return " ".join(["vreflection evaluate", model.description["name"], "--tasks", names, *flags, *reflect])
+
+
+def join_samples(task: str, logged: list[dict], log: AnswerLog) -> list[dict]:
+    """One row an item, in the order of the data: what was asked and said, and what each scorer made of it."""
+    rows = []
+    for sample in sorted(logged, key=lambda sample: sample["doc_id"]):
+        told = {name: sample[SCORED_BY[0]][name] for name in ("id", "groups", "answer")}
+        said = log.find(task, sample["doc_id"])
+        kept = {
+            name: said[name] for name in ("question", "raw", "text", "reflected", "tokens", "latent_tokens", "seconds")
+        }
+        verdicts = {name: {key: sample[name][key] for key in ("letter", "correct")} for name in SCORED_BY}
+        rows.append({"task": task.removeprefix(PREFIX)} | told | kept | {"verdicts": verdicts})
+    return rows
+
+
+def describe_data(benchmark: Benchmark, folder: str | None) -> dict:
+    """Where the items came from: the Hub, or a local folder, whose path stays private."""
+    if folder is not None:
+        return {"folder": Path(folder).resolve().name}
+    return {"dataset": benchmark.dataset, "revision": benchmark.revision}
+
+
+def summarise_task(benchmark: Benchmark, samples: list[dict], limit: int | None) -> dict:
+    """The scores of a task.
+
+    Raises:
+        RuntimeError: The harness returned fewer items than there are.
+    """
+    expected = benchmark.total if limit is None else min(limit, benchmark.total)
+    if len(samples) != expected:
+        raise RuntimeError(f"{benchmark.name}: {len(samples)} items were scored instead of {expected}.")
+    return {
+        **{name: summarise(benchmark, read_verdicts(samples, name)) for name in SCORED_BY},
+        "reflection_rate": proportion([sample["reflected"] for sample in samples]),
+        "seconds_per_item": round(fmean(sample["seconds"] for sample in samples), 3),
+    }
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    draft = path.with_suffix(".part")
+    draft.write_text(text)
+    draft.replace(path)

@@ -1,0 +1,1 @@
+"""The paper's benchmarks as task files of lmms-eval: its `include_path`."""
