@@ -259,6 +259,13 @@ def choose_questions(scene: Scene, count: int, rng: random.Random) -> list[Quest
     return chosen
 
 
+def draw_question(split: str, index: int, difficulty: str | Difficulty = "default") -> tuple[Scene, Question]:
+    """The scene of an index and the question that [`glyphsearch_dataset`] asks about it."""
+    seed = scene_seed(split, index)
+    scene = make_scene(seed, difficulty)
+    return scene, choose_questions(scene, 1, _questions_stream(seed))[0]
+
+
 def glyphsearch_dataset(
     split: str,
     count: int,
@@ -328,8 +335,7 @@ def scene_row(
     seed = scene_seed(split, index)
     scene = make_scene(seed, difficulty)
     messages = []
-    # The questions have a random stream of their own: how many are asked doesn't change the picture.
-    for question in choose_questions(scene, questions_per_scene, random.Random(f"questions {seed}")):
+    for question in choose_questions(scene, questions_per_scene, _questions_stream(seed)):
         content = [{"type": "text", "text": question.text}]
         if not messages:
             content.insert(0, {"type": "image"})
@@ -356,6 +362,11 @@ def list_row(index: int, split: str, difficulty: Difficulty) -> dict[str, Any]:
     scene = make_scene(scene_seed(split, index), difficulty)
     messages = _description(scene.objects)
     return {"id": f"glyphsearch-{split}-{index}-list", "images": [scene.image], "messages": messages}
+
+
+def _questions_stream(seed: int) -> random.Random:
+    """The questions have a random stream of their own: how many are asked doesn't change the picture."""
+    return random.Random(f"questions {seed}")
 
 
 def _description(objects: Sequence[SceneObject]) -> list[dict[str, Any]]:

@@ -12,8 +12,7 @@ from ..attention import SOURCES, offered_sources
 from ..checkpoints import checkpoint_config, checkpoint_folder, load_checkpoint
 from ..drawing import FORMATS, draw_heatmap, save_figure
 from ..errors import InputError
-from ..evaluation.glyphsearch import draw_question
-from ..glyphsearch import SPLIT_SIZE
+from ..glyphsearch import SPLIT_SIZE, draw_question
 from ..pictures import load_picture
 from .arguments import check_writable, natural, positive, writing
 

@@ -1,4 +1,4 @@
-"""The paper's six benchmarks: where their data lies, how many items they have, and how to read a row.
+"""The paper's six benchmarks and GlyphSearch: where their data lies, how many items they have, how to read a row.
 
 A revision is the data set's commit that public evaluation code pins; BLINK's is the one that the paper's authors used.
 Counts are of the whole data set, so that an item can't get lost unseen.
@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import InputError
+from ..glyphsearch import GLYPHS, draw_question
 from ..pictures import DAMAGE, to_rgb
 from .prompts import LETTERS, lettered, mmvp_question, with_options
 
@@ -30,7 +31,7 @@ class Item:
         id (`str`): Its id, unique in its benchmark.
         question (`str`): The text after the pictures with the options in it, without the protocol's instruction.
         options (`tuple[str, ...]`): The options' texts, without letters.
-        answer (`str`): The right letter.
+        answer (`str`): The right letter; of GlyphSearch, the right glyph.
         images (`tuple[Image.Image, ...]`): The pictures, opened but perhaps not decoded yet: see `pictures`.
         groups (`dict[str, str]`): For each kind of sub-score, the group that the item counts for.
     """
@@ -68,6 +69,9 @@ class Benchmark:
         item (`Callable[[dict], Item]`): Reads a row. The image of MMVP and V* may be a file's path, see `read_image`.
         complete (`dict[str, int]`): Kinds of groups that are right only as a whole, with their size.
         config (`str`, *optional*): The only configuration, where it has a name that must be given.
+        protocol (`str`): How items are asked, a key of `PROTOCOLS`.
+        scorers (`tuple[str, ...]`): How answers are scored, keys of `SCORERS`.
+        rows (`Callable[[], list[dict]]`, *optional*): Makes the rows of data that isn't loaded from anywhere.
     """
 
     name: str
@@ -79,6 +83,9 @@ class Benchmark:
     item: Callable[[dict], Item]
     complete: dict[str, int] = field(default_factory=dict)
     config: str | None = None
+    protocol: str = "authors"
+    scorers: tuple[str, ...] = ("authors", "authors_table", "strict")
+    rows: Callable[[], list[dict]] | None = None
 
     @property
     def total(self) -> int:
@@ -152,6 +159,7 @@ def read_blink(row: dict[str, Any]) -> Item:
     )
 
 
+GLYPHSEARCH_COUNT = 1000
 HRBENCH_CATEGORIES = {"single": "FSP", "cross": "FCP"}
 
 
@@ -191,6 +199,18 @@ def read_mmerealworld(row: dict[str, Any]) -> Item:
         answer=read_answer(row["answer"], options, name),
         images=(read_encoded_image(row.get("bytes"), name),),
         groups={"category": kind},
+    )
+
+
+def read_glyphsearch(row: dict[str, Any]) -> Item:
+    """Draws a row (index): a scene of GlyphSearch's test split and the question about it."""
+    scene, question = draw_question("test", row["index"])
+    return Item(
+        id=str(row["index"]),
+        question=question.text,
+        options=tuple(GLYPHS),
+        answer=question.answer,
+        images=(scene.image,),
     )
 
 
@@ -306,6 +326,18 @@ BENCHMARKS = {
             subsets=(),
             counts={"": 1919},
             item=read_mmerealworld,
+        ),
+        Benchmark(
+            name="glyphsearch_answers",
+            dataset="GlyphSearch",
+            revision=None,
+            split="test",
+            subsets=(),
+            counts={"": GLYPHSEARCH_COUNT},
+            item=read_glyphsearch,
+            protocol="bare",
+            scorers=("exact",),
+            rows=lambda: [{"index": index} for index in range(GLYPHSEARCH_COUNT)],
         ),
     )
 }

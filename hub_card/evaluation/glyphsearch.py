@@ -10,17 +10,7 @@ from modeling_vreflection import VReflectionProcessor
 from modeling_vreflection.generation_vreflection import LATENT_FEEDBACK, first_given
 
 from ..attention import GREEDY, Reflection, generate_and_look, offered_sources
-from ..glyphsearch import (
-    GLYPHS,
-    Difficulty,
-    Question,
-    Scene,
-    get_difficulty,
-    make_scene,
-    questions,
-    scene_row,
-    scene_seed,
-)
+from ..glyphsearch import GLYPHS, Question, Scene, draw_question, scene_seed
 from .shuffling import LatentShufflingModel
 from .statistics import proportion
 
@@ -101,14 +91,6 @@ def evaluate_glyphsearch(
         },
         **summarise(samples),
     }
-
-
-def draw_question(split: str, index: int, difficulty: str | Difficulty = "default") -> tuple[Scene, Question]:
-    """The scene of an index and the question that the data set asks about it."""
-    difficulty = get_difficulty(difficulty)
-    scene = make_scene(scene_seed(split, index), difficulty)
-    text = scene_row(index, split, difficulty)["messages"][0]["content"][1]["text"]
-    return scene, next(question for question in questions(scene) if question.text == text)
 
 
 def answer_batch(

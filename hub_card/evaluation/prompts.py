@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 LETTERS = "ABCDE"
 # What each protocol adds to the question.
-PROTOCOLS = {"authors": "\nAnswer with the option's letter from the given choices directly."}
+PROTOCOLS = {"authors": "\nAnswer with the option's letter from the given choices directly.", "bare": ""}
 
 
 def prompt(item: "Item", protocol: str = "authors") -> str:

@@ -20,7 +20,7 @@ class Verdict:
     """What became of an answer.
 
     Args:
-        letter (`str`, *optional*): The letter that was read; `None` if there is none.
+        letter (`str`, *optional*): The letter that was read, or GlyphSearch's glyph; `None` if there is none.
         correct (`bool`): Whether it is the right one.
     """
 
@@ -95,6 +95,19 @@ def score_strict(text: str, answer: str, options: Sequence[str] = ()) -> Verdict
     return Verdict(letter, letter == answer)
 
 
+def score_exact(text: str, answer: str, options: Sequence[str]) -> Verdict:
+    """Takes an option's text and nothing beside it but special tokens.
+
+    Args:
+        text (`str`): What the model wrote.
+        answer (`str`): The right option.
+        options (`Sequence[str]`): The options' texts.
+    """
+    said = plain(text).strip()
+    option = said if said in options else None
+    return Verdict(option, option == answer)
+
+
 def plain(text: str) -> str:
     """The text without special tokens such as `<|eovt|>`, Markdown's emphasis, and LaTeX around a letter."""
     text = re.sub(r"<\|[^<>|]*\|>", " ", text)
@@ -141,6 +154,7 @@ SCORERS: dict[str, Callable[..., Verdict]] = {
     "authors": score_authors,
     "authors_table": score_authors_table,
     "strict": score_strict,
+    "exact": score_exact,
 }
 
 

@@ -26,8 +26,12 @@ def load_rows(benchmark: Benchmark, folder: str | Path | None = None) -> Dataset
             subsets where there are any. Without it the rows come from the Hub, or from its cache.
 
     Raises:
-        InputError: A folder without these files, or a Hub that can't be reached.
+        InputError: A folder without these files, or for rows that are made; a Hub that can't be reached.
     """
+    if benchmark.rows is not None:
+        if folder is not None:
+            raise InputError(f"{folder}: {benchmark.name} is not loaded from files")
+        return Dataset.from_list(benchmark.rows())
     if folder is not None:
         parts = [load_folder(Path(folder) / subset, benchmark) for subset in benchmark.subsets or ("",)]
     else:

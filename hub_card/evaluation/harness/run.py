@@ -14,7 +14,7 @@ from loguru import logger
 from ..benchmarks import Benchmark
 from ..provenance import describe_machine, describe_versions
 from ..samples import SAMPLES, read_verdicts
-from ..scorers import SCORERS, summarise
+from ..scorers import summarise
 from ..statistics import proportion
 from .answers import AnswerLog
 from .model import VReflection
@@ -23,7 +23,6 @@ from .task import PREFIX, task_benchmark
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 HARNESS_PACKAGES = ("lmms-eval", "datasets", "accelerate")
-SCORED_BY = tuple(SCORERS)
 RESULTS = "results.json"
 
 
@@ -67,7 +66,9 @@ def evaluate(
     if asked.rank != 0:
         return None
     asked.log.read()  # the other processes' answers too
-    samples = {task: join_samples(task, outcome["samples"][task], asked.log) for task in benchmarks}
+    samples = {
+        task: join_samples(benchmark, outcome["samples"][task], asked.log) for task, benchmark in benchmarks.items()
+    }
     finished = datetime.datetime.now(datetime.UTC)
     report = {
         "command": repeat_command(asked, list(benchmarks.values()), limit),
@@ -101,22 +102,24 @@ def repeat_command(model: VReflection, benchmarks: list[Benchmark], limit: int |
     return " ".join(["vreflection evaluate", model.description["name"], "--tasks", names, *flags, *reflect])
 
 
-def join_samples(task: str, logged: list[dict], log: AnswerLog) -> list[dict]:
+def join_samples(benchmark: Benchmark, logged: list[dict], log: AnswerLog) -> list[dict]:
     """One row an item, in the order of the data: what was asked and said, and what each scorer made of it."""
     rows = []
     for sample in sorted(logged, key=lambda sample: sample["doc_id"]):
-        told = {name: sample[SCORED_BY[0]][name] for name in ("id", "groups", "answer")}
-        said = log.find(task, sample["doc_id"])
+        told = {name: sample[benchmark.scorers[0]][name] for name in ("id", "groups", "answer")}
+        said = log.find(PREFIX + benchmark.name, sample["doc_id"])
         kept = {
             name: said[name] for name in ("question", "raw", "text", "reflected", "tokens", "latent_tokens", "seconds")
         }
-        verdicts = {name: {key: sample[name][key] for key in ("letter", "correct")} for name in SCORED_BY}
-        rows.append({"task": task.removeprefix(PREFIX)} | told | kept | {"verdicts": verdicts})
+        verdicts = {name: {key: sample[name][key] for key in ("letter", "correct")} for name in benchmark.scorers}
+        rows.append({"task": benchmark.name} | told | kept | {"verdicts": verdicts})
     return rows
 
 
 def describe_data(benchmark: Benchmark, folder: str | None) -> dict:
     """Where the items came from: the Hub, or a local folder, whose path stays private."""
+    if benchmark.rows is not None:
+        return {"dataset": benchmark.dataset, "split": benchmark.split}
     if folder is not None:
         return {"folder": Path(folder).resolve().name}
     return {"dataset": benchmark.dataset, "revision": benchmark.revision}
@@ -132,7 +135,7 @@ def summarise_task(benchmark: Benchmark, samples: list[dict], limit: int | None)
     if len(samples) != expected:
         raise RuntimeError(f"{benchmark.name}: {len(samples)} items were scored instead of {expected}.")
     return {
-        **{name: summarise(benchmark, read_verdicts(samples, name)) for name in SCORED_BY},
+        **{name: summarise(benchmark, read_verdicts(samples, name)) for name in benchmark.scorers},
         "reflection_rate": proportion([sample["reflected"] for sample in samples]),
         "seconds_per_item": round(fmean(sample["seconds"] for sample in samples), 3),
     }

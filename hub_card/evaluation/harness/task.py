@@ -18,7 +18,7 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 class BenchmarkTask(ConfigurableMessagesTask):
-    """One of `BENCHMARKS`, asked by the authors' protocol and scored by each of `SCORERS`.
+    """One of `BENCHMARKS`, asked by its protocol and scored by each of its scorers.
 
     Args:
         config (`dict`): The task's YAML file, see `task_benchmark`. Its `dataset_path`, if any, is a local folder to load
@@ -31,6 +31,7 @@ class BenchmarkTask(ConfigurableMessagesTask):
     def __init__(self, config: dict):
         self.benchmark = task_benchmark(config)
         fields = {name: value for name, value in config.items() if name != "class"}
+        self._scorers = {name: SCORERS[name] for name in self.benchmark.scorers}
         super().__init__(config=fields | {"test_split": self.benchmark.split})
 
     def download(self, dataset_kwargs=None):
@@ -41,7 +42,7 @@ class BenchmarkTask(ConfigurableMessagesTask):
         self.dataset = self.dataset_no_image = {self.benchmark.split: rows}
 
     def doc_to_text(self, doc: dict) -> str:
-        return prompt(self.benchmark.item(doc))
+        return prompt(self.benchmark.item(doc), self.benchmark.protocol)
 
     def doc_to_target(self, doc: dict) -> str:
         return self.benchmark.item(doc).answer
@@ -50,21 +51,23 @@ class BenchmarkTask(ConfigurableMessagesTask):
         """The user's turn: the pictures, then the text."""
         item = self.benchmark.item(doc)
         pictures = [{"type": "image", "url": picture} for picture in item.pictures()]
-        return [{"role": "user", "content": [*pictures, {"type": "text", "text": prompt(item)}]}]
+        return [
+            {"role": "user", "content": [*pictures, {"type": "text", "text": prompt(item, self.benchmark.protocol)}]}
+        ]
 
     def process_results(self, doc: dict, results: list[str]) -> dict[str, dict]:
         """What each scorer makes of the answer."""
         item = self.benchmark.item(doc)
         told = {"id": item.id, "groups": item.groups, "answer": item.answer}
-        verdicts = {name: scorer(results[0], item.answer, item.options) for name, scorer in SCORERS.items()}
+        verdicts = {name: scorer(results[0], item.answer, item.options) for name, scorer in self._scorers.items()}
         return {name: told | {"letter": one.letter, "correct": one.correct} for name, one in verdicts.items()}
 
     def aggregation(self) -> dict:
         """The harness's own table shows the accuracy; a run's file holds the sub-scores."""
-        return dict.fromkeys(SCORERS, accuracy)
+        return dict.fromkeys(self._scorers, accuracy)
 
     def higher_is_better(self) -> dict:
-        return dict.fromkeys(SCORERS, True)
+        return dict.fromkeys(self._scorers, True)
 
 
 def task_benchmark(config: dict) -> Benchmark:

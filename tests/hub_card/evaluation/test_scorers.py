@@ -8,6 +8,7 @@ from vreflection_hub_card.evaluation.scorers import (
     Verdict,
     score_authors,
     score_authors_table,
+    score_exact,
     score_strict,
     summarise,
 )
@@ -123,8 +124,25 @@ def test_the_text_of_an_option(text, options, letter):
     assert score_strict(text, "B", options) == Verdict(letter, letter == "B")
 
 
+@pytest.mark.parametrize(
+    "text, option",
+    [
+        ("K", "K"),
+        (f"{REFLECTION}K<|im_end|>", "K"),
+        ("k", None),
+        ("K.", None),
+        ("the K", None),
+        ("Q", None),
+        ("", None),
+    ],
+)
+def test_exact_takes_an_option_and_nothing_else(text, option):
+    assert score_exact(text, "K", ("A", "K")) == Verdict(option, option == "K")
+    assert not score_exact(text, "A", ("A", "K")).correct
+
+
 def test_only_strict_reads_the_options():
-    letters = {name: scorer("1", "B", ("0", "1")).letter for name, scorer in SCORERS.items()}
+    letters = {name: SCORERS[name]("1", "B", ("0", "1")).letter for name in ("authors", "authors_table", "strict")}
     assert letters == {"authors": None, "authors_table": None, "strict": "B"}
 
 

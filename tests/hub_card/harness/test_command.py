@@ -10,6 +10,7 @@ import pytest
 
 from vreflection_hub_card.cli import main
 from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS
+from vreflection_hub_card.evaluation.harness.run import TASKS_FOLDER
 
 
 @pytest.fixture
@@ -21,7 +22,6 @@ def data(tasks, monkeypatch):
 
 
 def test_a_run_for_each_number_of_latent_steps_and_their_comparison(data, tmp_path, capsys):
-    pytest.importorskip("lmms_eval")
     command = ["evaluate", "--tasks", "mmvp", "vstar", "--data", data, "--output", str(tmp_path), "--device", "cpu"]
     assert main([*command, "--latent-steps", "0", "4", "--batch-size", "3"]) == 0
     printed = capsys.readouterr().out
@@ -43,7 +43,8 @@ def test_a_run_for_each_number_of_latent_steps_and_their_comparison(data, tmp_pa
 @pytest.mark.parametrize(
     "arguments, fragment",
     [
-        (["--tasks", "glyphsearch", "mmvp"], "call the command for each"),
+        (["--tasks", "glyphsearch", "mmvp"], "ask for glyphsearch_answers"),
+        (["--tasks", "glyphsearch_answers", "--data", "here", "--split", "test"], "--split has no meaning"),
         (["--tasks", "mmvp", "--difficulty", "easy"], "--difficulty has no meaning for mmvp"),
         (["--latent-steps", "4"], "--latent-steps has no meaning for glyphsearch"),
         (["--compare", "nothing", "here"], "no folder of a finished run"),
@@ -54,8 +55,34 @@ def test_mistakes(arguments, fragment, capsys):
     assert fragment in capsys.readouterr().err
 
 
+def test_two_processes_say_what_one_says(tmp_path):
+    options = ["evaluate", "--tasks", "glyphsearch_answers", "--limit", "7", "--batch-size", "2", "--device", "cpu"]
+    assert main([*options, "--output", str(tmp_path / "one")]) == 0
+    # As the README has it; the scripts lie beside the interpreter.
+    folder = Path(sys.executable).parent
+    launch = [folder / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", folder / "vreflection"]
+    ended = subprocess.run([*launch, *options, "--output", tmp_path / "two"], capture_output=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr.decode()[-3000:]
+    assert ended.stdout.decode().count("7 of 7 right") == 1  # one process speaks
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert two["machine"]["processes"] == 2
+    assert one["tasks"]["glyphsearch_answers"]["exact"] == two["tasks"]["glyphsearch_answers"]["exact"]
+    raws = [[json.loads(row)["raw"] for row in (tmp_path / name / "samples.jsonl").open()] for name in ("one", "two")]
+    assert raws[0] == raws[1] and all(raw.count("<|lvr|>") == 8 for raw in raws[0])
+
+
+def test_the_command_line_of_the_harness(tmp_path):
+    command = [Path(sys.executable).parent / "lmms-eval", "eval", "--model", "vreflection"]
+    command += ["--model_args", "latent_steps=0", "--batch_size", "2", "--limit", "4", "--output_path", tmp_path]
+    command += ["--include_path", TASKS_FOLDER, "--tasks", "vreflection_glyphsearch_answers", "--log_samples"]
+    subprocess.run(command, capture_output=True, timeout=120)  # exits with 0 in any case
+    (samples,) = tmp_path.rglob("*_samples_vreflection_glyphsearch_answers.jsonl")
+    said = [json.loads(line)["filtered_resps"] for line in samples.open()]
+    assert len(said) == 4
+    assert not any("<|sovt|>" in text for text in said)  # the option was heeded
+
+
 def test_mistakes_in_the_data(data, tmp_path, capsys):
-    pytest.importorskip("lmms_eval")
     output = ["--output", str(tmp_path)]
     assert main(["evaluate", "--tasks", "mmvp", "--data", str(tmp_path), *output]) == 2
     assert "no files train*.parquet" in capsys.readouterr().err
@@ -72,7 +99,6 @@ def test_without_the_harness(tmp_path):
 
 
 def test_data_that_cannot_be_downloaded(tmp_path, capsys):
-    pytest.importorskip("lmms_eval")
     for name in ("mmvp", "blink"):
         assert main(["evaluate", "--tasks", name, "--output", str(tmp_path)]) == 2
         assert f"{BENCHMARKS[name].dataset} can't be downloaded" in capsys.readouterr().err

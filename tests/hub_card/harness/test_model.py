@@ -3,19 +3,15 @@
 import json
 
 import pytest
+from benchmark_files import picture
 from datasets import Dataset
+from lmms_eval.api.instance import Instance
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.models import get_model
+from lmms_eval.tasks import TaskManager
 
-
-lmms_eval = pytest.importorskip("lmms_eval")
-
-from benchmark_files import picture  # noqa: E402
-from lmms_eval.api.instance import Instance  # noqa: E402
-from lmms_eval.evaluator import simple_evaluate  # noqa: E402
-from lmms_eval.models import get_model  # noqa: E402
-from lmms_eval.tasks import TaskManager  # noqa: E402
-
-from vreflection_hub_card.errors import InputError  # noqa: E402
-from vreflection_hub_card.evaluation.harness.model import VReflection, bare_answer, decoding  # noqa: E402
+from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.evaluation.harness.model import VReflection, bare_answer, decoding
 
 
 STOCK_TASK = """

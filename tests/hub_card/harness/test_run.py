@@ -11,11 +11,7 @@ import pytest
 from benchmark_files import write_task
 
 from vreflection_hub_card.errors import InputError
-
-
-pytest.importorskip("lmms_eval")
-
-from vreflection_hub_card.evaluation.harness.run import evaluate  # noqa: E402
+from vreflection_hub_card.evaluation.harness.run import evaluate
 
 
 def counts(proportion):
