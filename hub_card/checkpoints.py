@@ -14,7 +14,19 @@ from .errors import InputError
 
 
 EMBEDDED = Path(__file__).parent / "vreflection_tiny"
-NEEDED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+# By name: a repository may hold gigabytes of data in other JSON files.
+NEEDED_FILES = [
+    "config.json",
+    "*_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "*.jinja",
+    "*.safetensors",
+    "*.safetensors.index.json",
+]
 
 
 def checkpoint_folder(model: str | Path | None = None, revision: str | None = None) -> Path:

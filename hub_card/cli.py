@@ -5,11 +5,11 @@ import sys
 
 import transformers
 
-from .commands import ask, evaluate
+from .commands import ask, convert, evaluate
 from .errors import InputError
 
 
-COMMANDS = (ask, evaluate)
+COMMANDS = (ask, evaluate, convert)
 
 
 def main(argv: list[str] | None = None) -> int:

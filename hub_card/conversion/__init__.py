@@ -1,0 +1,1 @@
+"""Turning other layouts of the same weights into ours."""

@@ -1,0 +1,145 @@
+"""One checkpoint into another, tensor by tensor."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import disk_usage
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration
+
+from ..checkpoints import first_line
+from ..errors import InputError
+from .folders import appearing, check_free
+from .layouts import holds_module, our_names, stored_shape
+from .shards import Stored, Weight, are_equal, read_headers, write_shards
+from .sources import Target, check_checkpoint, describe
+
+
+EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+SHARD_SIZE = "5GB"
+GIB = 2**30
+
+
+class LayoutError(InputError):
+    """Weights that don't fit; `problems` lists every one of them."""
+
+    def __init__(self, message: str, problems: list[str]):
+        super().__init__(message)
+        self.problems = problems
+
+
+@dataclass
+class Conversion:
+    """What was written.
+
+    Args:
+        config (`VReflectionConfig`): The configuration.
+        weights (`int`): The number of weights.
+        size (`int`): Their bytes.
+        files (`int`): The number of files that hold them.
+    """
+
+    config: VReflectionConfig
+    weights: int
+    size: int
+    files: int
+
+
+def convert(
+    source: Path, out: Path, inference_only: bool = False, max_shard_size: int | str = SHARD_SIZE
+) -> Conversion:
+    """Converts a checkpoint of the authors' layout, or a Qwen2.5-VL, into a V-Reflection checkpoint.
+
+    Every weight is found or missed before anything is written, and `out` appears in the end, whole.
+
+    Args:
+        source (`Path`): Its folder.
+        out (`Path`): A folder that doesn't exist or is empty.
+        inference_only (`bool`, *optional*, defaults to `False`): Leave BCM and DAC out.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): The size of a file with weights, and what of
+            them is in memory at a time.
+
+    Raises:
+        LayoutError: Weights that have no place here, that are missing, or of another shape.
+        InputError: No checkpoint that can be converted, see `describe` and `read_headers`; an `out` that can't be written.
+    """
+    check_free(out)
+    check_checkpoint(source)
+    stored = read_headers(source)
+    target = describe(source, stored, inference_only)
+    try:
+        model = empty_model(target, stored)
+    except ValueError as error:
+        raise InputError(f"{source}: the configuration is wrong ({first_line(error)})") from error
+    weights, problems = assign(stored, target, model, inference_only)
+    if problems:
+        raise LayoutError(f"{source}: {len(problems)} weights don't fit, nothing was written", problems)
+    size = sum(torch.Size(weight.shape).numel() * weight.stored.dtype.itemsize for weight in weights.values())
+    try:
+        with appearing(out) as folder:
+            if size > (free := disk_usage(folder).free):
+                raise InputError(
+                    f"{out}: {size / GIB:.1f} GiB of weights, and only {free / GIB:.1f} GiB are free there"
+                )
+            # Without weights: the configurations and the code that loads the checkpoint.
+            model.save_pretrained(folder, state_dict={})
+            target.processor.save_pretrained(folder)
+            with tqdm(total=len(weights), desc="Converting", unit="weight", disable=None) as progress:
+                files = write_shards(folder, weights, max_shard_size, progress.update)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{out}: can't be written, and is not there ({first_line(error)})") from error
+    return Conversion(target.config, len(weights), size, len(files))
+
+
+def empty_model(target: Target, stored: dict[str, Stored]) -> VReflectionForConditionalGeneration:
+    """The model that the weights are for, without any memory of its own; in the dtype of the embedding."""
+    with torch.device("meta"):
+        model = VReflectionForConditionalGeneration(target.config)
+    model.generation_config = target.generation_config
+    dtypes = [weight.dtype for name, weight in stored.items() if EMBEDDING in our_names(name)]
+    return model.to(dtypes[0]) if dtypes else model
+
+
+def assign(
+    stored: dict[str, Stored], target: Target, model: VReflectionForConditionalGeneration, inference_only: bool
+) -> tuple[dict[str, Weight], list[str]]:
+    """Finds out what each of the model's weights is made of.
+
+    Returns:
+        `tuple`: The weights by name, in the order in which they are stored, and what is wrong, a line each: weights without
+        a place, of another shape, missing, or there twice.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = target.config.tie_word_embeddings and shapes.pop(HEAD)
+    weights, problems = {}, []
+    for name, weight in stored.items():
+        if inference_only and (holds_module(name, "bcm") or holds_module(name, "dac")):
+            continue
+        if tied and name == HEAD:
+            if not any(EMBEDDING in our_names(other) and are_equal(stored[other], weight) for other in stored):
+                problems.append(f"{name}: config.json ties it to the embedding, from which it differs")
+            continue
+        ours = our_names(name)
+        if not ours or not shapes.keys() >= set(ours):
+            problems.append(f"{name}: unknown, there is no place for it")
+            continue
+        if ours[0] in weights:
+            problems.append(f"{name}: the same as {weights[ours[0]].stored.name}")
+            continue
+        in_vocabulary = ours[0] in (EMBEDDING, HEAD)
+        shape = shapes[ours[0]]
+        needed = (target.stored_vocabulary, *shape[1:]) if in_vocabulary else stored_shape(name, shape)
+        if weight.shape != needed:
+            problems.append(f"{name}: of shape {list(weight.shape)}, and {list(needed)} is needed")
+        for part, new in enumerate(ours):
+            weights[new] = Weight(
+                weight,
+                shape,
+                part=part if len(ours) > 1 else None,
+                filled_from=target.first_new_id if in_vocabulary else None,
+            )
+    problems += [f"{name}: missing" for name in shapes if name not in weights]
+    return weights, problems

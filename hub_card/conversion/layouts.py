@@ -1,0 +1,52 @@
+"""What the weights of other layouts are called here: names alone, no tensors.
+
+The authors' names are those of `src/model/lvr_heads.py` and `qwen_lvr_model.py` in their released code. There, both modules
+also know projections of features of another width (`vision_proj`, `kv_proj`, `q_proj`), which Qwen2.5-VL never needs and
+which have no place here.
+"""
+
+import re
+
+from modeling_vreflection.modeling_vreflection import KEY_MAPPING
+
+
+# The authors' module, ours, and the field of their config.json that announces it.
+MODULES = {
+    "box_feature_resampler": ("bcm", "use_box_feature_resampler"),
+    "student_resampler": ("dac", "use_stage2_distillation"),
+}
+# torch's `MultiheadAttention` stores the projections of queries, keys and values as one, in this order.
+PACKED = ("q_proj", "k_proj", "v_proj")
+LEAVES = {
+    "queries": ("queries",),
+    "cross_attn.in_proj_weight": tuple(f"{name}.weight" for name in PACKED),
+    "cross_attn.in_proj_bias": tuple(f"{name}.bias" for name in PACKED),
+    "cross_attn.out_proj.weight": ("o_proj.weight",),
+    "cross_attn.out_proj.bias": ("o_proj.bias",),
+    "output_norm.weight": ("norm.weight",),
+    "output_norm.bias": ("norm.bias",),
+}
+
+
+def our_names(name: str) -> tuple[str, ...]:
+    """Our names for what one stored weight holds: three for a packed projection, none for an unknown part of a module."""
+    module, _, leaf = name.partition(".")
+    if module in MODULES:
+        return tuple(f"model.{MODULES[module][0]}.{ours}" for ours in LEAVES.get(leaf, ()))
+    for pattern, replacement in KEY_MAPPING.items():
+        name = re.sub(pattern, replacement, name)
+    return (name,)
+
+
+def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a stored weight that holds weights of ours of this shape: packed, or with queries for a batch of one."""
+    count = len(our_names(name))
+    if count > 1:
+        return (count * shape[0], *shape[1:])
+    return (1, *shape) if name == "box_feature_resampler.queries" else shape
+
+
+def holds_module(name: str, ours: str) -> bool:
+    """Whether a stored weight belongs to a module, `"bcm"` or `"dac"`, under the authors' name or under ours."""
+    theirs = [module for module, (mine, _) in MODULES.items() if mine == ours]
+    return name.startswith((f"model.{ours}.", *(f"{module}." for module in theirs)))

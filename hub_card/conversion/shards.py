@@ -1,0 +1,170 @@
+"""Weights on disk: what a checkpoint's shards hold, and writing others of which one at a time is in memory."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..checkpoints import first_line
+from ..errors import InputError
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+COMPARED_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a weight lies: its file, its name there, its shape and dtype."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The files with a checkpoint's weights.
+
+    Raises:
+        InputError: None, pickled ones, a broken index, or files that it names and that aren't there.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        if (folder / SAFE_WEIGHTS_NAME).is_file():
+            return [folder / SAFE_WEIGHTS_NAME]
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(f"{folder}: an adapter; merge it into its base first (vreflection-train merge)")
+        raise InputError(
+            f"{folder}: no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}. Pickled weights (.bin, .pt) are never "
+            "opened, for they can run any code: where you trust them, load them with transformers and `save_pretrained` "
+            "the model, which writes safetensors"
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: no index of weights") from error
+    if outside:
+        raise InputError(f"{index}: names a file outside the folder, {outside[0]!r}")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise InputError(
+            f"{folder}: {len(missing)} of {len(names)} files with weights aren't there: {', '.join(missing)}"
+        )
+    return [folder / name for name in names]
+
+
+def read_headers(folder: Path) -> dict[str, Stored]:
+    """What the shards of a checkpoint hold, in the order in which it lies there; no weight is read.
+
+    Raises:
+        InputError: See `find_shards`; and damaged files, a name that comes twice, weights that are no floats.
+    """
+    found = {}
+    for path in find_shards(folder):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                for name in shard.offset_keys():
+                    header = shard.get_slice(name)
+                    if header.get_dtype() not in DTYPES:
+                        raise InputError(
+                            f"{path}: {name} is {header.get_dtype()}, not a float; quantised weights can't be converted, "
+                            "start from the checkpoint before quantisation"
+                        )
+                    if name in found:
+                        raise InputError(f"{folder}: {name} is in {found[name].file.name} and in {path.name}")
+                    found[name] = Stored(path, name, tuple(header.get_shape()), DTYPES[header.get_dtype()])
+        except SafetensorError as error:
+            raise InputError(f"{path}: damaged or incomplete ({first_line(error)})") from error
+    return found
+
+
+def are_equal(one: Stored, other: Stored) -> bool:
+    """Whether two stored weights hold the same numbers, compared a few rows at a time."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    with safe_open(one.file, framework="pt") as first, safe_open(other.file, framework="pt") as second:
+        left, right = first.get_slice(one.name), second.get_slice(other.name)
+        return all(
+            torch.equal(left[row : row + COMPARED_ROWS], right[row : row + COMPARED_ROWS])
+            for row in range(0, one.shape[0], COMPARED_ROWS)
+        )
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight to be written.
+
+    Args:
+        stored (`Stored`): What it is made of.
+        shape (`tuple[int, ...]`): Its shape.
+        part (`int`, *optional*): Which of several such weights, packed along the first dimension, it is.
+        filled_from (`int`, *optional*): The three rows from here on start at the mean of the rows before them.
+    """
+
+    stored: Stored
+    shape: tuple[int, ...]
+    part: int | None = None
+    filled_from: int | None = None
+
+    def read(self, shard) -> torch.Tensor:
+        """Reads it from its opened file."""
+        if self.part is not None:
+            rows = self.shape[0]
+            return shard.get_slice(self.stored.name)[self.part * rows : (self.part + 1) * rows]
+        tensor = shard.get_tensor(self.stored.name)
+        if self.filled_from is None:
+            return tensor.reshape(self.shape)
+        grown = tensor.new_zeros(self.shape)
+        grown[: len(tensor)] = tensor
+        grown[self.filled_from : self.filled_from + 3] = tensor[: self.filled_from].float().mean(0).to(tensor.dtype)
+        return grown
+
+
+def write_shards(
+    folder: Path, weights: dict[str, Weight], max_shard_size: int | str, progress: Callable[[], object]
+) -> list[str]:
+    """Writes weights, at most one shard of them in memory, and the index if there are several shards.
+
+    Args:
+        folder (`Path`): Where to.
+        weights (`dict[str, Weight]`): The weights by name. Neighbours should lie in the same file.
+        max_shard_size (`int` or `str`): The size of a shard, such as `"5GB"`; a weight beyond it gets one of its own.
+        progress (`Callable`): Called after every weight.
+
+    Returns:
+        `list[str]`: The names of the files with weights.
+    """
+    shapes = {
+        name: torch.empty(weight.shape, dtype=weight.stored.dtype, device="meta") for name, weight in weights.items()
+    }
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        write_shard(folder / file, {name: weights[name] for name in names}, progress)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return list(split.filename_to_tensors)
+
+
+def write_shard(path: Path, weights: dict[str, Weight], progress: Callable[[], object]) -> None:
+    """Writes one file; the files that it is read from are mapped into memory only while it is written."""
+    by_file = defaultdict(dict)
+    for name, weight in weights.items():
+        by_file[weight.stored.file][name] = weight
+    with ExitStack() as stack:
+        tensors = {}
+        for file, held in by_file.items():
+            shard = stack.enter_context(safe_open(file, framework="pt"))
+            for name, weight in held.items():
+                tensors[name] = weight.read(shard).contiguous()
+                progress()
+        save_file(tensors, path, metadata={"format": "pt"})

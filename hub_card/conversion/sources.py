@@ -1,0 +1,192 @@
+"""What a checkpoint is, and the configurations and the processor that it gets as one of ours."""
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2_5_VLConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from modeling_vreflection import VReflectionConfig, VReflectionProcessor
+from modeling_vreflection.processing_vreflection import LATENT_TOKENS
+
+from ..checkpoints import checkpoint_config, first_line
+from ..errors import InputError
+from .layouts import MODULES, holds_module
+
+
+# Where the authors' config.json keeps the ids of their tokens: start, slot, end, and one that their model never emits.
+LVR_TOKENS = {
+    "lvr_start_id": "<|lvr_start|>",
+    "lvr_id": "<|lvr|>",
+    "lvr_end_id": "<|lvr_end|>",
+    "lvr_latent_end_id": "<|lvr_latent_end|>",
+}
+# The authors' modules have a head for every 64 dimensions, and no more than 8.
+MOST_HEADS, HEAD_SIZE = 8, 64
+
+
+@dataclass
+class Target:
+    """What a checkpoint becomes, but for its weights.
+
+    Args:
+        config (`VReflectionConfig`): The configuration.
+        processor (`VReflectionProcessor`): The processor.
+        generation_config (`GenerationConfig`): How it decodes.
+        first_new_id (`int`, *optional*): The id of the first of three tokens that the checkpoint doesn't know yet.
+        stored_vocabulary (`int`): The rows of its embeddings, before they grow for such tokens.
+    """
+
+    config: VReflectionConfig
+    processor: VReflectionProcessor
+    generation_config: GenerationConfig
+    first_new_id: int | None
+    stored_vocabulary: int
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Checks that a folder looks like a checkpoint, and names those in it where it is a folder of checkpoints."""
+    if not (folder / "config.json").is_file():
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"; pass one of the folders in it: {', '.join(inside)}" if inside else ""
+        raise InputError(f"{folder}: no checkpoint, it has no config.json{hint}")
+
+
+def describe(folder: Path, names: Iterable[str], inference_only: bool) -> Target:
+    """Finds out what a checkpoint with weights of these names is, and what it becomes.
+
+    Raises:
+        InputError: Neither a Qwen2.5-VL nor made from one; files that can't be read, or that contradict one another;
+            one of ours, which only `inference_only` changes.
+    """
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(folder)
+        if fields.get("model_type") == VReflectionConfig.model_type:
+            if not inference_only:
+                raise InputError(
+                    f"{folder}: a V-Reflection checkpoint already; what can be done is to drop BCM and DAC, with "
+                    "--inference-only"
+                )
+            config = checkpoint_config(folder)
+            processor = VReflectionProcessor.from_pretrained(folder)
+            first_new_id, stored_vocabulary = None, config.text_config.vocab_size
+        elif fields.get("model_type") == Qwen2_5_VLConfig.model_type:
+            config, processor, first_new_id, stored_vocabulary = from_stock_layout(folder, fields, list(names))
+        else:
+            raise InputError(f"{folder}: no Qwen2.5-VL, its model type is {fields.get('model_type')!r}")
+        if inference_only:
+            config.has_bcm = config.has_dac = False
+        decoding = decoding_of(folder, config)
+    except InputError:
+        raise
+    # transformers meets JSON of another shape than it expects with any of these.
+    except (OSError, ValueError, ImportError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise InputError(f"{folder}: can't be read ({first_line(error)})") from error
+    return Target(config, processor, decoding, first_new_id, stored_vocabulary)
+
+
+def from_stock_layout(folder: Path, fields: dict, names: list[str]) -> tuple:
+    """The configuration and the processor of a checkpoint whose model type is Qwen2.5-VL's; see `Target`."""
+    # No code of the checkpoint's runs.
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    backbone = Qwen2_5_VLConfig.from_dict(fields)
+    image_token = "<|image_pad|>"
+    if tokenizer.get_vocab().get(image_token) != backbone.image_token_id:
+        raise InputError(
+            f"{folder}: {image_token} is {backbone.image_token_id} in config.json (image_token_id) and "
+            f"{tokenizer.get_vocab().get(image_token)} in the tokenizer, whose files must lie beside the weights"
+        )
+    own = architecture(backbone)
+    first_new_id = None
+    if is_lvr(fields, tokenizer):
+        tokens = tuple(LVR_TOKENS.values())[:3]
+        ids = lvr_ids(folder, fields, tokenizer)
+        own |= their_modules(fields, names, backbone.text_config.hidden_size)
+    else:
+        tokens, first_new_id = LATENT_TOKENS, len(tokenizer)
+        ids = tuple(range(first_new_id, first_new_id + 3))
+        own |= {"has_bcm": False, "has_dac": False}  # nothing has trained them
+    vocabulary = backbone.text_config.vocab_size
+    if first_new_id is not None:
+        own["text_config"]["vocab_size"] = max(vocabulary, ids[-1] + 1)
+    own |= dict(zip(("latent_start_token_id", "latent_token_id", "latent_end_token_id"), ids))
+    config = VReflectionConfig(**own)
+    if max(ids) >= config.text_config.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer gives {tokens[ids.index(max(ids))]} the id {max(ids)}, and the embedding has only "
+            f"{vocabulary} rows"
+        )
+    processor = VReflectionProcessor.from_backbone(folder, tokens, config.num_latent_tokens, trust_remote_code=False)
+    found = tuple(processor.tokenizer.convert_tokens_to_ids(list(tokens)))
+    if found != ids:
+        raise InputError(f"{folder}: the tokenizer gives {', '.join(tokens)} the ids {found}, not {ids}")
+    return config, processor, first_new_id, vocabulary
+
+
+def architecture(backbone: Qwen2_5_VLConfig) -> dict:
+    """A backbone's own fields alone: config.json may hold the authors' loss weights, and what a run had set for itself."""
+    own = {name: getattr(backbone, name) for name in inspect.get_annotations(Qwen2_5_VLConfig)}
+    for part in ("text_config", "vision_config"):
+        section = own[part]
+        own[part] = {name: getattr(section, name) for name in inspect.get_annotations(type(section))}
+    # Training turns it off, and a checkpoint from its midst says so.
+    del own["text_config"]["use_cache"]
+    return own
+
+
+def is_lvr(fields: dict, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a checkpoint reasons in latents in the authors' way: its configuration or its tokenizer says so."""
+    return any(fields.get(name) is not None for name in LVR_TOKENS) or "<|lvr_start|>" in tokenizer.get_vocab()
+
+
+def lvr_ids(folder: Path, fields: dict, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
+    """The ids of the start, slot and end token, about which config.json and the tokenizer must agree."""
+    ids = {}
+    for name, token in LVR_TOKENS.items():
+        known, stated = tokenizer.get_vocab().get(token), fields.get(name)
+        if known is None and name == "lvr_latent_end_id":
+            continue  # nothing uses it
+        if known is None:
+            raise InputError(f"{folder}: the tokenizer has no token {token}, which config.json speaks of")
+        if stated not in (None, known):
+            raise InputError(f"{folder}: {token} is {stated} in config.json ({name}) and {known} in the tokenizer")
+        ids[name] = known
+    return ids["lvr_start_id"], ids["lvr_id"], ids["lvr_end_id"]
+
+
+def their_modules(fields: dict, names: list[str], hidden_size: int) -> dict:
+    """Which of the two modules a checkpoint of the authors' layout has or should have, and the fields that describe them."""
+    present = {
+        ours: bool(fields.get(flag)) or any(holds_module(name, ours) for name in names)
+        for ours, flag in MODULES.values()
+    }
+    own = {
+        "has_bcm": present["bcm"],
+        "has_dac": present["dac"],
+        "num_latent_tokens": fields.get("num_latent_tokens", 8),
+    }
+    if any(present.values()):
+        heads = max(1, min(MOST_HEADS, hidden_size // HEAD_SIZE))
+        own |= {"query_position": "at", "compression_num_heads": heads}
+    return own
+
+
+def decoding_of(folder: Path, config: VReflectionConfig) -> GenerationConfig:
+    """A checkpoint's generation config with how it reflects, by its own states where it carries no DAC."""
+    stored = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
+    entries = stored.to_diff_dict() if stored else {}
+    known = vars(GenerationConfig())
+    kept = {name: value for name, value in entries.items() if name in known}
+    steps = entries.get("latent_steps", config.num_latent_tokens)
+    feedback = entries.get("latent_feedback", "hidden") if config.has_dac else "hidden"
+    reflecting = {"latent_steps": steps, "latent_feedback": feedback}
+    # Only an explicit generation config keeps entries that transformers doesn't know.
+    decoding = GenerationConfig(**{**kept, **reflecting, "_from_model_config": False, "use_cache": True})
+    try:
+        decoding.validate(strict=True)  # else it can be loaded, and not saved
+    except ValueError as error:
+        raise InputError(f"{folder / GENERATION_CONFIG_NAME}: {error}") from error
+    return decoding
