@@ -5,11 +5,11 @@ import sys
 
 import transformers
 
-from .commands import ask, convert, evaluate
+from .commands import ask, card, convert, evaluate
 from .errors import InputError
 
 
-COMMANDS = (ask, evaluate, convert)
+COMMANDS = (ask, evaluate, convert, card)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from trl import ModelConfig
 from trl import get_quantization_config as get_stock_quantization_config
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
+from vreflection_hub_card.card import read_training_facts, write_training_facts
 
 from .configs import TRAINED_MODULES, VReflectionSFTConfig
 from .loading import is_stock, load_model_and_processor
@@ -178,6 +179,8 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, **kwargs):
         raise ValueError(f"The base {base_name!r} is quantized: an adapter merges exactly into full weights only.")
     model.merge_and_unload(safe_merge=True).save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
+    if (facts := read_training_facts(Path(adapter))) is not None:
+        write_training_facts(Path(output_dir), facts)
 
 
 def _is_stock(model: VReflectionForConditionalGeneration) -> bool:

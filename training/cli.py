@@ -114,7 +114,15 @@ def build_trainer(script: VReflectionScriptArguments, model_args: ModelConfig, a
     limit_pixels(processor, script)
     shuffle_buffer = None if args.train_sampling_strategy == "sequential" else script.shuffle_buffer
     rows = load_rows(script.sources, streaming=script.streaming, seed=args.seed, shuffle_buffer=shuffle_buffer)
-    return VReflectionSFTTrainer(model, args, processing_class=processor, train_dataset=rows, peft_config=peft_config)
+    return VReflectionSFTTrainer(
+        model,
+        args,
+        processing_class=processor,
+        train_dataset=rows,
+        peft_config=peft_config,
+        sources=script.sources,
+        from_scratch=script.from_scratch,
+    )
 
 
 def train(trainer, script: VReflectionScriptArguments) -> bool:

@@ -170,6 +170,11 @@ class VReflectionSFTConfig(SFTConfig):
         # The collator renders and tokenizes, pictures included; trl's own preparation knows no reflections.
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
+        if self.hub_token is not None:
+            raise ValueError(
+                "`hub_token` would be written into training_args.bin, which is pushed: leave it out and run `hf auth login`, "
+                "or set HF_TOKEN."
+            )
         if self.resume_from_checkpoint in ("true", "false", "True", "False"):  # of the command line
             self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
         if self.latent_inputs == "hidden" and self.gradient_checkpointing:

@@ -1,6 +1,7 @@
 """Trains the two stages with trl: what is frozen, how the losses add up, what is logged and saved."""
 
 import random
+import shutil
 import time
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -16,9 +17,11 @@ from trl import SFTTrainer
 from trl.trainer.utils import entropy_from_logits
 
 from modeling_vreflection import VReflectionForConditionalGeneration
+from vreflection_hub_card.card import save_card, write_training_facts
 from vreflection_hub_card.drawing import save_figure
 
 from .callbacks import PreemptionCallback, RunProgress, outlive_sigterm
+from .card import RunOrigin, trainer_card, trainer_facts
 from .checkpoints import check_same_stage, find_checkpoint, load_progress, remove_incomplete, writing
 from .collator import VReflectionDataCollator
 from .configs import TRAINED_MODULES, VReflectionSFTConfig
@@ -72,6 +75,9 @@ class VReflectionSFTTrainer(SFTTrainer):
         data_collator ([`VReflectionDataCollator`], *optional*): By default one for the stage.
         peft_config (`peft.PeftConfig`, *optional*): Adapters for the language model. What the stage trains besides, BCM,
             DAC and the latent tokens' embeddings, still trains as a whole and is saved with them.
+        sources (`list[dict]`, *optional*): Where `train_dataset` came from, as [`load_rows`](data/sources.py) takes it; for
+            the model card and `training_facts.json`.
+        from_scratch (`bool`, *optional*, defaults to `False`): Whether the model began with random weights; likewise.
         kwargs: Further arguments of [`~trl.SFTTrainer`].
 
     Raises:
@@ -90,6 +96,8 @@ class VReflectionSFTTrainer(SFTTrainer):
         data_collator=None,
         processing_class=None,
         peft_config=None,
+        sources: list[dict] | None = None,
+        from_scratch: bool = False,
         **kwargs,
     ):
         args = VReflectionSFTConfig(output_dir="v-reflection-sft") if args is None else args
@@ -112,6 +120,7 @@ class VReflectionSFTTrainer(SFTTrainer):
                 "With several processes the collator needs `every_module=True`, or they may wait for ever."
             )
         check_stage(model, args)
+        self.origin = RunOrigin(model.name_or_path, sources, from_scratch)
         if peft_config is None:
             freeze(model, args)
         else:
@@ -208,6 +217,14 @@ class VReflectionSFTTrainer(SFTTrainer):
             from .adapters import save_base_configs
 
             save_base_configs(self.model, output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir)
+        write_training_facts(folder, trainer_facts(self))
+        if folder == Path(self.args.output_dir):
+            self.create_model_card()
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        if self.is_world_process_zero():
+            save_card(trainer_card(self, model_name, dataset_name, tags), Path(self.args.output_dir))
 
     @contextmanager
     def _plain_model(self):
@@ -237,6 +254,12 @@ class VReflectionSFTTrainer(SFTTrainer):
             self.args.save_total_limit = limit
         if self.args.should_save:
             rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():  # transformers takes the weights along, and not the code that loads them
+            for code in Path(checkpoint_folder).glob("*_vreflection.py"):
+                shutil.copy(code, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)

@@ -22,7 +22,7 @@ def test_it_is_complete_small_and_without_pickles():
     files = {path.name: path.stat().st_size for path in EMBEDDED.iterdir()}
     assert {path.name for path in CODE.glob("*_vreflection.py")} <= set(files)
     assert sum(files.values()) < 10_000_000
-    assert {Path(name).suffix for name in files} <= {".json", ".jinja", ".py", ".safetensors"}
+    assert {Path(name).suffix for name in files} <= {".json", ".jinja", ".md", ".py", ".safetensors"}
 
 
 def test_its_weights_are_bfloat16_and_hold_both_modules():

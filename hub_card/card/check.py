@@ -1,0 +1,133 @@
+"""Whether a card is fit to be published: complete, without placeholders, about these weights."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..checkpoints import first_line
+from ..errors import InputError
+from ..evaluation.provenance import sha256
+from .checkpoint import ADAPTER_CONFIG
+from .facts import only_drawn, read_training_facts
+
+
+CARD, EVAL_RESULTS = "README.md", ".eval_results"
+REQUIRED = ("license", "language", "library_name", "pipeline_tag", "metrics", "tags")
+# The last two are Jinja's; braces without spaces occur in BibTeX.
+PLACEHOLDER = re.compile(
+    r"\[?more information needed\]?|\bTODO\b|\bFIXME\b|<!--\s*provide|\{\{ .*? \}\}|\{% .*? %\}", re.IGNORECASE
+)
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+MEASURED = re.compile(r"`([^`/\s]+\.safetensors)` \(SHA-256 `([0-9a-f]{64})`\)")
+
+
+def check_card(folder: Path) -> ModelCard:
+    """Checks the card of a checkpoint's folder.
+
+    Returns:
+        `ModelCard`: The card, if nothing is wrong with it.
+
+    Raises:
+        InputError: All that the card lacks, in one message.
+    """
+    folder = Path(folder)
+    path = folder / CARD
+    if not path.is_file():
+        raise InputError(f"{folder}: there is no model card, {CARD}")
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: its front matter can't be read ({first_line(error)})") from error
+    wrong = [*wrong_front_matter(card, folder), *wrong_text(card, folder), *wrong_results(card, folder)]
+    if wrong:
+        raise InputError(f"{path}: {'; '.join(wrong)}")
+    return card
+
+
+def wrong_front_matter(card: ModelCard, folder: Path) -> list[str]:
+    """What the front matter lacks."""
+    data, facts = card.data, read_training_facts(folder)
+    required = list(REQUIRED)
+    if not (facts and facts["from_scratch"]):
+        required += ["base_model", "base_model_relation"]
+    if not only_drawn(facts):
+        required.append("datasets")
+    if data.get("license") == "other":
+        required += ["license_name", "license_link"]
+    wrong = [f"the front matter has no {name}" for name in required if not data.get(name)]
+    for name in ("base_model", "datasets"):
+        values = data.get(name) or []
+        wrong += [f"{name}: {value!r} is no id on the Hub" for value in listed(values) if not is_hub_id(value)]
+    adapter = (folder / ADAPTER_CONFIG).is_file()
+    if data.get("base_model_relation") not in (None, "adapter" if adapter else "finetune"):
+        wrong.append(f"base_model_relation is {data.get('base_model_relation')!r}")
+    return wrong
+
+
+def wrong_text(card: ModelCard, folder: Path) -> list[str]:
+    """What no published card may hold."""
+    content = str(card)
+    wrong = [f"the placeholder {found!r}" for found in dict.fromkeys(PLACEHOLDER.findall(content))]
+    if TOKEN.search(content):
+        wrong.append("something that looks like a Hub token")
+    if str(folder.resolve()) in content:
+        wrong.append("a path of this machine")
+    if not card.text.strip():
+        wrong.append("no text")
+    return wrong
+
+
+def wrong_results(card: ModelCard, folder: Path) -> list[str]:
+    """Results that the Hub can't read, and those of other weights."""
+    wrong = []
+    files = sorted((folder / EVAL_RESULTS).glob("*.yaml"))
+    for file in files:
+        try:
+            entries = parse_eval_result_entries(yaml.safe_load(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+            wrong.append(f"{EVAL_RESULTS}/{file.name} can't be read ({first_line(error)})")
+            continue
+        wrong += [f"{EVAL_RESULTS}/{file.name}: {fault}" for entry in entries for fault in wrong_entry(entry)]
+    results = card.data.get("eval_results") or []
+    wrong += [
+        f"a result of {result.dataset_name} is no number" for result in results if not is_number(result.metric_value)
+    ]
+    measured = dict(MEASURED.findall(card.text))
+    if (results or files) and not measured:
+        wrong.append("it has results and doesn't say of which weights")
+    weights = {file.name for file in folder.glob("*.safetensors")}
+    if measured and (
+        set(measured) != weights or any(sha256(folder / name) != value for name, value in measured.items())
+    ):
+        wrong.append("its results belong to other weights: measure these, and write the card again")
+    return wrong
+
+
+def wrong_entry(entry) -> list[str]:
+    """What is wrong with one entry of `.eval_results`."""
+    wrong = [] if is_hub_id(entry.dataset_id) else [f"{entry.dataset_id!r} is no id on the Hub"]
+    return wrong if is_number(entry.value) else [*wrong, "the value is no number"]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_hub_id(value: Any) -> bool:
+    """Whether a value could be the id of something on the Hub."""
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return False
+    return True
+
+
+def listed(value: Any) -> list:
+    """A value as a list."""
+    return value if isinstance(value, list) else [value]

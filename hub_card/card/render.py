@@ -1,0 +1,193 @@
+"""Puts a card together and writes it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yaml
+
+from ..errors import InputError
+from ..evaluation.benchmarks import BENCHMARKS
+from ..evaluation.glyphsearch import draw_question
+from ..evaluation.provenance import sha256
+from .check import CARD, EVAL_RESULTS, is_hub_id
+from .checkpoint import Checkpoint, read_checkpoint
+from .facts import check_training_facts, hub_datasets, only_drawn, options_table, read_training_facts, training_table
+from .licence import Licence, choose_licence
+from .results import GLYPHSEARCH, eval_entries, model_index, read_results, results_text
+
+
+TEMPLATE = Path(__file__).parent / "card.md"
+TAGS = ("v-reflection", "qwen2_5_vl", "latent-reasoning", "custom_code")
+MERGED = "merged"  # what the snippets call an adapter's merged folder
+# A picture and a question for the snippets.
+EXAMPLE_SEED = 3
+EXAMPLE = ("picture.png", "What does the sign say?", "stop")
+
+
+def write_card(
+    folder: str | Path,
+    repo_id: str | None = None,
+    results: Sequence[str | Path] = (),
+    facts: dict[str, Any] | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    tags: Sequence[str] = (),
+) -> Path:
+    """Writes the card of a checkpoint, `README.md`, and its results, `.eval_results/*.yaml`, into its folder.
+
+    What was there under these names is replaced.
+
+    Args:
+        folder (`str` or `Path`): The checkpoint.
+        repo_id (`str`, *optional*): Under which id it is to be on the Hub; by default the card shows the folder's name.
+        results (`Sequence[str | Path]`): Result files of `vreflection evaluate`, of this checkpoint's weights.
+        facts (`dict`, *optional*): How it was trained; by default what `training_facts.json` in the folder says.
+        base_model (`str`, *optional*): The Hub id of the base model, where those facts know none.
+        license (`str`, *optional*): The licence, an id of the Hub's list; by default what follows from the base model.
+        datasets (`Sequence[str]`): Hub ids of data it was trained on, beside those that the facts name.
+        tags (`Sequence[str]`): More tags.
+
+    Returns:
+        `Path`: The card's file.
+
+    Raises:
+        InputError: No checkpoint; results that aren't its own; a base model or licence that isn't known, or doesn't fit.
+    """
+    folder = Path(folder)
+    checkpoint = read_checkpoint(folder)
+    facts = read_training_facts(folder) if facts is None else check_training_facts(facts, "facts")
+    base_model = choose_base_model(facts, base_model)
+    for id in (value for value in (repo_id, base_model, *datasets) if value is not None):
+        if not is_hub_id(id):
+            raise InputError(f"{id!r} is no id on the Hub")
+    licence = choose_licence(base_model, facts is not None and facts["from_scratch"], license)
+    hashes = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))} if results else {}
+    reports = read_results([Path(path) for path in results], hashes)
+    card = render_card(
+        folder.resolve().name,
+        checkpoint,
+        facts,
+        base_model=base_model,
+        licence=licence,
+        repo_id=repo_id,
+        reports=reports,
+        hashes=hashes,
+        datasets=datasets,
+        tags=tags,
+    )
+    return save_card(card, folder, eval_entries(reports, checkpoint))
+
+
+def choose_base_model(facts: dict[str, Any] | None, base_model: str | None) -> str | None:
+    """The base model of the facts, or where they know none, the one that is given.
+
+    Raises:
+        InputError: The two contradict each other.
+    """
+    known = facts["base_model"] if facts else None
+    if base_model is not None and facts and (facts["from_scratch"] or known not in (None, base_model)):
+        raise InputError(f"the base model can't be {base_model}: the checkpoint began as {known or 'nothing'}")
+    return base_model or known
+
+
+def render_card(
+    name: str,
+    checkpoint: Checkpoint,
+    facts: dict[str, Any] | None = None,
+    *,
+    base_model: str | None = None,
+    licence: Licence | None = None,
+    repo_id: str | None = None,
+    reports: Sequence[dict] = (),
+    hashes: dict[str, str] | None = None,
+    datasets: Sequence[str] = (),
+    tags: Sequence[str] = (),
+) -> ModelCard:
+    """Renders a card; what isn't known is left out.
+
+    Args:
+        name (`str`): The model's name.
+        checkpoint (`Checkpoint`): What it is.
+        facts (`dict`, *optional*): How it was trained, see `read_training_facts`.
+        base_model (`str`, *optional*): Hub id of the base model.
+        licence (`Licence`, *optional*): Without it the card is a draft, which `check_card` refuses.
+        repo_id (`str`, *optional*): Its own Hub id.
+        reports (`Sequence[dict]`): Results, see `read_results`.
+        hashes (`dict[str, str]`, *optional*): SHA-256 of the weights' files; needed with results.
+        datasets (`Sequence[str]`): Hub ids of data beside those of the facts.
+        tags (`Sequence[str]`): More tags.
+    """
+    reports = list(reports)
+    title = repo_id.rpartition("/")[2] if repo_id else name
+    data = ModelCardData(
+        license=licence and licence.id,
+        license_name=licence and licence.name,
+        license_link=licence and licence.link,
+        language=["en"],
+        library_name="peft" if checkpoint.adapter else "transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=base_model,
+        base_model_relation=base_model and ("adapter" if checkpoint.adapter else "finetune"),
+        datasets=list(dict.fromkeys([*hub_datasets(facts), *datasets])) or None,
+        metrics=["accuracy"],
+        tags=[*TAGS, *sorted(set(tags) - set(TAGS))],
+        model_name=title,
+        eval_results=list(model_index(reports)) or None,
+    )
+    drawn, runs = only_drawn(facts), facts["runs"] if facts else []
+    picture, question, answer = EXAMPLE
+    if drawn:
+        _, asked = draw_question("test", EXAMPLE_SEED)  # as `vreflection ask --seed` does
+        picture, question, answer = "scene.png", asked.text, asked.answer
+    tasks = {task for report in reports for task in report["tasks"]}
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=title,
+        model=MERGED if checkpoint.adapter else repo_id or name,
+        adapter=repo_id or name,
+        checkpoint=checkpoint,
+        config=checkpoint.config,
+        text_config=checkpoint.config.get_text_config(),
+        weights=checkpoint.weights,
+        base=base_model,
+        facts=facts,
+        from_scratch=bool(facts and facts["from_scratch"]),
+        training=training_table(facts) if runs else None,
+        options=options_table(facts) if runs else None,
+        only_sft=bool(runs) and all(run["stage"] == "sft" for run in runs),
+        drawn=drawn,
+        results=results_text(reports),
+        hashes=hashes or {},
+        glyphsearch=GLYPHSEARCH in tasks,
+        benchmarks=bool(tasks & set(BENCHMARKS)),
+        licence=licence,
+        seed=EXAMPLE_SEED,
+        picture=picture,
+        question=question,
+        answer=answer,
+    )
+
+
+def save_card(card: ModelCard, folder: Path, entries: dict | None = None) -> Path:
+    """Writes a card and its `.eval_results/TASK.yaml`; of an earlier card nothing is left.
+
+    Args:
+        card (`ModelCard`): The card.
+        folder (`Path`): The checkpoint's folder.
+        entries (`dict[str, EvalResultEntry]`, *optional*): A result for each task, see `eval_entries`.
+    """
+    entries = entries or {}
+    for task in BENCHMARKS:
+        path = folder / EVAL_RESULTS / f"{task}.yaml"
+        if task in entries:
+            path.parent.mkdir(exist_ok=True)
+            content = yaml.safe_dump(eval_result_entries_to_yaml([entries[task]]), sort_keys=False, allow_unicode=True)
+            path.write_text(content, encoding="utf-8")
+        else:
+            path.unlink(missing_ok=True)
+    card.save(folder / CARD)
+    return folder / CARD

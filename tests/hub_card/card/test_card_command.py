@@ -1,0 +1,34 @@
+"""`vreflection card`."""
+
+import shutil
+
+from vreflection_hub_card.card import TRAINING_FACTS, check_card
+from vreflection_hub_card.checkpoints import EMBEDDED
+from vreflection_hub_card.cli import main
+
+
+RESULTS = EMBEDDED.parent / "results" / "vreflection_tiny.json"
+
+
+def test_a_card_with_what_the_command_says(tmp_path, capsys):
+    folder = tmp_path / "mine"
+    shutil.copytree(EMBEDDED, folder)
+    (folder / TRAINING_FACTS).unlink()
+    assert main(["card", str(folder)]) == 2
+    assert "base model" in capsys.readouterr().err
+    base = "Qwen/Qwen2.5-VL-7B-Instruct"
+    given = ["--repo", "ann/mine", "--base-model", base, "--datasets", "ann/rows", "--tags", "reports"]
+    assert main(["card", str(folder), *given]) == 0
+    data = check_card(folder).data
+    assert (data.base_model, data.license, data.model_name) == (base, "apache-2.0", "mine")
+    assert data.datasets == ["ann/rows"] and "reports" in data.tags
+    assert 'from_pretrained("ann/mine"' in (folder / "README.md").read_text()
+
+
+def test_results_of_other_weights(tmp_path, capsys):
+    folder = tmp_path / "mine"
+    shutil.copytree(EMBEDDED, folder)
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-2] + bytes([content[-2] ^ 1, content[-1]]))
+    assert main(["card", str(folder), "--results", str(RESULTS)]) == 2
+    assert "other weights" in capsys.readouterr().err

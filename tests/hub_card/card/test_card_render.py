@@ -1,0 +1,259 @@
+"""The card says what the checkpoint, its training and its result files say, and what it tells people to run runs."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from modeling_vreflection import VReflectionForConditionalGeneration
+from vreflection_hub_card.card import TRAINING_FACTS, check_card, read_training_facts, write_card, write_training_facts
+from vreflection_hub_card.card.checkpoint import read_checkpoint
+from vreflection_hub_card.checkpoints import EMBEDDED
+from vreflection_hub_card.cli import build_parser, main
+from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.evaluation.glyphsearch import draw_question
+from vreflection_hub_card.evaluation.report import glyphsearch_table
+
+
+def blocks(card: ModelCard, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", card.text, re.DOTALL | re.MULTILINE)
+
+
+def section(card: ModelCard, title: str) -> str:
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", card.text, re.DOTALL | re.MULTILINE)[1]
+
+
+def load(path: Path) -> ModelCard:
+    return ModelCard(path.read_text())
+
+
+def test_the_snippets_run(folder, results, tmp_path, monkeypatch, capsys):
+    card = load(write_card(folder, "someone/tiny", results))
+    scene, asked = draw_question("test", 3)
+    scene.image.save(tmp_path / "scene.png")
+    code = "\n".join(blocks(card, "python"))
+    assert code.count('"someone/tiny"') == 3
+    code = code.replace("someone/tiny", str(folder))
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    answer, piped, with_latents, without = ran.stdout.strip().splitlines()
+    assert answer == piped == asked.answer
+    assert with_latents == "{} 1 of 1" and re.fullmatch(r"\{'latent_steps': 0\} [01] of 1", without)
+
+    monkeypatch.chdir(tmp_path)
+    commands = [line for block in blocks(card, "bash") for line in block.splitlines()]
+    asking = [shlex.split(line.replace("someone/tiny", str(folder)))[1:] for line in commands if " ask " in line]
+    for arguments in asking:
+        assert main(arguments) == 0
+        assert capsys.readouterr().out.splitlines()[0] == asked.answer
+    assert asking and (tmp_path / "heatmap.png").is_file()
+    evaluating = [line for line in commands if " evaluate " in line]
+    assert len(evaluating) == 2 and len(evaluating) + len(asking) == len(commands)
+    for line in evaluating:  # they parse; what they do is tested with the harness
+        build_parser().parse_args(shlex.split(line)[1:])
+
+
+@pytest.mark.parametrize("shards", ["10GB", "500KB"])
+def test_parameters_are_counted_without_loading(tiny_folder, tmp_path, shards):
+    model = VReflectionForConditionalGeneration.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size=shards)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "500KB")
+    weights = read_checkpoint(tmp_path).weights
+    numbers = {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in (("total", model), ("bcm", model.model.bcm), ("dac", model.model.dac))
+    }
+    assert {name: getattr(weights, name) for name in numbers} == numbers
+    assert weights.dtypes == ("bfloat16",)
+    both = numbers["bcm"] + numbers["dac"]
+    card = load(write_card(tmp_path, license="mit", datasets=["someone/rows"]))
+    line = next(line for line in card.text.splitlines() if "BCM and DAC together" in line)
+    expected = (
+        f"{both:,} parameters, {100 * both / numbers['total']:.1f} % of all, {2 * both / 1e6:.1f} MB in bfloat16"
+    )
+    assert expected in line
+
+
+def test_the_overhead_is_that_of_the_paper(tiny_folder):
+    """The modules' sizes follow from D and S; at the 7B's they are Tab. 3(e)'s."""
+
+    def sizes(width, steps):
+        attention = 4 * (width * width + width)
+        return steps * width + attention + 2 * width, attention + 2 * width
+
+    checkpoint = read_checkpoint(tiny_folder)
+    config, weights = checkpoint.config, checkpoint.weights
+    assert (weights.bcm, weights.dac) == sizes(config.get_text_config().hidden_size, config.num_latent_tokens)
+    assert round(sum(sizes(3584, 8)) / 1e6, 2) == 102.83
+
+
+def test_results_are_quoted_and_without_a_file_there_is_no_number(folder, results):
+    bare = load(write_card(folder))
+    assert bare.data.eval_results is None
+    assert "No score" in section(bare, "Results") and not re.search(r"\d", section(bare, "Results"))
+    card = load(write_card(folder, results=results))
+    reports = [json.loads(path.read_text()) for path in results]
+    for report in reports:
+        assert glyphsearch_table(report) in section(card, "Results")
+    values = {(r.dataset_config, r.metric_name): r.metric_value for r in card.data.eval_results}
+    for report in reports:
+        task = report["tasks"]["glyphsearch"]
+        difficulty = task["data"]["difficulty"]
+        assert values[difficulty, "accuracy, 8 latent steps"] == task["accuracy"]["overall"]["share"]
+        assert (
+            values[difficulty, "accuracy with another sample's latents"]
+            == task["shuffled_latents"]["accuracy"]["overall"]["share"]
+        )
+    assert len(values) == 6
+
+
+def test_the_training_is_told(folder, facts):
+    write_training_facts(folder, facts)
+    card = load(write_card(folder, "someone/model"))
+    assert card.data.base_model == "Qwen/Qwen2.5-VL-7B-Instruct" and card.data.base_model_relation == "finetune"
+    assert card.data.license == "apache-2.0" and card.data.datasets == ["someone/rows"]
+    told = section(card, "Training")
+    for expected in (
+        "stage 1, BCM",
+        "`someone/rows`",
+        "`weight=3`",
+        "`viscot_363k.json`",
+        "CE + 0.25 L_BCM",
+        "2,500 of 32 packs of at most 4 samples, on 4 processes; 1,234,567 tokens",
+        "| learning_rate | `1e-05` |",
+        "some GPU",
+        "trl 1.16.0",
+    ):
+        assert expected in told
+    assert "GlyphSearch" not in card.text.partition("## Do the latents")[0]
+
+
+def test_two_runs_are_two_columns_and_an_option_of_one_is_empty_in_the_other(folder, facts):
+    facts["runs"].append(facts["runs"][0] | {"stage": "2", "options": {"latent_inputs": "dac"}})
+    told = section(load(write_card(folder, facts=facts)), "Training")
+    assert "|  | stage 1, BCM | stage 2, DAC |" in told
+    assert "| latent_inputs | `bcm` | `dac` |" in told and "| latent_loss | `l1` |  |" in told
+
+
+def test_a_table_has_no_gap_and_as_many_cells_in_each_row(folder, results, facts):
+    for given in (facts, None):
+        text = load(write_card(folder, results=results, facts=given)).text
+        for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+            rows = table.splitlines()
+            assert len(rows) > 2 and re.fullmatch(r"[|\- ]+", rows[1]), table
+            assert len({row.replace("\\|", "").count("|") for row in rows}) == 1, table
+        prose = re.sub("^```.*?^```", "code", text, flags=re.DOTALL | re.MULTILINE)
+        assert "\n\n\n" not in prose and text.endswith("\n}\n```\n")
+
+
+def test_a_checkpoint_without_modules(no_dac_folder, tmp_path):
+    folder = shutil.copytree(no_dac_folder, tmp_path / "no_dac")
+    card = load(write_card(folder, license="mit", datasets=["a/b"]))
+    assert "| DAC, the student in training | none |" in card.text and "0 parameters, 0.0 %" in card.text
+    assert '"dac"' not in card.text and "DAC's" not in card.text
+
+
+@pytest.mark.parametrize(
+    "base_model, license, expected",
+    [
+        ("Qwen/Qwen2.5-VL-7B-Instruct", None, ("apache-2.0", None)),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "cc-by-nc-4.0", ("cc-by-nc-4.0", None)),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", None, ("other", "qwen-research")),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "qwen-research", ("other", "qwen-research")),
+        ("someone/else", "mit", ("mit", None)),
+        (None, "mit", ("mit", None)),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "apache-2.0", "so what is made of it can't be under apache-2.0"),
+        ("someone/else", None, "the licence of someone/else is not known.*--license"),
+        (None, None, "the base model is not known.*--license"),
+        ("someone/else", "other", "--license other says nothing"),
+    ],
+)
+def test_the_licence_follows_from_the_base_model(folder, base_model, license, expected):
+    (folder / TRAINING_FACTS).unlink()
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            write_card(folder, base_model=base_model, license=license)
+        return
+    card = load(write_card(folder, base_model=base_model, license=license))
+    assert (card.data.license, card.data.license_name) == expected
+    assert ("forbids commercial use" in card.text) == (expected[1] == "qwen-research")
+    assert bool(card.data.license_link) == (expected[0] == "other")
+
+
+def test_a_model_from_nothing_has_no_base_and_is_apaches(folder):
+    card = load(write_card(folder))
+    assert card.data.license == "apache-2.0" and card.data.base_model is None
+    assert "none, trained from nothing" in card.text
+    with pytest.raises(InputError, match="can't be someone/else: the checkpoint began as nothing"):
+        write_card(folder, base_model="someone/else")
+
+
+def test_facts_and_a_given_base_may_not_differ(folder, facts):
+    with pytest.raises(InputError, match="can't be someone/else: the checkpoint began as Qwen/Qwen2.5-VL-7B-Instruct"):
+        write_card(folder, facts=facts, base_model="someone/else")
+    facts["base_model"] = None
+    assert load(write_card(folder, facts=facts, base_model="a/b", license="mit")).data.base_model == "a/b"
+
+
+@pytest.mark.parametrize("name", ["repo_id", "base_model"])
+def test_what_is_no_id_is_refused(folder, name):
+    (folder / TRAINING_FACTS).unlink()
+    with pytest.raises(InputError, match="'/home/me/model' is no id on the Hub"):
+        write_card(folder, license="mit", **{name: "/home/me/model"})
+
+
+def test_what_is_no_checkpoint_is_refused(folder, tmp_path):
+    with pytest.raises(InputError, match="no config.json"):
+        write_card(tmp_path)
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(InputError, match="model.safetensors: damaged"):
+        write_card(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="no weights"):
+        write_card(folder)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda facts: facts.pop("from_scratch"), "`from_scratch` is missing"),
+        (lambda facts: facts.update(from_scratch=True), "`from_scratch` is true, and yet"),
+        (lambda facts: facts["runs"][0].pop("steps"), "run 0: `steps` is missing"),
+        (lambda facts: facts["runs"][0].update(stage="3"), "run 0: `stage` must be one of sft, 1, 2, joint"),
+    ],
+)
+def test_damaged_facts_are_refused(folder, facts, change, message):
+    change(facts)
+    write_training_facts(folder, facts)
+    with pytest.raises(InputError, match=message):
+        read_training_facts(folder)
+
+
+def test_the_card_of_an_adapter_tells_to_merge_it(folder, facts):
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    card = load(write_card(folder, "someone/adapter", facts=facts))
+    assert card.data.base_model_relation == "adapter" and card.data.library_name == "peft"
+    assert blocks(card, "bash")[0] == "vreflection-train merge someone/adapter merged\n"
+    assert 'from_pretrained("merged"' in blocks(card, "python")[0]
+    assert "all parameters" not in card.text
+    write_training_facts(folder, facts)
+    assert check_card(folder).data.license == "apache-2.0"
+
+
+EMBEDDED_CARD = EMBEDDED / "README.md"
+
+
+def test_the_embedded_checkpoints_card_is_up_to_date(folder, results):
+    expected = write_card(folder.rename(folder.with_name(EMBEDDED.name)), results=results)
+    assert EMBEDDED_CARD.read_text() == expected.read_text()
+    check_card(EMBEDDED)

@@ -1,0 +1,118 @@
+"""Results get into a card only from files of these weights, and into forms that the Hub reads."""
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+
+from vreflection_hub_card.card import write_card
+from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS
+
+
+def entries(folder, task="vstar"):
+    return parse_eval_result_entries(yaml.safe_load((folder / ".eval_results" / f"{task}.yaml").read_text()))
+
+
+# Of 191 made-up answers every fourth is wrong to one scorer, every fifth to the other.
+STRICT, AUTHORS = (191 - 48) / 191, (191 - 39) / 191
+
+
+def test_a_benchmark_gets_into_the_text_the_model_index_and_eval_results(folder, write_result):
+    card = ModelCard(write_card(folder, results=[write_result(folder)]).read_text())
+    (entry,) = entries(folder)
+    assert (entry.dataset_id, entry.task_id) == ("craigwu/vstar_bench", "vstar")
+    assert entry.dataset_revision == BENCHMARKS["vstar"].revision
+    assert entry.value == pytest.approx(STRICT, abs=1e-4) and entry.date == "2026-11-23T10:00:00+00:00"
+    assert "8 latent steps" in entry.notes and f"{round(AUTHORS, 4)}" in entry.notes
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert values == {
+        "accuracy, scored by `strict`, 8 latent steps, `hidden` fed back": pytest.approx(STRICT, abs=1e-4),
+        "accuracy, scored by `authors`, 8 latent steps, `hidden` fed back": pytest.approx(AUTHORS, abs=1e-4),
+    }
+    line = next(line for line in card.text.splitlines() if line.startswith("| V* |"))
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[2:4] == ["191", f"{100 * STRICT:.1f} %"] and cells[5] == f"{100 * AUTHORS:.1f} %"
+    assert "| - direct_attributes | 115 |" in card.text and "| - relative_position | 76 |" in card.text
+    assert "94.2 % of the answers hold a reflection" in card.text and "No score" not in card.text
+
+
+def test_only_the_checkpoints_own_decoding_gets_into_eval_results(folder, write_result):
+    files = [
+        write_result(folder, "with.json"),
+        write_result(folder, "without.json", options={"latent_steps": 0}),
+        write_result(folder, "never.json", options={"reflect": False}),
+    ]
+    card = ModelCard(write_card(folder, results=files).read_text())
+    assert len(entries(folder)) == 1 and len(card.data.eval_results) == 6
+    assert len({result.metric_name for result in card.data.eval_results}) == 6
+    write_card(folder, results=files[1:])
+    assert not list((folder / ".eval_results").iterdir())  # that of the earlier card is gone
+
+
+def test_local_items_are_said_to_be_local_and_stay_out_of_eval_results(folder, write_result):
+    path = write_result(folder, data={"folder": "my_vstar"})
+    card = ModelCard(write_card(folder, results=[path]).read_text())
+    assert "items from a local folder, my_vstar" in card.text
+    assert card.data.eval_results[0].dataset_revision is None
+    assert not (folder / ".eval_results").exists()
+
+
+@pytest.mark.parametrize(
+    "report, message",
+    [
+        ({"model": {"name": "tiny", "sha256": {"model.safetensors": "0" * 64}}}, "with other weights"),
+        ({"model": "tiny"}, "with other weights"),
+        ({"limit": 8}, "only 8 items were asked"),
+        ({"tasks": {"chess": {}}}, "can't show the task chess"),
+        ({"tasks": {}}, "can't show the task that is missing"),
+        ({"tasks": {"vstar": {}}}, "no result file"),
+        ({"versions": {}}, "no result file"),
+    ],
+)
+def test_a_wrong_result_file_is_named(folder, write_result, report, message):
+    path = write_result(folder, **report)
+    with pytest.raises(InputError, match=message) as raised:
+        write_card(folder, results=[path])
+    assert str(path) in str(raised.value)
+    assert not (folder / "README.md").exists()
+
+
+def test_results_of_changed_weights_are_refused(folder, results):
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match="measured with other weights than these"):
+        write_card(folder, results=results)
+
+
+def test_the_same_measurement_twice_is_refused(folder, results, write_result):
+    with pytest.raises(InputError, match=r"V\* was measured in the same way in .*first.json"):
+        write_card(folder, results=[write_result(folder, "first.json"), write_result(folder, "second.json")])
+    with pytest.raises(InputError, match="GlyphSearch was measured in the same way"):
+        write_card(folder, results=[results[0], results[0]])
+    sizes = [write_result(folder, "large.json"), write_result(folder, "small.json", options={"max_pixels": 10**6})]
+    with pytest.raises(InputError, match="several picture sizes"):
+        write_card(folder, results=sizes)
+
+
+@pytest.mark.parametrize("content", ["no json", "[]", json.dumps({"command": "x"})])
+def test_what_is_no_result_file_is_refused(folder, tmp_path, content):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match="result file"):
+        write_card(folder, results=[path])
+    with pytest.raises(InputError, match="can't be read"):
+        write_card(folder, results=[tmp_path / "missing.json"])
+
+
+def test_drawn_items_have_one_score_and_stay_out_of_eval_results(folder, write_result):
+    path = write_result(folder, task="glyphsearch_answers", data={"dataset": "GlyphSearch", "split": "test"})
+    card = ModelCard(write_card(folder, results=[path]).read_text())
+    (result,) = card.data.eval_results
+    assert "`exact`" in result.metric_name
+    line = next(line for line in card.text.splitlines() if line.startswith("| GlyphSearch, answers alone |"))
+    assert line.count("|") == 7
+    assert not (folder / ".eval_results").exists()
