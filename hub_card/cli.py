@@ -5,11 +5,11 @@ import sys
 
 import transformers
 
-from .commands import ask, card, convert, evaluate
+from .commands import ask, card, convert, evaluate, publish
 from .errors import InputError
 
 
-COMMANDS = (ask, evaluate, convert, card)
+COMMANDS = (ask, evaluate, convert, card, publish)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,6 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a folder that may not be read, a network that is down
         where = f"{error.filename}: " if error.filename else ""
         return fail(where + (error.strerror or str(error)))
+    except KeyboardInterrupt:
+        print("vreflection: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -1,0 +1,118 @@
+"""Which files a published checkpoint consists of; any other stops the publication, so that nothing is left out in silence."""
+
+import json
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..card import TRAINING_FACTS
+from ..errors import InputError
+
+
+CARD, INDEX, WEIGHTS = "README.md", "model.safetensors.index.json", "model.safetensors"
+SHARDS = "model-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].safetensors"
+ALLOWED = (
+    "config.json",
+    "generation_config.json",
+    WEIGHTS,
+    SHARDS,
+    INDEX,
+    "*_vreflection.py",
+    "chat_template.jinja",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    TRAINING_FACTS,
+    CARD,
+    "LICENSE",
+    ".eval_results/*.yaml",
+    ".gitattributes",
+)
+PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
+# What git and a download leave in a folder beside the repository's files.
+NOT_FILES = (".git", ".cache")
+PICKLE = re.compile(r".*\.(bin|ckpt|pickle|pkl|pt|pth)")
+OPTIMISER = re.compile(
+    r"(optimizer|scheduler|scaler|rng_state|training_args|trainer_state|global_step|zero_to_fp32|latest).*"
+)
+ADAPTER = re.compile(r"adapter_.*")
+NAMED = 8
+
+
+def find_files(folder: Path) -> dict[str, Path]:
+    """Lists what is to be published: paths in the repository, and where they lie.
+
+    Raises:
+        InputError: Files that don't belong into a published checkpoint; a picture that the card doesn't show; shards that
+            don't fit their index.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if name.parts[0] not in NOT_FILES and (path.is_symlink() or not path.is_dir()):
+            found[name.as_posix()] = path
+    card = found[CARD].read_text(encoding="utf-8", errors="replace") if CARD in found else ""
+    foreign = [name for name in found if not is_allowed(name, card)]
+    if foreign:
+        raise InputError(f"{folder}: {explain(foreign)}")
+    for name, path in found.items():
+        if not path.is_file():
+            raise InputError(f"{folder}: {name} is no file that can be read")
+    check_shards(folder, set(found))
+    return found
+
+
+def is_allowed(name: str, card: str) -> bool:
+    """Whether a file may be published: by its name, or as a picture that the card shows."""
+    if name.count("/") > name.startswith(".eval_results/"):
+        return name.endswith(PICTURES) and name in card
+    return any(fnmatchcase(name, pattern) for pattern in ALLOWED) or (name.endswith(PICTURES) and name in card)
+
+
+def explain(foreign: list[str]) -> str:
+    """Says what files have no place in a published checkpoint, the worst of them first, and what to do."""
+    bases = {name: name.rpartition("/")[2] for name in foreign}
+    state = [name for name in foreign if OPTIMISER.fullmatch(bases[name]) or name.startswith("checkpoint-")]
+    pickles = [name for name in foreign if PICKLE.fullmatch(bases[name]) and name not in state]
+    adapters = [name for name in foreign if ADAPTER.fullmatch(bases[name])]
+    if state:
+        listing, why = state, "the state of a training run: publish the folder of the finished run, or delete them"
+    elif pickles:
+        listing, why = pickles, "pickle, which runs code when it is read: only safetensors are published; delete them"
+    elif adapters:
+        listing, why = adapters, "an adapter: make a checkpoint of it first, vreflection-train merge ADAPTER OUTPUT"
+    else:
+        listing, why = (
+            foreign,
+            "no part of a published checkpoint: move them elsewhere (pictures stay if README.md shows them)",
+        )
+    more = f" and {len(listing) - NAMED} more" if len(listing) > NAMED else ""
+    return f"{', '.join(listing[:NAMED])}{more}: {why}"
+
+
+def check_shards(folder: Path, names: set[str]) -> None:
+    """Checks that the files of weights are those that the index names.
+
+    Raises:
+        InputError: Weights in two forms, missing shards, or shards of an earlier save.
+    """
+    weights = {name for name in names if name.endswith(".safetensors")}
+    wanted = {WEIGHTS}
+    if INDEX in names:
+        try:
+            wanted = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder}: {INDEX} can't be read") from error
+    if missing := sorted(wanted - weights):
+        raise InputError(f"{folder}: {missing[0]} is missing")
+    if extra := sorted(weights - wanted):
+        raise InputError(
+            f"{folder}: {', '.join(extra[:NAMED])}: left from an earlier save, nothing refers to it; delete it"
+        )
