@@ -5,11 +5,11 @@ import sys
 
 import transformers
 
-from .commands import ask, card, convert, evaluate, publish
+from .commands import ask, card, convert, evaluate, publish, space
 from .errors import InputError
 
 
-COMMANDS = (ask, evaluate, convert, card, publish)
+COMMANDS = (ask, evaluate, convert, card, publish, space)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""The demo page: `vreflection space` starts it here, `app.py` on a Space of the Hub. Only `page` needs gradio."""

@@ -1,0 +1,24 @@
+"""The main file of a Space on the Hub, beside the two packages: `python app.py`.
+
+The Space's variable `MODEL` names the checkpoint, a Hub id; without it the embedded one is shown.
+"""
+
+import os
+
+
+if "SPACE_ID" in os.environ:
+    import spaces  # noqa: F401  ZeroGPU wants to come before torch
+
+from vreflection_hub_card.checkpoints import checkpoint_folder, load_checkpoint
+from vreflection_hub_card.space.page import build_page, launch
+
+
+def main() -> None:
+    """Loads the checkpoint and serves the page, where and on the port that the Space says."""
+    name = os.environ.get("MODEL")
+    model, processor = load_checkpoint(checkpoint_folder(name))
+    launch(build_page(model, processor, embedded=name is None), prevent_thread_lock=False)
+
+
+if __name__ == "__main__":
+    main()

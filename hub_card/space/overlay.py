@@ -1,0 +1,66 @@
+"""Attention maps over their picture, a frame for each latent step, in the looks of `vreflection ask`'s heatmaps."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from PIL import Image
+
+from ..drawing import COLOURS, new_figure, show
+
+
+# Of a frame's longer side, in pixels: small pictures are enlarged to it, large ones shrunk.
+SIDE = 720
+DPI = 72
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One latent step as a picture.
+
+    Args:
+        image (`Image.Image`): The map over the picture.
+        name (`str`): Which step of which reflection.
+        most (`float`): The share of attention that has the brightest colour, the same in all frames of an answer.
+    """
+
+    image: Image.Image
+    name: str
+    most: float
+
+
+def draw_frames(picture: Image.Image, maps: list[np.ndarray]) -> list[Frame]:
+    """Draws the steps of an answer.
+
+    Args:
+        picture (`Image.Image`): The picture, RGB.
+        maps (`list[np.ndarray]`): A map (S, h, w) for each reflection.
+    """
+    scale = SIDE / max(picture.size)
+    picture = picture.resize(tuple(max(round(side * scale), 1) for side in picture.size), Image.Resampling.LANCZOS)
+    most = max((float(steps.max()) for steps in maps), default=0.0)
+    frames = []
+    for number, steps in enumerate(maps, 1):
+        which = f"Reflection {number}, step" if len(maps) > 1 else "Step"
+        for index, attention in enumerate(steps, 1):
+            frames.append(Frame(draw_frame(picture, attention, most), f"{which} {index} of {len(steps)}", most))
+    return frames
+
+
+def draw_frame(picture: Image.Image, attention: np.ndarray, most: float) -> Image.Image:
+    """Draws a map (h, w), coloured from zero to `most`, exactly as large as the picture."""
+    # A tenth of a pixel more, since the canvas is cut down to whole ones.
+    figure = new_figure(tuple((side + 0.1) / DPI for side in picture.size), DPI)
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0, 0, 1, 1))
+    show(axes, picture, None, torch.from_numpy(attention), most)
+    axes.set_aspect("auto")
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+
+
+def colour_stops(count: int = 9) -> list[str]:
+    """The map's colours from none to the most, as hexadecimal names."""
+    return [to_hex(colormaps[COLOURS](place)) for place in np.linspace(0, 1, count)]

@@ -1,0 +1,237 @@
+"""The page in a real browser: upload, ask, slide; what is broken or too large; several visitors; no strangers."""
+
+import io
+import json
+import os
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vreflection_hub_card.ask import look
+from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.evaluation.glyphsearch import draw_question
+from vreflection_hub_card.glyphsearch import make_scene, questions, scene_seed
+from vreflection_hub_card.space.overlay import draw_frames
+from vreflection_hub_card.space.upload import MAX_BYTES
+
+
+pytest.importorskip("selenium", reason="needs pip install selenium")
+
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+
+
+class Visitor:
+    """A browser on the page, in a visitor's words."""
+
+    def __init__(self, browser, address):
+        self.browser = browser
+        browser.get(address)
+        self.until(lambda: self.all("#ask") and self.all("#picture img") and self.all("#question textarea"))
+
+    def until(self, condition, seconds=40):
+        return WebDriverWait(self.browser, seconds, 0.1).until(lambda _: condition())
+
+    def all(self, selector):
+        return self.browser.find_elements(By.CSS_SELECTOR, selector)
+
+    def one(self, selector):
+        return self.until(lambda: self.all(selector))[0]
+
+    def text(self, field):
+        return self.one(f"#{field} textarea").get_property("value")
+
+    def upload(self, path):
+        self.remove_picture()
+        self.one("#picture input[type=file]").send_keys(str(path))
+
+    def remove_picture(self):
+        if self.all("#picture img"):
+            self.one("#picture button[aria-label='Remove Image']").click()
+            self.until(lambda: not self.all("#picture img"))
+
+    def write(self, question):
+        field = self.one("#question textarea")
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(question or Keys.BACKSPACE)
+
+    def ask(self, wait=True):
+        before = self.all("#heatmap img")
+        self.one("#ask").click()
+        if wait:
+            if before:  # the old answer is taken away first
+                self.until(lambda: before[0] not in self.all("#heatmap img"))
+            self.until(lambda: self.all("#heatmap img") and self.text("plain"))
+
+    def heatmap(self):
+        with urllib.request.urlopen(self.one("#heatmap img").get_attribute("src")) as file:
+            return Image.open(io.BytesIO(file.read())).convert("RGB")
+
+    def caption(self):
+        return self.one("#caption").text
+
+    def slide(self, key):
+        before = self.caption()
+        self.one("#step input[type=range]").send_keys(key)
+        self.until(lambda: self.caption() != before)
+
+    def message(self):
+        """The message that came up; it is closed."""
+        text = self.until(lambda: "\n".join(toast.text for toast in self.all("[data-testid=toast-body]")))
+        assert "Traceback" not in text and ".py" not in text
+        for button in self.all(".toast-close"):
+            button.click()
+        self.until(lambda: not self.all("[data-testid=toast-body]"))
+        return text
+
+
+@pytest.fixture(scope="module")
+def visitor(new_browser, page):
+    return Visitor(new_browser(), page[0])
+
+
+@pytest.fixture
+def ask_directly(embedded):
+    """The answer and the frames that the page should show, decoded here."""
+
+    def ask(picture, question, **options):
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        seen = look(*embedded, [{"role": "user", "content": content}], ("dac",), max_new_tokens=64, **options)
+        return seen.answer, draw_frames(picture, [seen.reflections[0].maps["dac"][0].numpy()])
+
+    return ask
+
+
+def differences(shown, frames):
+    """How far what is shown is from each frame; it comes compressed."""
+    return [np.abs(np.asarray(shown, float) - np.asarray(frame.image, float)).mean() for frame in frames]
+
+
+def test_upload_ask_and_slide(visitor, ask_directly, tmp_path):
+    scene, asked = draw_question("test", 100)
+    scene.image.save(tmp_path / "mine.png")
+    visitor.upload(tmp_path / "mine.png")
+    visitor.until(lambda: visitor.all("#picture img"))
+    visitor.write(asked.text)
+    visitor.ask()
+    answer, frames = ask_directly(scene.image, asked.text)
+    assert visitor.text("answer") == answer == asked.answer
+    plain = visitor.until(lambda: visitor.text("plain"))
+    assert plain and plain != answer
+    assert len(frames) == 8
+    for number in range(8, 0, -1):
+        assert f"Step {number} of 8" in visitor.caption()
+        visitor.until(lambda: np.argmin(differences(visitor.heatmap(), frames)) == number - 1)  # noqa: B023
+        assert differences(visitor.heatmap(), frames)[number - 1] < 2
+        if number > 1:
+            visitor.slide(Keys.ARROW_LEFT)
+    assert min(differences(frames[0].image, frames[1:])) > 4  # so the map did change
+
+
+def test_the_slider_follows_the_latent_steps(visitor, ask_directly):
+    visitor.one("#examples button").click()
+    visitor.until(lambda: visitor.all("#picture img"))
+    scene, asked = draw_question("test", 3)
+    visitor.until(lambda: visitor.text("question") == asked.text)
+    visitor.one("#options button").click()
+    count = visitor.one("#latent-steps input[type=number]")
+    for steps, feedback in ((12, "dac"), (3, "hidden"), (1, "hidden")):
+        count.send_keys(Keys.CONTROL, "a")
+        count.send_keys(str(steps), Keys.TAB)
+        visitor.one(f"#latent-feedback input[value={feedback}]").click()
+        visitor.ask()
+        answer, frames = ask_directly(scene.image, asked.text, latent_steps=steps, latent_feedback=feedback)
+        visitor.until(lambda: f"Step {steps} of {steps}" in visitor.caption())  # noqa: B023
+        assert visitor.text("answer") == answer
+        assert np.argmin(differences(visitor.heatmap(), frames)) == steps - 1
+        if steps > 1:
+            visitor.slide(Keys.HOME)
+            assert f"Step 1 of {steps}" in visitor.caption()
+            visitor.slide(Keys.END)
+            assert f"Step {steps} of {steps}" in visitor.caption()
+        else:
+            visitor.until(lambda: not visitor.all("#step input"))
+    count.send_keys(Keys.CONTROL, "a")
+    count.send_keys("8", Keys.TAB)
+
+
+@pytest.mark.parametrize("name, fragment", [("broken.png", "not a picture"), ("cut.png", "damaged"), ("huge.png", "54 megapixels"), ("heavy.png", "size")])  # fmt: skip
+def test_bad_files_get_a_message(visitor, page, tmp_path, name, fragment):
+    scene = draw_question("test", 101)[0].image
+    scene.save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    if name == "huge.png":
+        Image.new("L", (9000, 6000)).save(tmp_path / name)
+    else:
+        content = {"broken.png": os.urandom(500), "cut.png": whole[:700], "heavy.png": whole + bytes(MAX_BYTES)}
+        (tmp_path / name).write_bytes(content[name])
+    visitor.upload(tmp_path / name)
+    message = visitor.message()
+    assert fragment in message and name in message and str(tmp_path) not in message
+    visitor.until(lambda: not visitor.all("#picture img"))
+    visitor.ask(wait=False)
+    assert "Pick a picture" in visitor.message()
+    assert "Traceback" not in page[1]()
+    visitor.upload(tmp_path / "whole.png")  # the page goes on
+    visitor.until(lambda: visitor.all("#picture img"))
+
+
+def test_an_empty_question_gets_a_message(visitor):
+    visitor.write("")
+    visitor.ask(wait=False)
+    assert "Ask a question" in visitor.message()
+
+
+@pytest.mark.parametrize("question, steps, feedback, fragment", [("x" * 1001, 8, "hidden", "1001"), ("Where?", 0, "hidden", "1 to 16"), ("Where?", None, "hidden", "1 to 16"), ("Where?", 2.5, "hidden", "1 to 16"), ("Where?", 17, "dac", "1 to 16"), ("Where?", 8, "other", "hidden, dac")])  # fmt: skip
+def test_what_the_fields_would_not_send_is_refused(question, steps, feedback, fragment):
+    check_options = pytest.importorskip("vreflection_hub_card.space.page").check_options
+    check_options("Where?", 8, "hidden")
+    with pytest.raises(InputError, match=fragment):
+        check_options(question, steps, feedback)
+
+
+def test_visitors_do_not_meet(visitor, page, new_browser, ask_directly, tmp_path):
+    visitors = [visitor, Visitor(new_browser(), page[0])]
+    expected = []
+    for number, each in enumerate(visitors):
+        scene = make_scene(scene_seed("test", 200 + number))
+        asked = next(question for question in questions(scene) if question.kind == "attribute")
+        scene.image.save(tmp_path / f"{number}.png")
+        each.upload(tmp_path / f"{number}.png")
+        each.until(lambda: each.all("#picture img"))  # noqa: B023
+        each.write(asked.text)
+        expected.append(ask_directly(scene.image, asked.text))
+    for each in visitors:
+        each.ask(wait=False)
+    for each, (answer, frames) in zip(visitors, expected):
+        each.until(lambda: each.text("answer") == answer and "Step 8" in each.caption())  # noqa: B023
+        each.until(lambda: differences(each.heatmap(), frames)[-1] < 3)  # noqa: B023
+    for each, (_, frames) in zip(visitors, expected):
+        each.slide(Keys.ARROW_LEFT)
+        each.until(lambda: differences(each.heatmap(), frames)[-2] < 3)  # noqa: B023
+    assert expected[0][0] != expected[1][0]
+
+
+def test_a_phone_shows_the_whole_width(new_browser, page):
+    phone = Visitor(new_browser(390, 844), page[0])
+    phone.ask()
+    assert phone.browser.execute_script("return document.documentElement.scrollWidth") <= 390
+
+
+def test_nothing_is_fetched_from_elsewhere(new_browser, page):
+    visitor = Visitor(new_browser(), page[0])
+    visitor.ask()
+    events = [json.loads(entry["message"])["message"] for entry in visitor.browser.get_log("performance")]
+    urls = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+    asked = {url for url in urls if url.startswith(("http", "ws"))}
+    assert len(asked) > 10
+    assert {url for url in asked if not url.startswith(page[0])} == set()
+
+
+def test_honest_words(visitor):
+    notes = visitor.one("#notes").text
+    for phrase in ("where the model attends", "do not depend on the latents", "nonsense"):
+        assert phrase in " ".join(notes.split())
