@@ -109,6 +109,7 @@ DIFFICULTIES = {
     "easy": Difficulty(max_objects=5),
     "default": Difficulty(),
     "mixed": Difficulty(relation_share=0.25),
+    "study": Difficulty(min_objects=6, max_objects=9, distinct_colours=False, relation_share=0.25),
     "hard": Difficulty(
         grid=4,
         min_objects=8,

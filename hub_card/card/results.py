@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, EvalResultEntry
 
 from ..errors import InputError
 from ..evaluation.benchmarks import BENCHMARKS
+from ..evaluation.interventions import INTERVENTIONS
 from ..evaluation.report import glyphsearch_table, percent, with_interval
 from .checkpoint import Checkpoint
 
@@ -102,8 +103,9 @@ def glyphsearch_index(result: dict) -> Iterator[EvalResult]:
     found = {
         f"accuracy, {decoding['latent_steps']} latent steps": result["accuracy"]["overall"],
         "accuracy without latents": result["without_latents"]["accuracy"]["overall"],
-        "accuracy with another sample's latents": result["shuffled_latents"]["accuracy"]["overall"],
     }
+    for name, told in result["interventions"].items():
+        found[f"accuracy with {INTERVENTIONS[name]}"] = told["accuracy"]["overall"]
     for name, proportion in found.items():
         if proportion["count"]:
             yield EvalResult(

@@ -12,9 +12,9 @@ from ..errors import InputError
 from ..evaluation import TASKS
 from ..evaluation.benchmarks import BENCHMARKS
 from ..evaluation.comparison import compare, comparison_table
+from ..evaluation.interventions import LatentInterventionModel
 from ..evaluation.provenance import describe_machine, describe_model, describe_versions
 from ..evaluation.samples import read_samples, read_verdicts
-from ..evaluation.shuffling import LatentShufflingModel
 from ..glyphsearch import DIFFICULTIES
 from .arguments import check_writable, natural, positive, writing
 
@@ -190,7 +190,7 @@ def run_glyphsearch(options: argparse.Namespace) -> None:
     output = options.output or GLYPHSEARCH_OUTPUT
     check_writable(output)
     folder = checkpoint_folder(options.model)
-    model, processor = load_checkpoint(folder, options.device, LatentShufflingModel)
+    model, processor = load_checkpoint(folder, options.device, LatentInterventionModel)
     started = datetime.datetime.now(datetime.UTC)
     try:
         results = {name: TASKS[name](model, processor, **task_options(options)) for name in options.tasks}

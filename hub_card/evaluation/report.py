@@ -8,6 +8,8 @@ import re
 import sys
 from pathlib import Path
 
+from .interventions import INTERVENTIONS
+
 
 def glyphsearch_table(report: dict) -> str:
     """The results of GlyphSearch as a Markdown table, with what they were measured on.
@@ -23,7 +25,10 @@ def glyphsearch_table(report: dict) -> str:
     rows += [
         ("Answers that begin to reflect", result["reflection_rate"]),
         ("Accuracy without latents (`latent_steps=0`)", result["without_latents"]["accuracy"]["overall"]),
-        ("Accuracy with another sample's latents", result["shuffled_latents"]["accuracy"]["overall"]),
+    ]
+    rows += [
+        (f"Accuracy with {INTERVENTIONS[name]}", told["accuracy"]["overall"])
+        for name, told in result["interventions"].items()
     ]
     rows += [
         (f"Largest attention inside the target's box, {source.upper()}", value)

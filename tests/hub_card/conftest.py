@@ -3,7 +3,7 @@
 import pytest
 
 from vreflection_hub_card.checkpoints import load_checkpoint
-from vreflection_hub_card.evaluation.shuffling import LatentShufflingModel
+from vreflection_hub_card.evaluation.interventions import LatentInterventionModel
 from vreflection_hub_card.glyphsearch import make_scene, questions
 
 
@@ -25,8 +25,8 @@ def save(model, processor, folder):
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
-    """The stand-in's model, which can also shuffle latents, and its processor."""
-    return load_checkpoint(tiny_folder, "cpu", LatentShufflingModel)
+    """The stand-in's model, whose latents can be replaced, and its processor."""
+    return load_checkpoint(tiny_folder, "cpu", LatentInterventionModel)
 
 
 @pytest.fixture(scope="session")

@@ -5,39 +5,21 @@ import json
 import pytest
 import torch
 
-from vreflection_hub_card.attention import Reflection, recorded_steps
+from vreflection_hub_card.attention import Reflection
 from vreflection_hub_card.checkpoints import load_checkpoint
 from vreflection_hub_card.cli import main
 from vreflection_hub_card.evaluation.glyphsearch import (
     Sample,
     draw_question,
     evaluate_glyphsearch,
+    inside_box,
     points_at,
     summarise,
 )
+from vreflection_hub_card.evaluation.interventions import EXCHANGED, INTERVENTIONS, LatentInterventionModel
 from vreflection_hub_card.evaluation.provenance import sha256
-from vreflection_hub_card.evaluation.shuffling import LatentShufflingModel
 from vreflection_hub_card.evaluation.statistics import proportion, wilson_interval
 from vreflection_hub_card.glyphsearch import get_difficulty, scene_row
-
-
-class Reflecting(LatentShufflingModel):
-    """The stand-in wouldn't open a reflection by itself."""
-
-    def generate(self, *args, latent_steps=None, **kwargs):
-        reflect = None if latent_steps == 0 else True
-        return super().generate(*args, latent_steps=latent_steps, reflect=reflect, **kwargs)
-
-
-def prepare(processor, conversations):
-    return processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
 
 
 @pytest.mark.parametrize("successes, count", [(0, 10), (10, 10), (3, 7), (486, 500)])
@@ -78,77 +60,43 @@ def test_pointing_asks_for_the_centre_of_the_largest_patch_of_the_mean():
     assert points_at(reflection, (0.0, 0.0, 0.25, 0.33)) == {"dac": False}
 
 
-@pytest.mark.parametrize("latent_feedback", ["hidden", "dac"])
-def test_shuffling_feeds_each_row_the_latents_of_the_one_before(tiny, conversations, latent_feedback):
-    model, processor = tiny
-    inputs = prepare(processor, conversations)
-    with recorded_steps(model) as steps:
-        _, exchanged = model.generate_shuffled(
-            **inputs, reflect=True, latent_feedback=latent_feedback, max_new_tokens=12
-        )
-    assert exchanged.tolist() == [True] * 3
-    is_image = inputs["input_ids"] == model.config.image_token_id
-    for before, slot in zip(steps[1:9], steps[2:10]):
-        latents = before.state
-        if latent_feedback == "dac":
-            features = [embeds[mask][None] for embeds, mask in zip(steps[0].embeds, is_image)]
-            latents = [
-                model.model.dac(state[None], feature, torch.ones(feature.shape[:2], dtype=torch.bool))[0]
-                for state, feature in zip(before.state, features)
-            ]
-            latents = torch.cat(latents).detach()
-        torch.testing.assert_close(slot.embeds, latents.roll(1, 0))
-        assert not torch.allclose(slot.embeds, latents)
-
-
-def test_only_rows_in_a_reflection_exchange_latents(tiny, conversations):
-    model, processor = tiny
-    inputs = prepare(processor, conversations)
-
-    def open_in(*rows):
-        def processor(input_ids, scores):
-            if input_ids.shape[1] == inputs["input_ids"].shape[1]:
-                scores[list(rows)] = float("-inf")
-                scores[list(rows), model.config.latent_start_token_id] = 0
-            return scores
-
-        return {"logits_processor": [processor], "max_new_tokens": 12}
-
-    with recorded_steps(model) as steps:
-        _, exchanged = model.generate_shuffled(**inputs, **open_in(0, 2))
-    assert exchanged.tolist() == [True, False, True]
-    assert torch.equal(steps[2].embeds[[0, 2]], steps[1].state[[2, 0]])
-    assert not torch.equal(steps[2].embeds[1], steps[1].state[1])
-
-    alone, exchanged = model.generate_shuffled(**inputs, **open_in(1))
-    assert exchanged.tolist() == [False] * 3
-    assert torch.equal(alone, model.generate(**inputs, **open_in(1)))
-
-
-def test_shuffling_ends_with_its_call(tiny, conversations):
-    model, processor = tiny
-    inputs = prepare(processor, conversations)
-    before = model.generate(**inputs, reflect=True, max_new_tokens=14)
-    model.generate_shuffled(**inputs, reflect=True, max_new_tokens=14)
-    with pytest.raises(ValueError):
-        model.generate_shuffled(**inputs, reflect=True, latent_steps=0)
-    assert torch.equal(before, model.generate(**inputs, reflect=True, max_new_tokens=14))
+def test_the_share_inside_the_box_is_that_of_the_mean_map():
+    maps = torch.zeros(2, 2, 2)
+    maps[0, 0, 0], maps[1, 0, 0], maps[:, 1, 1] = 0.6, 0.2, 0.4
+    reflection = Reflection(2, {"dac": [maps]})
+    assert inside_box(reflection, (0.0, 0.0, 0.5, 0.5)) == {"dac": pytest.approx(0.4 / 0.8)}
+    assert inside_box(reflection, (0.26, 0.0, 0.5, 0.5)) == {"dac": 0}
 
 
 def test_results_count_what_happened():
     questions = [draw_question("test", index)[1] for index in range(4)]
+    names = ("usual", "without_latents", "shuffled", "zeroed")
+    # For each question the outcomes in these four ways; a dot: not asked.
+    outcomes = ["1001", "11.0", "11..", "00.0"]
+    maps = [
+        ({"dac": True, "llm": False}, {"dac": 0.5, "llm": 0.1}),
+        ({"dac": False, "llm": False}, {"dac": 0.1, "llm": 0.2}),
+    ]
+    maps += [({}, {}), ({"dac": True, "llm": True}, {"dac": 0.9, "llm": 0.3})]
     samples = [
-        Sample(questions[0], True, True, {"dac": True, "llm": False}, False, True),
-        Sample(questions[1], True, True, {"dac": False, "llm": False}, True, False),
-        Sample(questions[2], True, False, {}, True, None),
-        Sample(questions[3], False, True, {"dac": True, "llm": True}, False, None),
+        Sample(
+            question,
+            {
+                name: question.answer if outcome == "1" else f"wrong {number % 2}"
+                for number, (name, outcome) in enumerate(zip(names, row))
+                if outcome != "."
+            },
+            *looked,
+        )
+        for question, row, looked in zip(questions, outcomes, maps)
     ]
     result = summarise(samples)
     counted = {
         "accuracy": (3, 4),
         "reflection_rate": (3, 4),
         "without_latents": (2, 4),
-        "shuffled_latents": (1, 2),
+        "shuffled": (0, 1),
+        "zeroed": (1, 3),
         "dac": (2, 3),
         "llm": (1, 3),
     }
@@ -156,26 +104,44 @@ def test_results_count_what_happened():
         "accuracy": result["accuracy"]["overall"],
         "reflection_rate": result["reflection_rate"],
         "without_latents": result["without_latents"]["accuracy"]["overall"],
-        "shuffled_latents": result["shuffled_latents"]["accuracy"]["overall"],
+        **{name: told["accuracy"]["overall"] for name, told in result["interventions"].items()},
         **result["pointing"],
     }
     assert {name: (one["successes"], one["count"]) for name, one in found.items()} == counted
     kinds = [result["accuracy"][kind]["count"] for kind in ("attribute", "relation")]
     assert kinds == [[question.kind for question in questions].count(kind) for kind in ("attribute", "relation")]
-    assert result["shuffled_latents"]["unshuffled_accuracy_of_the_same"]["overall"]["successes"] == 2
+    zeroed = result["interventions"]["zeroed"]
+    assert zeroed["usual_accuracy_of_the_same"]["overall"]["successes"] == 2
+    # "wrong 0" became "wrong 1" in the last one: wrong before and after, and changed.
+    assert (zeroed["changed"]["successes"], zeroed["changed"]["count"]) == (2, 3)
+    assert result["attention_inside_box"] == {"dac": 0.5, "llm": 0.2}
+    assert result["outcomes"] == {
+        "usual": "1110", "without_latents": "0110", "shuffled": "0---", "zeroed": "10-0"
+    }  # fmt: skip
     areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (question.target.box for question in questions)]
     assert result["mean_box_area"] == pytest.approx(sum(areas) / 4, abs=1e-4)
 
 
 def test_a_model_that_reflects_is_measured_in_all_ways(tiny_folder):
-    model, processor = load_checkpoint(tiny_folder, "cpu", Reflecting)
-    result = evaluate_glyphsearch(model, processor, limit=5, split="validation", batch_size=4, latent_feedback="dac")
+    model, processor = load_checkpoint(tiny_folder, "cpu", LatentInterventionModel)
+    result = evaluate_glyphsearch(
+        model, processor, limit=5, split="validation", batch_size=4, latent_feedback="dac", reflect=True
+    )
     assert result["reflection_rate"]["successes"] == 5
+    counts = {name: told["accuracy"]["overall"]["count"] for name, told in result["interventions"].items()}
     # The last batch holds one scene, which has nobody to exchange latents with.
-    assert result["shuffled_latents"]["accuracy"]["overall"]["count"] == 4
+    assert counts == {name: 4 if name in EXCHANGED else 5 for name in INTERVENTIONS}
     assert {source: one["count"] for source, one in result["pointing"].items()} == {"dac": 5, "llm": 5}
-    assert result["decoding"]["latent_feedback"] == "dac"
+    assert set(result["attention_inside_box"]) == {"dac", "llm"}
+    assert result["decoding"]["latent_feedback"] == "dac" and result["decoding"]["reflect"]
     assert result["data"]["first_seed"] == 2**40
+
+
+def test_interventions_are_made_where_the_model_reflects_and_only_if_asked_for(tiny):
+    result = evaluate_glyphsearch(*tiny, limit=3)
+    assert result["reflection_rate"]["successes"] == 0 and result["interventions"] == {}
+    result = evaluate_glyphsearch(*tiny, limit=3, reflect=True, interventions=["noise"], latent_steps=2)
+    assert list(result["interventions"]) == ["noise"] and result["decoding"]["latent_steps"] == 2
 
 
 def test_the_command_writes_one_file(tiny_folder, capsys, tmp_path, monkeypatch):
@@ -192,7 +158,8 @@ def test_the_command_writes_one_file(tiny_folder, capsys, tmp_path, monkeypatch)
     assert set(report["versions"]) == {"python", "vreflection", "torch", "transformers"}
     result = report["tasks"]["glyphsearch"]
     assert set(result) == {
-        "data", "decoding", "accuracy", "reflection_rate", "without_latents", "shuffled_latents", "pointing", "mean_box_area"
+        "data", "decoding", "accuracy", "reflection_rate", "without_latents", "interventions", "pointing",
+        "attention_inside_box", "mean_box_area", "outcomes"
     }  # fmt: skip
     assert result["data"]["count"] == result["accuracy"]["overall"]["count"] == 4
     assert "of 4 right" in capsys.readouterr().out

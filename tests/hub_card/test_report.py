@@ -31,7 +31,7 @@ def report():
 
 
 def test_what_was_never_counted_has_no_share(report):
-    report["tasks"]["glyphsearch"]["shuffled_latents"]["accuracy"]["overall"] = {"successes": 0, "count": 0}
+    report["tasks"]["glyphsearch"]["interventions"]["shuffled"]["accuracy"]["overall"] = {"successes": 0, "count": 0}
     assert "| Accuracy with another sample's latents | none counted |" in glyphsearch_table(report)
 
 

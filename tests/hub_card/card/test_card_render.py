@@ -111,9 +111,9 @@ def test_results_are_quoted_and_without_a_file_there_is_no_number(folder, result
         assert values[difficulty, "accuracy, 8 latent steps"] == task["accuracy"]["overall"]["share"]
         assert (
             values[difficulty, "accuracy with another sample's latents"]
-            == task["shuffled_latents"]["accuracy"]["overall"]["share"]
+            == task["interventions"]["shuffled"]["accuracy"]["overall"]["share"]
         )
-    assert len(values) == 6
+    assert len(values) == 14
 
 
 def test_the_training_is_told(folder, facts):

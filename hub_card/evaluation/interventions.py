@@ -1,0 +1,121 @@
+"""Do the latents matter? Decoding with other latents than the model's own.
+
+Symbols in shapes: B rows, S latent steps, D hidden size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from modeling_vreflection import VReflectionForConditionalGeneration
+from modeling_vreflection.generation_vreflection import tokens_since_start
+
+
+# What a reflection's slots are fed instead of the model's own latents.
+INTERVENTIONS = {
+    "zeroed": "zeros for latents",
+    "noise": "noise of the latents' norms",
+    "shuffled": "another sample's latents",
+    "other_picture": "the latents of the same question about another picture",
+    "filler": "the slot token's embedding, nothing fed back",
+}
+# Those that need another sample.
+EXCHANGED = ("shuffled", "other_picture")
+
+
+@dataclass
+class LatentRecord:
+    """The latents that were fed in each row's first reflection.
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, S, D)`): Zero where a row had none.
+        steps (`torch.LongTensor` of shape `(B,)`): How many of them there were.
+    """
+
+    latents: torch.Tensor | None = None
+    steps: torch.Tensor | None = None
+
+
+class LatentInterventionModel(VReflectionForConditionalGeneration):
+    """A V-Reflection model whose latents can be recorded and replaced while it decodes; otherwise the plain one."""
+
+    _record: LatentRecord | None = None
+    _given: torch.Tensor | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[LatentRecord]:
+        """Fills a [`LatentRecord`] with what one call of `generate` feeds into slots; no beams."""
+        self._record = LatentRecord()
+        try:
+            yield self._record
+        finally:
+            self._record = None
+
+    @contextmanager
+    def feeding(self, latents: torch.Tensor) -> Iterator[None]:
+        """Lets `generate` feed latents (B, S, D) into the slots of every reflection of the rows; no beams."""
+        self._given = latents
+        try:
+            yield
+        finally:
+            self._given = None
+
+    # The keywords are spelled out because `generate` reads them off the signature to know what it may be given.
+    def prepare_inputs_for_generation(self, input_ids, *args, reflection=None, global_features=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, reflection=reflection, global_features=global_features, **kwargs
+        )
+        state = inputs.get("latent_state")
+        if state is None or (self._record is None and self._given is None):
+            return inputs
+        rows = (input_ids[:, -1] == self.config.latent_token_id).nonzero().flatten()
+        step = tokens_since_start(input_ids[rows], self.config.latent_start_token_id) - 1
+        if self._given is not None:
+            state = state.clone()
+            state[rows, 0] = self._given[rows, step].to(state)
+        if self._record is not None:
+            self._write(rows, step, state, reflection.latent_steps)
+        return {**inputs, "latent_state": state}
+
+    def _write(self, rows: torch.Tensor, step: torch.Tensor, state: torch.Tensor, latent_steps: int):
+        record = self._record
+        if record.latents is None:
+            record.latents = state.new_zeros(len(state), latent_steps, state.shape[-1])
+            record.steps = torch.zeros(len(state), dtype=torch.long, device=state.device)
+        first = record.steps[rows] == step  # a second reflection begins anew
+        rows, step = rows[first], step[first]
+        record.latents[rows, step] = state[rows, 0]
+        record.steps[rows] += 1
+
+
+def replace_latents(
+    name: str,
+    latents: torch.Tensor,
+    model: LatentInterventionModel,
+    other_picture: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """What an intervention feeds in place of latents (B, S, D).
+
+    Args:
+        name (`str`): A key of `INTERVENTIONS`.
+        latents (`torch.Tensor` of shape `(B, S, D)`): The model's own.
+        model (`LatentInterventionModel`): The model.
+        other_picture (`torch.Tensor` of shape `(B, S, D)`): Its own, with each row's question about another picture.
+        generator (`torch.Generator`): Draws the noise.
+    """
+    if name == "zeroed":
+        return torch.zeros_like(latents)
+    if name == "noise":
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        return noise * (latents.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
+    if name == "shuffled":
+        return latents.roll(1, 0)
+    if name == "other_picture":
+        return other_picture
+    if name == "filler":
+        slot = torch.tensor(model.config.latent_token_id, device=latents.device)
+        return model.get_input_embeddings()(slot).detach().expand_as(latents)
+    raise ValueError(f"Unknown intervention {name!r}; choose one of {', '.join(INTERVENTIONS)}.")
