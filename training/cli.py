@@ -23,6 +23,7 @@ usage: vreflection-train RECIPE [--option value ...]                            
                                                                                 read all data, without a model
        vreflection-train merge ADAPTER OUTPUT                                   make a plain checkpoint of a LoRA adapter
        vreflection-train cost --output FILE                                     measure speed and memory of training
+       vreflection-train study [--form quick|full] [--hours H]                  the paper's ablations with the tiny model
 
 Recipes that come with the package: {recipes}.
 Configurations of accelerate that come with the package: {engines}; options of `accelerate launch` go with them."""
@@ -196,6 +197,13 @@ def cost(arguments: list[str]) -> int:
     return measure_cost(arguments)
 
 
+def study(arguments: list[str]) -> int:
+    """Runs the ablations with the tiny model."""
+    from .study.cli import main as run_study
+
+    return run_study(arguments)
+
+
 def run(trainer, script: VReflectionScriptArguments) -> int:
     """Trains; whatever a person can mend is one line."""
     from .checkpoints import CheckpointError
@@ -223,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE.format(recipes=shipped(RECIPES), engines=shipped(ACCELERATE_CONFIGS)))
         return 0
     try:
-        if (command := {"check": check, "merge": merge, "cost": cost}.get(arguments[0])) is not None:
+        if (command := {"check": check, "merge": merge, "cost": cost, "study": study}.get(arguments[0])) is not None:
             return command(arguments[1:])
         if "--accelerate_config" in arguments:
             return launch(arguments)

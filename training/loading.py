@@ -7,6 +7,7 @@ from transformers import AutoConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
+from modeling_vreflection.processing_vreflection import build_chat_template
 
 from .tiny import save_tiny_backbone
 
@@ -27,7 +28,13 @@ def load_model_and_processor(
             write_sharded_token_rows(model)
         return model, processor
     model = VReflectionForConditionalGeneration.from_pretrained(model_name_or_path, **kwargs)
-    return model, VReflectionProcessor.from_pretrained(model_name_or_path, revision=revision)
+    processor = VReflectionProcessor.from_pretrained(model_name_or_path, revision=revision)
+    if "num_latent_tokens" in kwargs:
+        # Another S than the checkpoint's: a checkpoint without BCM can take one.
+        names = processor.tokenizer.convert_ids_to_tokens(list(model.config.latent_token_ids))
+        processor.chat_template = build_chat_template(tuple(names), model.config.num_latent_tokens)
+        model.generation_config.latent_steps = model.config.num_latent_tokens
+    return model, processor
 
 
 def write_sharded_token_rows(model: VReflectionForConditionalGeneration):

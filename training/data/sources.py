@@ -1,5 +1,6 @@
 """The data of a run: any number of sources, in several formats, as one data set."""
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -137,6 +138,10 @@ def _parse(source: dict[str, Any], number: int) -> Source:
     if parsed.format in GLYPHSEARCH:
         if parsed.path is not None or parsed.image_folder is not None:
             raise ValueError(f"{where}: {parsed.format} draws its pictures: leave `path` and `image_folder` out.")
+        try:
+            inspect.signature(GLYPHSEARCH[parsed.format]).bind(**options)
+        except TypeError as error:  # an argument that is missing, or that isn't one
+            raise ValueError(f"{where}, {parsed.format}: {error}.") from error
         return parsed
     if not isinstance(parsed.path, str):
         raise ValueError(f"{where} needs `path`, got {parsed.path!r}.")

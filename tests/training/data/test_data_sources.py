@@ -277,6 +277,8 @@ def test_bad_rows_come_along_with_what_is_wrong(folder, streaming):
         ([{"path": "own.jsonl", "weight": "1"}], ValueError, "above 0"),
         ([{"path": "meta.json", "format": "released_meta", "image_folder": "x"}], ValueError, "its own image folders"),
         ([{"path": "x", "format": "glyphsearch"}], ValueError, "leave `path`"),
+        ([{"format": "glyphsearch", "split": "train"}], ValueError, "'count'"),
+        ([{"format": "glyphsearch", "split": "train", "count": 1, "begin": 1}], ValueError, "Source 0.*'begin'"),
         ([{"path": "released.json", "format": "released", "image_folder": "x"}], NotADirectoryError, "image_folder"),
         ([{"path": "own.jsonl", "image_folder": "x"}], NotADirectoryError, "image_folder"),
     ],

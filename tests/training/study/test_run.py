@@ -1,0 +1,114 @@
+"""The study, as small as it can be: run, resumed, extended, summarised."""
+
+import json
+from contextlib import ExitStack
+
+import pytest
+import yaml
+from filelock import FileLock
+
+from vreflection_training.study.plots import draw_all
+from vreflection_training.study.run import PartFailed, StudyRun
+from vreflection_training.study.summary import read_results, summarise
+from vreflection_training.study.table import ARMS, read_study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    table = yaml.safe_load(ARMS.read_text())
+    # Two steps a part: the first has a learning rate of zero, and an untrained BCM is no teacher.
+    table["forms"] = {"quick": {"base_steps": 2, "part_steps": 2, "scenes": 4, "seeds": {"main": [0], "others": [0]}}}
+    main = table["groups"]["main"]["arms"]
+    two_stage = main["two_stage"] | {"evaluate": {"reflecting": {"reflect": True}}}
+    table["groups"] = {
+        "main": table["groups"]["main"] | {"arms": {"base": main["base"], "two_stage": two_stage}},
+        "steps": table["groups"]["steps"]
+        | {
+            "compare": ["two_stage"],
+            "arms": {"steps_4": table["groups"]["steps"]["arms"]["steps_4"] | {"parts": ["S1"]}},
+        },
+    }
+    path = tmp_path_factory.mktemp("table") / "arms.yaml"
+    path.write_text(yaml.safe_dump(table, sort_keys=False))
+    return read_study(path)
+
+
+@pytest.fixture(scope="module")
+def done(study, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    run = StudyRun(study, study.forms["quick"], folder / "work", folder / "results")
+    assert run() == []
+    return folder
+
+
+def test_every_arm_has_its_file(study, done):
+    results = read_results(study, done / "results")
+    assert list(results) == ["base", "two_stage", "steps_4"]
+    for name, result in results.items():
+        told = result["seeds"]["0"]["evaluations"]
+        assert list(told) == list(study.arms[name].evaluate)
+        assert all(len(one["outcomes"]["usual"]) == 4 for one in told.values())
+    reflecting = results["base"]["seeds"]["0"]["evaluations"]["reflecting"]
+    assert reflecting["reflection_rate"]["share"] == 1.0 and list(reflecting["pointing"]) == ["llm"]
+    assert results["steps_4"]["seeds"]["0"]["evaluations"]["plain"]["decoding"]["latent_steps"] == 4
+
+
+def test_arms_start_from_one_base_and_see_the_same_scenes(done):
+    work = done / "work"
+    logs = sorted(work.rglob("checkpoint.log"))
+    assert len(logs) == 2 + 1
+    config = json.loads((work / "base" / "config.json").read_text())
+    assert not config["has_bcm"] and not config["has_dac"]
+    configs = [json.loads(path.read_text()) for path in work.rglob("checkpoint/config.json")]
+    assert sorted(told["num_latent_tokens"] for told in configs) == [4, 8, 8]
+    assert all(told["has_bcm"] and told["has_dac"] for told in configs)
+
+
+def test_called_again_it_trains_nothing_and_only_adds(study, done):
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.suffix != ".lock" and path.is_file()}
+    assert StudyRun(study, study.forms["quick"], done / "work", done / "results")() == []
+    assert before == {
+        path: path.stat().st_mtime_ns for path in done.rglob("*") if path.suffix != ".lock" and path.is_file()
+    }
+
+
+def test_what_another_process_is_running_is_left_to_it(study, tmp_path):
+    run = StudyRun(study, study.forms["quick"], tmp_path / "work", tmp_path / "results")
+    (tmp_path / "work" / "running").mkdir(parents=True)
+    with ExitStack() as others:
+        for name in ("base", "two_stage", "steps_4"):
+            others.enter_context(FileLock(tmp_path / "work" / "running" / f"{name}-0.lock"))
+        assert len(run()) == 3
+    assert not list((tmp_path / "work").rglob("checkpoint")) and not list((tmp_path / "results").iterdir())
+
+
+def test_no_time_leaves_everything_listed(study, tmp_path):
+    run = StudyRun(study, study.forms["quick"], tmp_path / "work", tmp_path / "results", hours=0)
+    assert run() == [("base", 0), ("two_stage", 0), ("steps_4", 0)]
+
+
+def test_results_of_another_definition_are_not_mixed_in(study, done, tmp_path):
+    told = json.loads((done / "results" / "two_stage.json").read_text())
+    (tmp_path / "two_stage.json").write_text(json.dumps(told | {"part_steps": 99}))
+    with pytest.raises(ValueError, match="part_steps = 99, not 2"):
+        StudyRun(study, study.forms["quick"], tmp_path / "work", tmp_path)()
+
+
+def test_the_summary_tells_everything(study, done, tmp_path):
+    results = read_results(study, done / "results")
+    text = summarise(study, study.forms["quick"], results, [("steps_4", 1)])
+    for group in study.groups:
+        assert f"## {group.title}" in text and group.expectation.strip() in text
+    assert "- steps_4, seed 1" in text and "another sample's latents" not in text.split("## Do the latents")[0]
+    pictures = draw_all(study, results, tmp_path)
+    assert all(path.stat().st_size > 10_000 for path in pictures)
+
+
+def test_a_part_that_fails_names_its_log(study, done, tmp_path):
+    class Broken(StudyRun):
+        def train_base(self):
+            return tmp_path / "nowhere"
+
+    with pytest.raises(PartFailed, match="checkpoint.log"):
+        Broken(study, study.forms["quick"], tmp_path / "work", tmp_path / "results").train(study.arms["two_stage"], 0)
+    assert not list((tmp_path / "work").rglob("checkpoint"))

@@ -1,0 +1,139 @@
+"""The study's result files as a table, and what the differences are worth."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from vreflection_hub_card.evaluation.interventions import INTERVENTIONS
+from vreflection_hub_card.evaluation.report import percent
+from vreflection_hub_card.evaluation.statistics import paired_bootstrap, proportion
+
+from .table import PLAIN, Form, Group, Study
+
+
+def read_results(study: Study, output: Path) -> dict[str, dict]:
+    """The result files of those arms that have one, by the arms' names."""
+    paths = {name: output / f"{name}.json" for name in study.arms}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+
+
+def evaluations(result: dict, way: str = PLAIN) -> dict[str, dict]:
+    """An arm's results in one way of decoding, by seed."""
+    return {seed: told["evaluations"][way] for seed, told in result["seeds"].items()}
+
+
+def accuracy(result: dict, way: str = PLAIN) -> dict:
+    """How many answers are right, all seeds together."""
+    counted = [one["accuracy"]["overall"] for one in evaluations(result, way).values()]
+    successes, count = (sum(one[name] for one in counted) for name in ("successes", "count"))
+    return proportion([True] * successes + [False] * (count - successes))
+
+
+def outcomes(result: dict, way: str = PLAIN, asked: str = "usual") -> dict[str, str]:
+    """For each seed one character a scene: right, wrong, or not asked."""
+    return {seed: one["outcomes"][asked] for seed, one in evaluations(result, way).items()}
+
+
+def difference(first: dict[str, str], second: dict[str, str]) -> dict:
+    """The second arm's accuracy minus the first's, on the seeds that both have, with its bootstrap interval."""
+    seeds = [seed for seed in first if seed in second]
+    return paired_bootstrap([(first[seed], second[seed]) for seed in seeds]) | {"seeds": len(seeds)}
+
+
+def verdict(change: dict) -> str:
+    """A difference in points with its interval, and whether it is one."""
+    text = f"{100 * change['difference']:+.1f} ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
+    return text if change["low"] > 0 or change["high"] < 0 else f"{text}, within noise"
+
+
+def summarise(study: Study, form: Form, results: dict[str, dict], left: Sequence[tuple[str, int]]) -> str:
+    """The whole summary as Markdown: a table a group, the interventions, what did not run."""
+    lines = [f"# The study, `{form.name}`", "", describe(form, results), ""]
+    for group in study.groups:
+        lines += [f"## {group.title}", "", f"Expected: {group.expectation.strip()}", ""]
+        lines += [*group_table(group, results), ""]
+    lines += ["## Do the latents matter?", "", *intervention_table(results), ""]
+    lines += ["## Not run", ""]
+    lines += [f"- {name}, seed {seed}" for name, seed in left] or ["Everything ran."]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main_tables(study: Study, results: dict[str, dict]) -> str:
+    """The main arms and what other latents do to them, for a document that says the rest."""
+    main = next(group for group in study.groups if group.name == "main")
+    finished = {arm.name: results[arm.name] for arm in main.arms if arm.name in results}
+    return "\n".join([*group_table(main, results), "", *intervention_table(finished)])
+
+
+def describe(form: Form, results: dict[str, dict]) -> str:
+    """What all arms have in common."""
+    told = next(iter(next(iter(results.values()))["seeds"].values()))
+    machine, versions = told["machine"], told["versions"]
+    return (
+        f"Each arm: two parts of {form.part_steps} steps, 32 scenes a step, from one base: the embedded checkpoint without "
+        f"BCM and DAC, tuned for {form.base_steps} steps to answer without reflecting. {form.scenes} unseen scenes of the "
+        "preset `study`. Seeds differ in the training scenes, in what is drawn for new "
+        "weights and in Eq. 2's draws; the base is the same. Shares have Wilson intervals over all seeds' answers; differences "
+        "are paired, scene by scene, with a 95 % bootstrap over scenes and seeds. "
+        f"{machine.get('gpu', machine['processor'])}, torch {versions['torch']}, transformers {versions['transformers']}."
+    )
+
+
+def group_table(group: Group, results: dict[str, dict]) -> list[str]:
+    """A group's arms and those that it is compared with; differences are to the last of these, else to `sft`."""
+    names = [name for name in (*group.compare, *(arm.name for arm in group.arms)) if name in results]
+    reference = group.compare[-1] if group.compare else "sft"
+    lines = [
+        f"| arm | decoding | seeds | accuracy | 95 % interval | minus `{reference}` | DAC points | LLM points | DAC inside |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        for way in next(iter(results[name]["seeds"].values()))["evaluations"]:
+            share = accuracy(results[name], way)
+            against = ""
+            if reference in results and (name, way) != (reference, PLAIN):
+                against = verdict(difference(outcomes(results[reference]), outcomes(results[name], way)))
+            cells = [name, way, str(len(results[name]["seeds"])), percent(share["share"])]
+            cells += [f"{percent(share['low'])} to {percent(share['high'])}", against, *pointing(results[name], way)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def pointing(result: dict, way: str) -> list[str]:
+    """The pointing games of DAC and the language model, and DAC's share inside the box; empty where nothing was trained."""
+    trained = any(part["stage"] in ("2", "joint") for part in result["parts"])
+    told = list(evaluations(result, way).values())
+    cells = []
+    for source, measure in (("dac", "pointing"), ("llm", "pointing"), ("dac", "attention_inside_box")):
+        found = [one[measure][source] for one in told if source in one[measure]]
+        found = [one["share"] if isinstance(one, dict) else one for one in found]
+        cells.append(percent(fmean(found)) if found and (trained or source == "llm") else "")
+    return cells
+
+
+def intervention_table(results: dict[str, dict]) -> list[str]:
+    """What other latents do, for the arms on which it was tried."""
+    lines = ["| arm | latents | accuracy | minus its own latents | answers changed |", "|---|---|---|---|---|"]
+    for name, result in results.items():
+        told = evaluations(result)
+        tried = [way for way in INTERVENTIONS if all(way in one["interventions"] for one in told.values())]
+        if not tried:
+            continue
+        lines.append(f"| {name} | its own | {percent(accuracy(result)['share'])} | | |")
+        for way in (*tried, "without_latents"):
+            change = difference(outcomes(result), outcomes(result, asked=way))
+            share = fmean(right(one["outcomes"][way]) for one in told.values())
+            changed = (
+                percent(fmean(one["interventions"][way]["changed"]["share"] for one in told.values()))
+                if way in INTERVENTIONS
+                else ""
+            )
+            told_as = INTERVENTIONS.get(way, "none at all (`latent_steps=0`)")
+            lines.append(f"| {name} | {told_as} | {percent(share)} | {verdict(change)} | {changed} |")
+    return lines
+
+
+def right(outcome: str) -> float:
+    """The share of right answers among those asked."""
+    return outcome.count("1") / max(1, len(outcome) - outcome.count("-"))
