@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from vreflection_hub_card.evaluation.provenance import sha256
-from vreflection_hub_card.evaluation.report import glyphsearch_table, insert_table
+from vreflection_hub_card.evaluation.report import glyphsearch_table, insert_table, percent
 
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +17,11 @@ def test_the_readme_quotes_the_committed_results_of_the_embedded_checkpoint(name
     assert insert_table(README, RESULTS[name]) == README
     weights = ROOT / "hub_card" / "vreflection_tiny" / "model.safetensors"
     assert RESULTS[name]["model"]["sha256"] == {"model.safetensors": sha256(weights)}
+
+
+def test_the_readme_quotes_the_base_that_did_not_learn():
+    share = RESULTS["tiny_base_amd"]["tasks"]["glyphsearch"]["accuracy"]["overall"]["share"]
+    assert f"[{percent(share)}](hub_card/results/tiny_base_amd.json)" in README
 
 
 def test_the_embedded_checkpoint_reaches_the_goals():
