@@ -1,23 +1,24 @@
 """The study as pictures."""
 
 from pathlib import Path
+from statistics import fmean
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vreflection_hub_card.drawing import new_figure, save_figure
 from vreflection_hub_card.evaluation.interventions import INTERVENTIONS
-from vreflection_hub_card.evaluation.statistics import proportion
 
-from .summary import accuracy, evaluations, outcomes
-from .table import PLAIN, Study
+from .summary import accuracy, evaluations, outcomes, pointing_share, share_right
+from .table import PLAIN, REFLECTING, Study
 
 
-INTERVAL, POINT, PALE = "0.55", "#3466a5", "0.75"
+INTERVAL, POINT, OTHER, PALE = "0.55", "#3466a5", "#d1752b", "0.75"
 
 
 def draw_all(study: Study, results: dict[str, dict], folder: Path) -> list[Path]:
     """Writes the pictures whose arms have results; returns their paths."""
-    figures = {"accuracy.png": draw_accuracies(study, results)}
+    figures = {"accuracy.png": draw_accuracies(study, results), "pointing.png": draw_pointing(study, results)}
     if any(evaluations(result) and tried(result) for result in results.values()):
         figures["interventions.png"] = draw_interventions(results)
     for name, figure in figures.items():
@@ -25,30 +26,54 @@ def draw_all(study: Study, results: dict[str, dict], folder: Path) -> list[Path]
     return [folder / name for name in figures]
 
 
+def new_rows(study: Study, results: dict[str, dict]) -> tuple[Figure, Axes, dict[str, int]]:
+    """A figure with a row for each arm, under its group's title; the axes, and each arm's height."""
+    heights, height = {}, 0
+    figure = new_figure((7.5, 1))
+    axes = figure.add_subplot()
+    for group in study.groups:
+        names = [arm.name for arm in group.arms if arm.name in results]
+        if names:
+            axes.text(0.01, height, group.title, transform=axes.get_yaxis_transform(), va="center", size="small")
+            axes.axhline(height - 0.5, color="0.8", linewidth=0.6)
+            heights |= {name: height + 1 + number for number, name in enumerate(names)}
+            height += 1 + len(names)
+    figure.set_size_inches(7.5, 0.9 + 0.24 * height)
+    axes.set_ylim(height - 0.4, -0.6)
+    axes.set_yticks(list(heights.values()), list(heights))
+    axes.tick_params("y", length=0)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    return figure, axes, heights
+
+
 def draw_accuracies(study: Study, results: dict[str, dict]) -> Figure:
     """Every arm's accuracy with its interval, group by group; pale dots are single seeds."""
-    rows = []
-    for group in study.groups:
-        rows += [(group.title, None)] + [(arm.name, results[arm.name]) for arm in group.arms if arm.name in results]
-    figure = new_figure((7.5, 0.8 + 0.26 * len(rows)))
-    axes = figure.add_subplot()
-    for height, (name, result) in enumerate(rows):
-        if result is None:
-            axes.text(
-                -0.02, height, name, transform=axes.get_yaxis_transform(), ha="right", va="center", weight="bold"
-            )
-            continue
-        axes.text(-0.02, height, name, transform=axes.get_yaxis_transform(), ha="right", va="center")
-        share = accuracy(result)
+    figure, axes, heights = new_rows(study, results)
+    for name, height in heights.items():
+        share = accuracy(results[name])
         axes.plot([100 * share["low"], 100 * share["high"]], [height, height], color=INTERVAL, linewidth=2, zorder=1)
-        seeds = [100 * outcome.count("1") / len(outcome) for outcome in outcomes(result).values()]
+        seeds = [100 * outcome.count("1") / len(outcome) for outcome in outcomes(results[name]).values()]
         axes.scatter(seeds, [height] * len(seeds), s=12, color=PALE, zorder=2)
         axes.scatter([100 * share["share"]], [height], s=28, color=POINT, zorder=3)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_yticks([])
-    axes.grid(axis="x", color="0.9")
     axes.set_xlabel("accuracy, %")
-    axes.spines[["left", "right", "top"]].set_visible(False)
+    return figure
+
+
+def draw_pointing(study: Study, results: dict[str, dict]) -> Figure:
+    """How often the largest attention of an arm's first reflection lies in the target's box: DAC's, and the model's own."""
+    figure, axes, heights = new_rows(study, results)
+    for source, color, label in (("dac", POINT, "DAC"), ("llm", OTHER, "language model")):
+        ways = {name: REFLECTING if REFLECTING in results[name]["evaluate"] else PLAIN for name in heights}
+        found = {name: pointing_share(results[name], source, way) for name, way in ways.items()}
+        found = {name: 100 * share for name, share in found.items() if share is not None}
+        axes.scatter(found.values(), [heights[name] for name in found], s=28, color=color, label=label, zorder=3)
+    area = fmean(one["mean_box_area"] for result in results.values() for one in evaluations(result).values())
+    axes.axvline(100 * area, color=INTERVAL, linestyle=":", label="the box's share of the picture")
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("largest attention in the target's box, % of scenes")
+    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
@@ -62,13 +87,14 @@ def draw_interventions(results: dict[str, dict]) -> Figure:
     for number, (name, result) in enumerate(arms.items()):
         shares = []
         for way in ways:
-            text = "".join(outcomes(result, PLAIN, way).values()).replace("-", "")
-            shares.append(proportion([character == "1" for character in text]))
+            shares.append(share_right(outcomes(result, asked=way)))
         places = [index + (number - (len(arms) - 1) / 2) * width for index in range(len(ways))]
         heights = [100 * share["share"] for share in shares]
         spread = [
-            [height - 100 * share["low"] for height, share in zip(heights, shares)],
-            [100 * share["high"] - height for height, share in zip(heights, shares)],
+            [
+                max(0.0, height - 100 * share["low"]) for height, share in zip(heights, shares)
+            ],  # of 0 % a rounding error
+            [max(0.0, 100 * share["high"] - height) for height, share in zip(heights, shares)],
         ]
         axes.bar(places, heights, 0.9 * width, yerr=spread, ecolor=INTERVAL, label=name)
     axes.set_xticks(range(len(ways)), ways.values())

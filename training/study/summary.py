@@ -7,7 +7,7 @@ from statistics import fmean
 
 from vreflection_hub_card.evaluation.interventions import INTERVENTIONS
 from vreflection_hub_card.evaluation.report import percent
-from vreflection_hub_card.evaluation.statistics import paired_bootstrap, proportion
+from vreflection_hub_card.evaluation.statistics import paired_bootstrap, wilson_interval
 
 from .table import PLAIN, Form, Group, Study
 
@@ -23,11 +23,21 @@ def evaluations(result: dict, way: str = PLAIN) -> dict[str, dict]:
     return {seed: told["evaluations"][way] for seed, told in result["seeds"].items()}
 
 
+def share_right(outcomes: dict[str, str]) -> dict:
+    """The mean share of right answers over seeds, with a Wilson interval for one seed's scenes.
+
+    All seeds answer the same scenes: they say more about training, and nothing more about scenes.
+    """
+    asked = [outcome.replace("-", "") for outcome in outcomes.values()]
+    share = fmean(outcome.count("1") / len(outcome) for outcome in asked)
+    count = min(map(len, asked))
+    low, high = wilson_interval(share * count, count)
+    return {"share": share, "low": low, "high": high}
+
+
 def accuracy(result: dict, way: str = PLAIN) -> dict:
-    """How many answers are right, all seeds together."""
-    counted = [one["accuracy"]["overall"] for one in evaluations(result, way).values()]
-    successes, count = (sum(one[name] for one in counted) for name in ("successes", "count"))
-    return proportion([True] * successes + [False] * (count - successes))
+    """How many answers of an arm are right, see [`share_right`]."""
+    return share_right(outcomes(result, way))
 
 
 def outcomes(result: dict, way: str = PLAIN, asked: str = "usual") -> dict[str, str]:
@@ -74,8 +84,9 @@ def describe(form: Form, results: dict[str, dict]) -> str:
         f"Each arm: two parts of {form.part_steps} steps, 32 scenes a step, from one base: the embedded checkpoint without "
         f"BCM and DAC, tuned for {form.base_steps} steps to answer without reflecting. {form.scenes} unseen scenes of the "
         "preset `study`. Seeds differ in the training scenes, in what is drawn for new "
-        "weights and in Eq. 2's draws; the base is the same. Shares have Wilson intervals over all seeds' answers; differences "
-        "are paired, scene by scene, with a 95 % bootstrap over scenes and seeds. "
+        "weights and in Eq. 2's draws; the base is the same. Shares are means over seeds with a 95 % Wilson interval for the scenes; differences are "
+        "paired, scene by scene, with a 95 % bootstrap over scenes and seeds. With one seed, no interval holds what another "
+        "training would have brought. "
         f"{machine.get('gpu', machine['processor'])}, torch {versions['torch']}, transformers {versions['transformers']}."
     )
 
@@ -89,7 +100,8 @@ def group_table(group: Group, results: dict[str, dict]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in names:
-        for way in next(iter(results[name]["seeds"].values()))["evaluations"]:
+        ways = next(iter(results[name]["seeds"].values()))["evaluations"]
+        for way in [PLAIN] if name in group.compare else ways:
             share = accuracy(results[name], way)
             against = ""
             if reference in results and (name, way) != (reference, PLAIN):
@@ -100,16 +112,19 @@ def group_table(group: Group, results: dict[str, dict]) -> list[str]:
     return lines
 
 
+def pointing_share(result: dict, source: str, way: str = PLAIN, measure: str = "pointing") -> float | None:
+    """A source's pointing game, or its share inside the box, as the mean over seeds; none where it was never trained."""
+    if source == "dac" and not any(part["stage"] in ("2", "joint") for part in result["parts"]):
+        return None
+    found = [one[measure][source] for one in evaluations(result, way).values() if source in one[measure]]
+    return fmean(one["share"] if isinstance(one, dict) else one for one in found) if found else None
+
+
 def pointing(result: dict, way: str) -> list[str]:
-    """The pointing games of DAC and the language model, and DAC's share inside the box; empty where nothing was trained."""
-    trained = any(part["stage"] in ("2", "joint") for part in result["parts"])
-    told = list(evaluations(result, way).values())
-    cells = []
-    for source, measure in (("dac", "pointing"), ("llm", "pointing"), ("dac", "attention_inside_box")):
-        found = [one[measure][source] for one in told if source in one[measure]]
-        found = [one["share"] if isinstance(one, dict) else one for one in found]
-        cells.append(percent(fmean(found)) if found and (trained or source == "llm") else "")
-    return cells
+    """The cells of an arm's pointing games and DAC's share inside the box."""
+    asked = (("dac", "pointing"), ("llm", "pointing"), ("dac", "attention_inside_box"))
+    found = [pointing_share(result, source, way, measure) for source, measure in asked]
+    return ["" if share is None else percent(share) for share in found]
 
 
 def intervention_table(results: dict[str, dict]) -> list[str]:
@@ -123,7 +138,7 @@ def intervention_table(results: dict[str, dict]) -> list[str]:
         lines.append(f"| {name} | its own | {percent(accuracy(result)['share'])} | | |")
         for way in (*tried, "without_latents"):
             change = difference(outcomes(result), outcomes(result, asked=way))
-            share = fmean(right(one["outcomes"][way]) for one in told.values())
+            share = share_right(outcomes(result, asked=way))["share"]
             changed = (
                 percent(fmean(one["interventions"][way]["changed"]["share"] for one in told.values()))
                 if way in INTERVENTIONS
@@ -132,8 +147,3 @@ def intervention_table(results: dict[str, dict]) -> list[str]:
             told_as = INTERVENTIONS.get(way, "none at all (`latent_steps=0`)")
             lines.append(f"| {name} | {told_as} | {percent(share)} | {verdict(change)} | {changed} |")
     return lines
-
-
-def right(outcome: str) -> float:
-    """The share of right answers among those asked."""
-    return outcome.count("1") / max(1, len(outcome) - outcome.count("-"))

@@ -12,6 +12,8 @@ from vreflection_hub_card.evaluation.interventions import INTERVENTIONS
 ARMS = Path(__file__).with_name("arms.yaml")
 # The evaluation that every arm has: decoding as the checkpoint says.
 PLAIN = "plain"
+# The one that arms have which don't reflect by themselves.
+REFLECTING = "reflecting"
 
 
 @dataclass(frozen=True)

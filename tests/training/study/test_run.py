@@ -7,9 +7,18 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from vreflection_hub_card.evaluation.statistics import wilson_interval
 from vreflection_training.study.plots import draw_all
 from vreflection_training.study.run import PartFailed, StudyRun
-from vreflection_training.study.summary import read_results, summarise
+from vreflection_training.study.summary import (
+    difference,
+    outcomes,
+    pointing_share,
+    read_results,
+    share_right,
+    summarise,
+    verdict,
+)
 from vreflection_training.study.table import ARMS, read_study
 
 
@@ -101,7 +110,39 @@ def test_the_summary_tells_everything(study, done, tmp_path):
         assert f"## {group.title}" in text and group.expectation.strip() in text
     assert "- steps_4, seed 1" in text and "another sample's latents" not in text.split("## Do the latents")[0]
     pictures = draw_all(study, results, tmp_path)
-    assert all(path.stat().st_size > 10_000 for path in pictures)
+    assert [path.name for path in pictures] == ["accuracy.png", "pointing.png", "interventions.png"]
+    assert all(path.stat().st_size > 5_000 for path in pictures)
+
+
+def test_seeds_answer_the_same_scenes_so_that_they_do_not_narrow_the_interval():
+    one, three = ("1101" * 50,), ("1101" * 50, "0100" * 50, "1111" * 50)
+    alone, together = (share_right(dict(enumerate(outcomes))) for outcomes in (one, three))
+    assert alone["share"] == 0.75 and together["share"] == pytest.approx((0.75 + 0.25 + 1) / 3)
+    assert (alone["low"], alone["high"]) == wilson_interval(150, 200)
+    assert (together["low"], together["high"]) == pytest.approx(wilson_interval(200 * 2 / 3, 200))
+
+
+def result_of(outcomes, **told):
+    """An arm's result file with these outcomes, by seed."""
+    usual = {seed: {"evaluations": {"plain": {"outcomes": {"usual": text}} | told}} for seed, text in outcomes.items()}
+    return {"seeds": usual, "parts": [{"stage": "2"}]}
+
+
+def test_a_difference_is_paired_on_the_seeds_that_both_have():
+    first = result_of({"0": "0" * 100, "1": "1" * 100})
+    second = result_of({"1": "1" * 60 + "0" * 40, "2": "0" * 100})
+    change = difference(outcomes(first), outcomes(second))
+    assert change["difference"] == pytest.approx(-0.4) and change["seeds"] == 1
+    assert verdict(change).startswith("-40.0 (") and "noise" not in verdict(change)
+    assert verdict(difference(outcomes(first), outcomes(first))) == "+0.0 (+0.0 to +0.0), within noise"
+
+
+def test_what_was_never_trained_points_nowhere():
+    told = {"pointing": {"dac": {"share": 0.5}, "llm": {"share": 0.2}}}
+    result = result_of({"0": "1", "1": "1"}, **told)
+    assert pointing_share(result, "dac") == 0.5
+    assert pointing_share(result | {"parts": [{"stage": "1"}]}, "dac") is None
+    assert pointing_share(result | {"parts": []}, "llm") == 0.2
 
 
 def test_a_part_that_fails_names_its_log(study, done, tmp_path):
