@@ -35,6 +35,7 @@ def write_card(
     license: str | None = None,
     datasets: Sequence[str] = (),
     tags: Sequence[str] = (),
+    study: str | Path | None = None,
 ) -> Path:
     """Writes the card of a checkpoint, `README.md`, and its results, `.eval_results/*.yaml`, into its folder.
 
@@ -49,6 +50,7 @@ def write_card(
         license (`str`, *optional*): The licence, an id of the Hub's list; by default what follows from the base model.
         datasets (`Sequence[str]`): Hub ids of data it was trained on, beside those that the facts name.
         tags (`Sequence[str]`): More tags.
+        study (`str` or `Path`, *optional*): The tables of `vreflection-train study`, its `tables.md`.
 
     Returns:
         `Path`: The card's file.
@@ -77,8 +79,26 @@ def write_card(
         hashes=hashes,
         datasets=datasets,
         tags=tags,
+        study=read_study(study),
     )
     return save_card(card, folder, eval_entries(reports, checkpoint))
+
+
+def read_study(path: str | Path | None) -> str | None:
+    """The tables of a study.
+
+    Raises:
+        InputError: A file that can't be read, or without tables.
+    """
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: can't be read as a study's tables ({error})") from error
+    if not text.startswith("| arm |"):
+        raise InputError(f"{path}: holds no tables of `vreflection-train study`; its tables.md does")
+    return text
 
 
 def choose_base_model(facts: dict[str, Any] | None, base_model: str | None) -> str | None:
@@ -105,6 +125,7 @@ def render_card(
     hashes: dict[str, str] | None = None,
     datasets: Sequence[str] = (),
     tags: Sequence[str] = (),
+    study: str | None = None,
 ) -> ModelCard:
     """Renders a card; what isn't known is left out.
 
@@ -119,6 +140,7 @@ def render_card(
         hashes (`dict[str, str]`, *optional*): SHA-256 of the weights' files; needed with results.
         datasets (`Sequence[str]`): Hub ids of data beside those of the facts.
         tags (`Sequence[str]`): More tags.
+        study (`str`, *optional*): Tables of the study.
     """
     reports = list(reports)
     title = repo_id.rpartition("/")[2] if repo_id else name
@@ -161,6 +183,7 @@ def render_card(
         only_sft=bool(runs) and all(run["stage"] == "sft" for run in runs),
         drawn=drawn,
         results=results_text(reports),
+        study=study,
         hashes=hashes or {},
         glyphsearch=GLYPHSEARCH in tasks,
         benchmarks=bool(tasks & set(BENCHMARKS)),

@@ -25,6 +25,7 @@ def add_parser(commands) -> None:
         metavar="FILE",
         help="result files of vreflection evaluate, of these weights",
     )
+    parser.add_argument("--study", metavar="FILE", help="tables.md of vreflection-train study")
     parser.add_argument("--base-model", metavar="ID", help="Hub id of the base model, where training didn't record it")
     parser.add_argument("--license", metavar="ID", help="where it doesn't follow from the base model")
     parser.add_argument(
@@ -44,6 +45,7 @@ def run(options: argparse.Namespace) -> None:
         license=options.license,
         datasets=options.datasets,
         tags=options.tags,
+        study=options.study,
     )
     check_card(options.checkpoint)
     print(path)

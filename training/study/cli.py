@@ -11,7 +11,7 @@ from vreflection_hub_card.evaluation.report import fill_block
 
 from .plots import draw_all
 from .run import PartFailed, StudyRun
-from .summary import main_tables, read_results, summarise
+from .summary import main_tables, read_findings, read_results, summarise
 from .table import read_study
 
 
@@ -44,10 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
         results = read_results(study, output)
         if not results:
             raise ValueError(f"{output}: no results yet")
-        (output / "summary.md").write_text(summarise(study, form, results, left))
+        (output / "summary.md").write_text(summarise(study, form, results, left, read_findings(output)))
         pictures = draw_all(study, results, output)
+        (output / "tables.md").write_text((tables := main_tables(study, results)) + "\n")
         if options.document is not None:
-            options.document.write_text(fill_block(options.document.read_text(), "study", main_tables(study, results)))
+            options.document.write_text(fill_block(options.document.read_text(), "study", tables))
     except PartFailed as error:
         print(f"vreflection-train study: {error}", file=sys.stderr)
         return 1

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+import yaml
+
 from vreflection_hub_card.evaluation.interventions import INTERVENTIONS
 from vreflection_hub_card.evaluation.report import percent
 from vreflection_hub_card.evaluation.statistics import paired_bootstrap, wilson_interval
@@ -57,12 +59,26 @@ def verdict(change: dict) -> str:
     return text if change["low"] > 0 or change["high"] < 0 else f"{text}, within noise"
 
 
-def summarise(study: Study, form: Form, results: dict[str, dict], left: Sequence[tuple[str, int]]) -> str:
-    """The whole summary as Markdown: a table a group, the interventions, what did not run."""
+def read_findings(output: Path) -> dict[str, str]:
+    """What people wrote about groups after they were run, by the groups' names, from `findings.yaml`."""
+    path = output / "findings.yaml"
+    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+
+
+def summarise(
+    study: Study,
+    form: Form,
+    results: dict[str, dict],
+    left: Sequence[tuple[str, int]],
+    findings: dict[str, str],
+) -> str:
+    """The whole summary as Markdown: a table a group, what was expected and found, other latents, what did not run."""
     lines = [f"# The study, `{form.name}`", "", describe(form, results), ""]
     for group in study.groups:
         lines += [f"## {group.title}", "", f"Expected: {group.expectation.strip()}", ""]
         lines += [*group_table(group, results), ""]
+        if group.name in findings:
+            lines += [f"Found: {findings[group.name].strip()}", ""]
     lines += ["## Do the latents matter?", "", *intervention_table(results), ""]
     lines += ["## Not run", ""]
     lines += [f"- {name}, seed {seed}" for name, seed in left] or ["Everything ran."]

@@ -116,6 +116,18 @@ def test_results_are_quoted_and_without_a_file_there_is_no_number(folder, result
     assert len(values) == 14
 
 
+def test_a_study_is_quoted_as_what_it_is(folder, tmp_path):
+    tables = tmp_path / "tables.md"
+    tables.write_text("| arm | accuracy |\n|---|---|\n| sft | 12.3 % |\n")
+    told = section(load(write_card(folder, study=tables)), "Results")
+    assert "Not measured on these weights" in told and "| sft | 12.3 % |" in told
+    assert "miniature" not in load(write_card(folder)).text
+    for text, fragment in (("words", "no tables"), (None, "can't be read")):
+        tables.unlink() if text is None else tables.write_text(text)
+        with pytest.raises(InputError, match=fragment):
+            write_card(folder, study=tables)
+
+
 def test_the_training_is_told(folder, facts):
     write_training_facts(folder, facts)
     card = load(write_card(folder, "someone/model"))

@@ -105,9 +105,10 @@ def test_results_of_another_definition_are_not_mixed_in(study, done, tmp_path):
 
 def test_the_summary_tells_everything(study, done, tmp_path):
     results = read_results(study, done / "results")
-    text = summarise(study, study.forms["quick"], results, [("steps_4", 1)])
+    text = summarise(study, study.forms["quick"], results, [("steps_4", 1)], {"steps": "Nothing."})
     for group in study.groups:
         assert f"## {group.title}" in text and group.expectation.strip() in text
+    assert text.count("Found: ") == 1 and "Found: Nothing." in text.split("## Do the latents")[0]
     assert "- steps_4, seed 1" in text and "another sample's latents" not in text.split("## Do the latents")[0]
     pictures = draw_all(study, results, tmp_path)
     assert [path.name for path in pictures] == ["accuracy.png", "pointing.png", "interventions.png"]
