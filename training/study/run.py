@@ -50,6 +50,8 @@ class StudyRun:
         self.output.mkdir(parents=True, exist_ok=True)
         locks = self.work / "running"
         locks.mkdir(parents=True, exist_ok=True)
+        if self.deadline is None or time.monotonic() <= self.deadline:
+            self.check_base()
         with tqdm(self.missing(), unit="arm") as progress:
             for name, seed in progress:
                 progress.set_description(f"{name}, seed {seed}")
@@ -63,6 +65,21 @@ class StudyRun:
                 except Timeout:
                     continue
         return self.missing()
+
+    def check_base(self):
+        """Makes sure that all arms start from one base.
+
+        Raises:
+            ValueError: Results that came from another base than the one in the work folder.
+        """
+        base = sha256(self.train_base() / "model.safetensors")
+        for name in self.study.arms:
+            path = self.output / f"{name}.json"
+            if path.is_file() and json.loads(path.read_text())["base"] != base:
+                raise ValueError(
+                    f"{path}: its arm started from another base than {self.work / BASE}; extend results with the --work folder "
+                    "they came from, or choose another --output"
+                )
 
     def missing(self) -> list[tuple[str, int]]:
         """The arms and seeds that have no results, in the order in which they are run."""
@@ -154,6 +171,7 @@ class StudyRun:
         path = self.output / f"{arm.name}.json"
         with FileLock(self.work / "running" / f"{arm.name}.lock"):  # another process may be adding another seed
             report = self.results(arm)
+            report["base"] = sha256(self.work / BASE / "model.safetensors")
             report["seeds"][str(seed)] = {"date": date, "versions": describe_versions(), **result}
             draft = path.with_suffix(".part")
             draft.write_text(json.dumps(report, indent=1) + "\n")

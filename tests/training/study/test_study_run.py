@@ -1,12 +1,14 @@
 """The study, as small as it can be: run, resumed, extended, summarised."""
 
 import json
+import shutil
 from contextlib import ExitStack
 
 import pytest
 import yaml
 from filelock import FileLock
 
+from vreflection_hub_card.evaluation.provenance import sha256
 from vreflection_hub_card.evaluation.statistics import wilson_interval
 from vreflection_training.study.plots import draw_all
 from vreflection_training.study.run import PartFailed, StudyRun
@@ -81,9 +83,10 @@ def test_called_again_it_trains_nothing_and_only_adds(study, done):
     }
 
 
-def test_what_another_process_is_running_is_left_to_it(study, tmp_path):
+def test_what_another_process_is_running_is_left_to_it(study, done, tmp_path):
     run = StudyRun(study, study.forms["quick"], tmp_path / "work", tmp_path / "results")
     (tmp_path / "work" / "running").mkdir(parents=True)
+    shutil.copytree(done / "work" / "base", tmp_path / "work" / "base")
     with ExitStack() as others:
         for name in ("base", "two_stage", "steps_4"):
             others.enter_context(FileLock(tmp_path / "work" / "running" / f"{name}-0.lock"))
@@ -100,7 +103,15 @@ def test_results_of_another_definition_are_not_mixed_in(study, done, tmp_path):
     told = json.loads((done / "results" / "two_stage.json").read_text())
     (tmp_path / "two_stage.json").write_text(json.dumps(told | {"part_steps": 99}))
     with pytest.raises(ValueError, match="part_steps = 99, not 2"):
-        StudyRun(study, study.forms["quick"], tmp_path / "work", tmp_path)()
+        StudyRun(study, study.forms["quick"], done / "work", tmp_path)()
+
+
+def test_results_of_another_base_are_not_extended(study, done, tmp_path):
+    told = json.loads((done / "results" / "two_stage.json").read_text())
+    assert told["base"] == sha256(done / "work" / "base" / "model.safetensors")
+    (tmp_path / "two_stage.json").write_text(json.dumps(told | {"base": "0" * 64}))
+    with pytest.raises(ValueError, match="another base"):
+        StudyRun(study, study.forms["quick"], done / "work", tmp_path)()
 
 
 def test_the_summary_tells_everything(study, done, tmp_path):
