@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoints import checkpoint_folder, load_checkpoint
 from ..efficiency.bench import Pair, random_model
+from ..efficiency.loading import measure_loading
 from ..efficiency.measure import BATCH_SIZES, measure
 from ..efficiency.report import render
 from ..efficiency.shapes import SHAPES
@@ -55,15 +56,16 @@ def run(options: argparse.Namespace) -> None:
     if options.shape:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = random_model(SHAPES[options.shape], options.seed, device)
-        source = f"{SHAPES[options.shape].note}, random weights"
+        source, loading = SHAPES[options.shape].note, None
     else:
         folder = checkpoint_folder(options.model)
         model, _ = load_checkpoint(folder, options.device)
-        source = f"the checkpoint {folder.resolve().name}"
+        source, loading = f"the checkpoint {folder.resolve().name}", measure_loading(folder)
     pair = Pair(model, side=options.picture_side, seed=options.seed)
     result = {
         "command": command(options),
         "source": source,
+        "loading": loading,
         **measure(pair, options.rounds, tuple(options.batch_sizes), options.latent_steps),
     }
     table = render(result)

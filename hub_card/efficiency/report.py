@@ -20,11 +20,15 @@ def render(result: dict) -> str:
         same = f"{told['same_as_alone']} of {told['count']}"
         lines.append(f"| {size} | {' | '.join(rates)} | {with_interval(told['ratio'])} | {same} |")
     parameters, memory = result["parameters"], result["peak_memory"]
+    loading = ""
+    if result["loading"] is not None:
+        sizes = [f"{result['loading'][name] / 1e6:,.0f} MB" for name in ("anonymous_bytes", "weights_bytes")]
+        loading = f" Loading allocates {sizes[0]} beside the mapped files, for {sizes[1]} of weights."
     lines += [
         "",
         f"BCM and DAC: {parameters['added']:,} parameters, {100 * parameters['share']:.2f} % more, "
         f"{parameters['bf16_megabytes']:.1f} MB in bfloat16. Peak memory of an answer, the stock class = 1: "
-        f"{memory['ratio']:.3f} without the two modules, {memory['ratio_with_modules']:.3f} with them.",
+        f"{memory['ratio']:.3f} without the two modules, {memory['ratio_with_modules']:.3f} with them.{loading}",
         "",
         "| goal | measured | bound | |",
         "|---|---|---|---|",

@@ -46,7 +46,7 @@ SHAPES = {
     "small": Shape(
         note=(
             "Qwen2.5-VL-7B with its depths and every width divided by 14, the vocabulary too, so that BCM, DAC and the "
-            "vocabulary projection each have about the share of the work that they have in the 7B"
+            "vocabulary projection each have about the share of the work that they have in the 7B, random weights"
         ),
         text={
             **TEXT,

@@ -1,15 +1,19 @@
 """What is timed is what it says, both models are the same model, and the file holds what the table shows."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vreflection_hub_card.cli import main
 from vreflection_hub_card.efficiency.bench import Pair, random_model
+from vreflection_hub_card.efficiency.loading import measure_loading
 from vreflection_hub_card.efficiency.measure import judge, measure, way_name, ways
 from vreflection_hub_card.efficiency.report import render
 from vreflection_hub_card.efficiency.shapes import SHAPES, TEXT, VISION, Shape
+from vreflection_hub_card.errors import InputError
 
 
 CPU = torch.device("cpu")
@@ -119,11 +123,11 @@ def test_the_figures(pair, result):
     assert {size: told["same_as_alone"] for size, told in result["answers"].items()} == {"1": 1, "3": 3}
     assert result["peak_memory"]["stock"] > 0 and result["peak_memory"]["ratio_with_modules"] > 1
     assert result["not_run"] == ["sdpa, static cache, compiled", "flash_attention_2, dynamic cache"]
-    assert not {"command", "source"} & set(result) and json.loads(json.dumps(result)) == result
+    assert not {"command", "source", "loading"} & set(result) and json.loads(json.dumps(result)) == result
 
 
 def test_the_table_shows_them(result):
-    text = render({"command": "the command", "source": "somewhere", **result})
+    text = render({"command": "the command", "source": "somewhere", "loading": None, **result})
     for name in (*result["steps"], *result["not_run"], "`the command`", "somewhere"):
         assert name in text
     assert f"{result['parameters']['added']:,} parameters" in text
@@ -165,9 +169,28 @@ def test_the_command(tiny_folder, tmp_path, capsys, monkeypatch):
     table = capsys.readouterr().out.strip()
     report = json.loads((tmp_path / "efficiency.json").read_text())
     assert render(report) == table and table in document.read_text()
+    weights = sum(weight.numel() * 4 for weight in load_file(tiny_folder / "model.safetensors").values())
+    assert report["loading"]["weights_bytes"] == weights and report["loading"]["anonymous_bytes"] >= 0
     assert report["source"] == f"the checkpoint {tiny_folder.name}"
     assert str(tiny_folder.parent) not in json.dumps(report)
     assert report["command"].startswith(f"vreflection efficiency {tiny_folder.name} --rounds 1 --batch-sizes 1")
+
+
+def test_loading_counts_what_is_held_beside_the_files(tmp_path):
+    """Weights that have to be cast are held in memory, and seen; weights as they are stay in their file."""
+    shape = replace(TINY, text={**TINY.text, "vocab_size": 100_331})
+    model = random_model(shape, 0, CPU)
+    model.save_pretrained(tmp_path / "same")
+    model.config.dtype = torch.float64
+    model.save_pretrained(tmp_path / "cast")
+    config = json.loads((tmp_path / "cast" / "config.json").read_text()) | {"dtype": "float64"}
+    (tmp_path / "cast" / "config.json").write_text(json.dumps(config))
+    same, cast = (measure_loading(tmp_path / name) for name in ("same", "cast"))
+    assert cast["weights_bytes"] == 2 * same["weights_bytes"] > 50e6
+    assert same["anonymous_bytes"] < 0.5 * same["weights_bytes"]
+    assert cast["anonymous_bytes"] > 0.9 * cast["weights_bytes"]
+    with pytest.raises(InputError, match="can't be loaded"):
+        measure_loading(tmp_path)
 
 
 @pytest.mark.parametrize(
