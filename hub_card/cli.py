@@ -5,11 +5,11 @@ import sys
 
 import transformers
 
-from .commands import ask, card, convert, evaluate, publish, space
+from .commands import ask, card, convert, efficiency, evaluate, publish, space
 from .errors import InputError
 
 
-COMMANDS = (ask, evaluate, convert, card, publish, space)
+COMMANDS = (ask, evaluate, efficiency, convert, card, publish, space)
 
 
 def main(argv: list[str] | None = None) -> int:

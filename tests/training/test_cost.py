@@ -10,15 +10,17 @@ from accelerate import init_empty_weights
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from modeling_vreflection import VReflectionForConditionalGeneration
+from vreflection_hub_card.efficiency.instruments import PeakMemory
+from vreflection_hub_card.efficiency.shapes import SHAPES, TEXT, VISION, Shape, stock_config
 from vreflection_hub_card.evaluation.report import fill_block
+from vreflection_hub_card.evaluation.statistics import median_interval
 from vreflection_training.cost.bench import ARMS, BATCH_SIZE, Bench
 from vreflection_training.cost.cli import main
 from vreflection_training.cost.measure import count_parameters, measure
-from vreflection_training.cost.observers import PeakMemory, VocabularyWatch
+from vreflection_training.cost.observers import VocabularyWatch
 from vreflection_training.cost.report import render
 from vreflection_training.cost.samples import draw_grid
-from vreflection_training.cost.shapes import PAPER, SHAPES, TEXT, VISION, Shape, build_config, stock_config
-from vreflection_training.cost.statistics import median_interval
+from vreflection_training.cost.shapes import PAPER, build_config
 
 
 CPU = torch.device("cpu")

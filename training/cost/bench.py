@@ -13,12 +13,13 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from modeling_vreflection import VReflectionForConditionalGeneration
+from vreflection_hub_card.efficiency.shapes import Shape, stock_config
 
 from ..configs import VReflectionSFTConfig
 from ..trainer import VReflectionSFTTrainer
 from .observers import CountingCollator, StepClock, StepObserver
 from .samples import draw_grid, make_dataset, make_row
-from .shapes import Shape, build_config, build_processor, stock_config
+from .shapes import build_config, build_processor
 
 
 BATCH_SIZE = 4

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from datasets import disable_progress_bars
 
+from vreflection_hub_card.efficiency.shapes import SHAPES
 from vreflection_hub_card.evaluation.report import fill_block
 
 from .measure import measure
 from .report import render
-from .shapes import SHAPES
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from vreflection_hub_card.efficiency.instruments import Clock
+from vreflection_hub_card.efficiency.shapes import Shape
 from vreflection_hub_card.evaluation.provenance import describe_machine, describe_versions
+from vreflection_hub_card.evaluation.statistics import median_interval, spread
 
 from ..packing import pack_dataset
 from .bench import ARMS, BATCH_SIZE, PLAIN, Bench
-from .observers import StepClock
 from .samples import VISUAL_COT_NOTE, make_dataset
-from .shapes import CELL, PAPER, Shape
-from .statistics import median_interval, spread
+from .shapes import CELL, PAPER
 
 
 PACKED_BATCHES = 4  # of BATCH_SIZE samples each, in a round of packing against padding
@@ -75,7 +76,7 @@ def measure(shape: Shape, device: str = "cpu", repeats: int = 9, seed: int = 0) 
         "shape": asdict(shape) | {"parameters": counts},
         "training": {
             "device": device,
-            "clock": StepClock(place).name,
+            "clock": Clock(place).name,
             "dtype": shape.dtype,
             "autocast": "bfloat16" if device == "cuda" else None,
             "attention": bench.attention,
