@@ -85,8 +85,21 @@ class PreemptionCallback(TrainerCallback):
         self.requested = True
 
 
-def outlive_sigterm(worker_id: int, then: Callable[[int], None] | None = None):
-    """`worker_init_fn` of a data loader: where the signal goes to all processes, workers go on until the run ends them."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def outlive_sigterm(worker_id: int, running: torch.Tensor, then: Callable[[int], None] | None = None):
+    """`worker_init_fn` of a data loader: where the signal goes to all processes, workers go on until the run ends them.
+
+    Args:
+        worker_id (`int`): The worker's number.
+        running (`torch.BoolTensor`): In shared memory, whether the run still goes on. After a run that failed, Python ends
+            workers by this very signal, and waits for them.
+        then (`Callable`, *optional*): Called next.
+    """
+
+    def ignore_while_running(signum, frame):
+        if not running:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, ignore_while_running)
     if then is not None:
         then(worker_id)

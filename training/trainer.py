@@ -120,6 +120,7 @@ class VReflectionSFTTrainer(SFTTrainer):
                 "With several processes the collator needs `every_module=True`, or they may wait for ever."
             )
         check_stage(model, args)
+        self._running = torch.zeros((), dtype=torch.bool).share_memory_()
         self.origin = RunOrigin(model.name_or_path, sources, from_scratch)
         if peft_config is None:
             freeze(model, args)
@@ -132,7 +133,8 @@ class VReflectionSFTTrainer(SFTTrainer):
                 processing_class,
                 model.config,
                 reflect=args.stage != "sft",
-                align_segments=args.latent_inputs == "hidden",
+                # Without a teacher the states themselves fill the slots of pass 1.
+                align_segments=args.latent_inputs == "hidden" or not model.config.has_bcm,
                 slot_ce=args.slot_ce,
                 max_length=args.max_length,
                 on_bad_row=args.on_bad_row,
@@ -196,7 +198,11 @@ class VReflectionSFTTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         self._total_train_tokens = self.progress.num_tokens
         self._clock = (time.perf_counter(), self._total_train_tokens)
-        result = super().train(checkpoint, **kwargs)
+        self._running.fill_(True)
+        try:
+            result = super().train(checkpoint, **kwargs)
+        finally:
+            self._running.fill_(False)
         self.progress.gather_skipped()
         if self.is_world_process_zero() and (report := self.progress.report()):
             logger.warning(report)
@@ -205,7 +211,7 @@ class VReflectionSFTTrainer(SFTTrainer):
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)
-        inner.worker_init_fn = partial(outlive_sigterm, then=inner.worker_init_fn)
+        inner.worker_init_fn = partial(outlive_sigterm, running=self._running, then=inner.worker_init_fn)
         return loader
 
     def _save(self, output_dir=None, state_dict=None):

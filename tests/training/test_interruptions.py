@@ -145,6 +145,25 @@ def test_killed_then_preempted_then_finished_equals_uninterrupted(tmp_path):
     assert len(whole_checkpoints(broken)) == 2  # save_total_limit
 
 
+def test_a_run_that_fails_ends_with_its_workers(tmp_path):
+    """Python ends workers by SIGTERM, which they ignore while the run goes on, and then waits for them."""
+    recipe = write_recipe(tmp_path / "failing")
+    code = """
+import sys
+from vreflection_training import cli, trainer
+
+class Failing(trainer.VReflectionSFTTrainer):
+    def compute_loss(self, *args, **kwargs):
+        raise ValueError("on purpose")
+
+trainer.VReflectionSFTTrainer = Failing
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", code, str(recipe), "--dataloader_num_workers", "2"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode and "on purpose" in ran.stderr
+
+
 def saving(folder, **options):
     return {
         "stage": "1",

@@ -145,10 +145,13 @@ def test_stage_2_refuses_an_untrained_teacher_unless_told(make_trainer, model):
     make_trainer(stage="2", allow_untrained_bcm=True, max_steps=1).train()
 
 
-def test_stage_2_runs_without_any_teacher(make_trainer, checkpoint):
+@pytest.mark.parametrize("latent_inputs", ["hidden", "dac"])
+def test_stage_2_runs_without_any_teacher(make_trainer, checkpoint, latent_inputs):
     model = VReflectionForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32, has_bcm=False)
-    options = {"stage": "2", "latent_inputs": "hidden", "allow_untrained_bcm": True, "max_steps": 1}
-    trainer = make_trainer(trained=model, **options)
+    options = {"stage": "2", "latent_inputs": latent_inputs, "allow_untrained_bcm": True, "max_steps": 1}
+    # Questions of several lengths: without a teacher the states fill the slots, which then start in one column.
+    rows = glyphsearch_dataset("train", 16, "mixed")
+    trainer = make_trainer(rows, trained=model, per_device_train_batch_size=16, **options)
     trainer.train()
     log = trainer.state.log_history[0]
     assert "loss_attn" in log and "loss_feat" not in log
