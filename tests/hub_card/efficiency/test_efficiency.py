@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from vreflection_hub_card.efficiency.measure import judge, measure, way_name, wa
 from vreflection_hub_card.efficiency.report import render
 from vreflection_hub_card.efficiency.shapes import SHAPES, TEXT, VISION, Shape
 from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.evaluation.report import fill_block
 
 
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 PREFILL, WORD, SLOT = 100.0, 1.0, 7.0
 TINY = Shape(
@@ -210,3 +213,9 @@ def test_mistakes(arguments, fragment, tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().err
     assert fragment in told and told.count("\n") == 1
     assert set(SHAPES) == {"small", "3b", "7b"}
+
+
+def test_the_readme_quotes_the_committed_result():
+    result = json.loads((ROOT / "hub_card" / "results" / "efficiency_small_cpu.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert fill_block(readme, "efficiency", render(result)) == readme
