@@ -2,11 +2,11 @@
 
 import json
 import shutil
-from contextlib import ExitStack
+import subprocess
+import sys
 
 import pytest
 import yaml
-from filelock import FileLock
 
 from vreflection_hub_card.evaluation.provenance import sha256
 from vreflection_hub_card.evaluation.statistics import wilson_interval
@@ -83,14 +83,31 @@ def test_called_again_it_trains_nothing_and_only_adds(study, done):
     }
 
 
+HOLD = """
+import sys
+from contextlib import ExitStack
+from filelock import FileLock
+with ExitStack() as locks:
+    for path in sys.argv[1:]:
+        locks.enter_context(FileLock(path))
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
 def test_what_another_process_is_running_is_left_to_it(study, done, tmp_path):
     run = StudyRun(study, study.forms["quick"], tmp_path / "work", tmp_path / "results")
-    (tmp_path / "work" / "running").mkdir(parents=True)
+    locks = tmp_path / "work" / "running"
+    locks.mkdir(parents=True)
     shutil.copytree(done / "work" / "base", tmp_path / "work" / "base")
-    with ExitStack() as others:
-        for name in ("base", "two_stage", "steps_4"):
-            others.enter_context(FileLock(tmp_path / "work" / "running" / f"{name}-0.lock"))
-        assert len(run()) == 3
+    paths = [str(locks / f"{name}-0.lock") for name in ("base", "two_stage", "steps_4")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLD, *paths], **pipes) as other:
+        try:
+            assert other.stdout.readline() == b"held\n"
+            assert len(run()) == 3
+        finally:
+            other.kill()
     assert not list((tmp_path / "work").rglob("checkpoint")) and not list((tmp_path / "results").iterdir())
 
 
