@@ -25,7 +25,7 @@ class Form:
         base_steps (`int`): Optimiser steps of the base.
         part_steps (`int`): Optimiser steps of a part of an arm.
         scenes (`int`): Scenes of the test set.
-        seeds (`dict[str, list[int]]`): Seeds of the group `"main"` and of the `"others"`.
+        seeds (`dict[str, list[int]]`): Seeds of groups by name, and those of the `"others"`.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Form:
 
     def seeds_of(self, group: "Group") -> list[int]:
         """The seeds of a group's arms."""
-        return self.seeds["main" if group.name == "main" else "others"]
+        return self.seeds.get(group.name, self.seeds["others"])
 
 
 @dataclass(frozen=True)

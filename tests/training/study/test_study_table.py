@@ -53,7 +53,12 @@ def test_the_main_arms_come_first_and_have_all_seeds():
     names = ["base", "sft", "stage1", "two_stage"]
     # The base is the same for all seeds, and its answers are.
     assert units[:10] == [(name, seed) for seed in range(3) for name in names if name != "base" or seed == 0]
-    assert len(units) == len(set(units)) == 10 + len(STUDY.arms) - 4
+    # Named groups have the seeds that the form gives them, the others one.
+    names = [name for name, seed in units if seed == 2]
+    assert names == ["sft", "stage1", "two_stage"] + [
+        arm.name for group in STUDY.groups if group.name in {"fill", "modules", "readings", "map"} for arm in group.arms
+    ]
+    assert len(units) == len(set(units)) == len(STUDY.arms) + 2 * len(names)
 
 
 @pytest.mark.parametrize(
