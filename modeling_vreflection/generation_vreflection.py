@@ -42,17 +42,11 @@ class ReflectionOptions:
         return self.latent_steps > 0 and self.reflect is not False
 
 
-def tokens_since_start(input_ids: torch.LongTensor, start_id: int) -> torch.LongTensor:
-    """For rows (B, T), counts the tokens after the last start token: (B,); T where there is none."""
-    length = input_ids.shape[1]
-    positions = torch.arange(length, device=input_ids.device)
-    last_start = torch.where(input_ids == start_id, positions, -1).amax(1) if length else input_ids.new_full((1,), -1)
-    return torch.where(last_start < 0, torch.iinfo(torch.long).max, length - 1 - last_start)
-
-
-def all_rows_forced(input_ids: torch.LongTensor, start_id: int, latent_steps: int) -> bool:
-    """Whether the next token of every row is forced, so that nobody needs logits."""
-    return bool((tokens_since_start(input_ids, start_id) <= latent_steps).all())
+def forced_tokens_left(input_ids: torch.LongTensor, start_id: int, latent_steps: int) -> torch.LongTensor:
+    """For rows (B, T), counts the next tokens that are forced, slots and the end token: (B,), 0 outside of reflections."""
+    recent = input_ids[:, -(latent_steps + 1) :] == start_id
+    left = torch.arange(latent_steps + 2 - recent.shape[1], latent_steps + 2, device=input_ids.device)
+    return (recent * left).sum(1)
 
 
 class ReflectionLogitsProcessor(LogitsProcessor):
@@ -72,19 +66,18 @@ class ReflectionLogitsProcessor(LogitsProcessor):
         self.options = options
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        scores = scores.clone()
-        scores[:, [self.latent_id, self.end_id]] = float("-inf")
+        if self.options.reflect and input_ids.shape[1] == self.prompt_length:
+            scores = torch.full_like(scores, float("-inf"))
+            scores[:, self.start_id] = 0.0
+            return scores
+        left = forced_tokens_left(input_ids, self.start_id, self.options.latent_steps)
+        # One tensor as wide as the vocabulary, and no list of ids, which would be copied to the device at every step.
+        scores = scores.masked_fill(left[:, None] > 0, float("-inf"))
+        scores[:, self.latent_id] = torch.where(left > 1, 0.0, float("-inf"))
+        scores[:, self.end_id] = torch.where(left == 1, 0.0, float("-inf"))
         if not self.options.can_start:
             scores[:, self.start_id] = float("-inf")
-            return scores
-        step = tokens_since_start(input_ids, self.start_id)
-        steps = self.options.latent_steps
-        forced = torch.where(step < steps, self.latent_id, self.end_id)
-        is_forced = step <= steps
-        if self.options.reflect and input_ids.shape[1] == self.prompt_length:
-            forced, is_forced = torch.full_like(step, self.start_id), torch.ones_like(is_forced)
-        certain = torch.full_like(scores, float("-inf")).scatter(1, forced.expand(len(scores))[:, None], 0.0)
-        return torch.where(is_forced[:, None], certain, scores)
+        return scores
 
 
 class SilentReflectionStreamer(BaseStreamer):
@@ -161,8 +154,8 @@ class ReflectionGenerationMixin:
         result = super().generate(*args, reflection=options, **kwargs)
         if options.can_start:
             sequences = result if isinstance(result, torch.Tensor) else result.sequences
-            step = tokens_since_start(sequences, self.config.latent_start_token_id)
-            cut = (step <= options.latent_steps).nonzero().flatten().tolist()
+            left = forced_tokens_left(sequences, self.config.latent_start_token_id, options.latent_steps)
+            cut = left.nonzero().flatten().tolist()
             if cut:
                 warnings.warn(
                     f"The length limit cut the reflection of rows {cut}: raise `max_new_tokens`.", stacklevel=3
@@ -252,13 +245,23 @@ class ReflectionGenerationMixin:
         **kwargs,
     ):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        if reflection is None or not reflection.can_start or kwargs.get("is_first_iteration"):
+        if reflection is None or not reflection.can_start:
             return inputs
-        state = kwargs["past_key_values"].latent_state
+        cache = kwargs["past_key_values"]
+        if kwargs.get("is_first_iteration"):
+            cache.forced_steps = 0
+            return inputs
+        # Once all rows are known to be in a reflection, nothing needs to wait for the device until the first one leaves it.
+        cache.forced_steps -= cache.forced_steps > 0
+        if not cache.forced_steps:
+            left = forced_tokens_left(input_ids, self.config.latent_start_token_id, reflection.latent_steps)
+            cache.forced_steps, most = torch.stack(left.aminmax()).tolist()
+            if not most:
+                return inputs
+        state = cache.latent_state
         if global_features is not None and (input_ids[:, -1] == self.config.latent_token_id).any():
             state = self.model.dac(state, *global_features)[0]
-        forced = all_rows_forced(input_ids, self.config.latent_start_token_id, reflection.latent_steps)
-        return {**inputs, "latent_state": state, "skip_logits": forced}
+        return {**inputs, "latent_state": state, "skip_logits": cache.forced_steps > 0}
 
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(unsupported("continuous batching (`generate_batch`, a paged cache)", "call `generate`"))

@@ -103,8 +103,12 @@ class VReflectionModel(Qwen2_5_VLModel):
         bcm_receives_ce: bool = True,
         latent_state: torch.Tensor | None = None,
         **kwargs,
-    ) -> VReflectionModelOutputWithPast:
-        """See [`VReflectionForConditionalGeneration.forward`]; `latent_state` (B, 1, D) is what `generate` feeds back."""
+    ) -> BaseModelOutputWithPast:
+        """See [`VReflectionForConditionalGeneration.forward`]; `latent_state` (B, 1, D) is what `generate` feeds back.
+
+        Returns:
+            `BaseModelOutputWithPast`: where slots are filled, a [`VReflectionModelOutputWithPast`].
+        """
         if position_ids is not None and position_ids.ndim == 2 and input_ids is not None and attention_mask is None:
             types = kwargs.get("mm_token_type_ids")
             if types is not None:
@@ -141,18 +145,12 @@ class VReflectionModel(Qwen2_5_VLModel):
                 )
         if mm_encoder_outputs is not None:  # transformers before 5.20 doesn't know it
             inputs["mm_encoder_outputs"] = mm_encoder_outputs
-        outputs = super().forward(
+        return super().forward(
             **inputs,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             pixel_values=pixel_values,
-        )
-        return VReflectionModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
 
     # `generate` reads the parameters' names.
@@ -506,7 +504,9 @@ class VReflectionForConditionalGeneration(ReflectionGenerationMixin, Qwen2_5_VLF
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-        return VReflectionCausalLMOutputWithPast(loss=loss, logits=logits, **outputs)
+        # transformers before 5.20 also returns `rope_deltas`.
+        fields = {name: value for name, value in outputs.items() if name != "rope_deltas"}
+        return VReflectionCausalLMOutputWithPast(loss=loss, logits=logits, **fields)
 
 
 def initialise(initialise_stock, module: nn.Module):

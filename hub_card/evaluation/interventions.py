@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from modeling_vreflection import VReflectionForConditionalGeneration
-from modeling_vreflection.generation_vreflection import tokens_since_start
+from modeling_vreflection.generation_vreflection import forced_tokens_left
 
 
 # What a reflection's slots are fed instead of the model's own latents.
@@ -71,12 +71,13 @@ class LatentInterventionModel(VReflectionForConditionalGeneration):
         if state is None or (self._record is None and self._given is None):
             return inputs
         rows = (input_ids[:, -1] == self.config.latent_token_id).nonzero().flatten()
-        step = tokens_since_start(input_ids[rows], self.config.latent_start_token_id) - 1
+        steps = reflection.latent_steps
+        step = steps - forced_tokens_left(input_ids[rows], self.config.latent_start_token_id, steps)
         if self._given is not None:
             state = state.clone()
             state[rows, 0] = self._given[rows, step].to(state)
         if self._record is not None:
-            self._write(rows, step, state, reflection.latent_steps)
+            self._write(rows, step, state, steps)
         return {**inputs, "latent_state": state}
 
     def _write(self, rows: torch.Tensor, step: torch.Tensor, state: torch.Tensor, latent_steps: int):

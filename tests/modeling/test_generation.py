@@ -393,6 +393,20 @@ def test_a_step_that_is_forced_in_all_rows_does_not_project(model, processor, pr
         hook.remove()
 
 
+def test_a_text_step_gets_what_the_stock_class_gets(model, processor, prompts):
+    given = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: given.append(set(kwargs)), with_kwargs=True)
+    try:
+        decode(model, encode(processor, *prompts[:2]), [{1}, {4}], new_tokens=16)
+    finally:
+        hook.remove()
+    # The prompt, then the tokens; those from the first row's start token to the second row's last slot feed back.
+    feeds = ["latent_state" in names for names in given]
+    assert feeds == [False] * 2 + [True] * 12 + [False] * 2
+    assert all("skip_logits" in names for names, feeding in zip(given, feeds) if feeding)
+    assert not any("skip_logits" in names for names, feeding in zip(given, feeds) if not feeding)
+
+
 class Collect(BaseStreamer):
     def __init__(self):
         self.values, self.ended = [], 0
