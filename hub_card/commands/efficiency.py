@@ -1,21 +1,17 @@
-"""`vreflection efficiency`: what reflections cost in decoding."""
+"""`vreflection efficiency`: what reflecting costs, beside the stock Qwen2.5-VL."""
 
 import argparse
 import json
 import shlex
+import tempfile
 from pathlib import Path
 
-import torch
-
-from ..checkpoints import checkpoint_folder, load_checkpoint
-from ..efficiency.bench import Pair, random_model
-from ..efficiency.loading import measure_loading
-from ..efficiency.measure import BATCH_SIZES, measure
+from ..checkpoints import checkpoint_folder, find_device, load_checkpoint
+from ..efficiency.measure import checkpoint_subject, measure, shape_subject
 from ..efficiency.report import render
 from ..efficiency.shapes import SHAPES
 from ..errors import InputError
-from ..evaluation.report import fill_block
-from .arguments import check_writable, positive, writing
+from .arguments import check_writable, natural, positive, writing
 
 
 OUTPUT = Path("efficiency.json")
@@ -25,75 +21,62 @@ def add_parser(commands) -> None:
     """Adds `vreflection efficiency`."""
     parser = commands.add_parser(
         "efficiency",
-        help="measure speed and memory of decoding against the stock Qwen2.5-VL",
-        description="Times prefill, text steps and latent steps of a checkpoint, or of random weights, and of the stock class "
-        "over the same weights, in turns; writes a result file and prints a table.",
+        help="measure time and memory beside the stock Qwen2.5-VL",
+        description="Measures a checkpoint, or random weights of a shape, beside the stock Qwen2.5-VL on the same weights, "
+        "in turns in one process: parameters, memory, prefill, text and latent steps, answers a second, loading. Writes a "
+        "JSON file and prints its tables. With OMP_NUM_THREADS=1 on a CPU it measures the processor's time, which a busy "
+        "machine disturbs less.",
     )
     parser.add_argument(
-        "model", nargs="?", help="a folder or a Hub id (default: the checkpoint embedded in the package)"
+        "model", nargs="?", metavar="MODEL", help="a folder or a Hub id (default: the embedded checkpoint)"
     )
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of a checkpoint")
-    parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: a GPU if there is one)")
-    parser.add_argument("--rounds", type=positive, default=7, help="default: %(default)s")
-    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=list(BATCH_SIZES), help="default: 1 8 32")
-    parser.add_argument("--latent-steps", type=positive, default=8, help="default: %(default)s")
-    parser.add_argument("--picture-side", type=positive, default=12, help="in tokens (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and prompts (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE", help=f"default: {OUTPUT}")
+    parser.add_argument("--repeats", type=positive, default=9, metavar="N", help="timed rounds (default: 9)")
     parser.add_argument(
-        "--document", type=Path, metavar="FILE", help="a Markdown file that gets the table between <!-- efficiency -->"
+        "--text-steps", type=positive, default=16, metavar="N", help="of an answer, after its reflection (default: 16)"
     )
+    parser.add_argument(
+        "--side",
+        type=positive,
+        metavar="N",
+        help="side of the pictures in merged patches (default: the shape's; for a checkpoint, as the scenes are drawn)",
+    )
+    parser.add_argument("--compile", action="store_true", help="measure compiled steps, too, with a static cache")
+    parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--seed", type=natural, default=0, help="of weights and scenes (default: 0)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """`vreflection efficiency`."""
-    if options.shape and options.model:
-        raise InputError(f"--shape {options.shape} has random weights: leave {options.model} out")
+    if options.model is not None and options.shape is not None:
+        raise InputError("give either a model or --shape")
     check_writable(options.output)
-    if options.document is not None:
-        fill(options.document, "")  # before the long work
-    if options.shape:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = random_model(SHAPES[options.shape], options.seed, device)
-        source, loading = SHAPES[options.shape].note, None
-    else:
-        folder = checkpoint_folder(options.model)
-        model, _ = load_checkpoint(folder, options.device)
-        source, loading = f"the checkpoint {folder.resolve().name}", measure_loading(folder)
-    pair = Pair(model, side=options.picture_side, seed=options.seed)
-    result = {
-        "command": command(options),
-        "source": source,
-        "loading": loading,
-        **measure(pair, options.rounds, tuple(options.batch_sizes), options.latent_steps),
-    }
-    table = render(result)
+    device = find_device(options.device)
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.shape is not None:
+            shape = SHAPES[options.shape]
+            subject = shape_subject(options.shape, shape, device, options.seed, Path(scratch), options.side)
+        else:
+            folder = checkpoint_folder(options.model)
+            subject = checkpoint_subject(*load_checkpoint(folder, device), folder, options.model, options.side)
+        result = measure(subject, device, options.repeats, options.seed, options.text_steps, compiled=options.compile)
+    result = {"command": command_line(options, subject.description["name"]), **result}
     with writing(options.output):
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-    if options.document is not None:
-        with writing(options.document):
-            options.document.write_text(fill(options.document, table))
-    print(table)
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(render(result))
+    print(f"\nAll figures are in {options.output}.")
 
 
-def fill(document: Path, table: str) -> str:
-    """The document with the table between its markers.
-
-    Raises:
-        InputError: A document that can't be read, or without markers.
-    """
-    try:
-        return fill_block(document.read_text(encoding="utf-8"), "efficiency", table)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{document}: {error}") from error
-
-
-def command(options: argparse.Namespace) -> str:
-    """The command as it can be repeated, without local paths."""
+def command_line(options: argparse.Namespace, name: str) -> str:
+    """The command that measures this again, without paths of this machine."""
     words = ["vreflection", "efficiency"]
-    words += ["--shape", options.shape] if options.shape else []
-    words += [Path(options.model).name] if options.model else []
-    words += ["--rounds", str(options.rounds), "--batch-sizes", *map(str, options.batch_sizes)]
-    words += ["--latent-steps", str(options.latent_steps), "--picture-side", str(options.picture_side)]
-    return shlex.join([*words, "--seed", str(options.seed)])
+    words += [name] if options.model is not None else []
+    words += ["--shape", options.shape] if options.shape is not None else []
+    words += ["--output", options.output.name, "--repeats", str(options.repeats)]
+    words += ["--text-steps", str(options.text_steps), "--seed", str(options.seed)]
+    words += [] if options.side is None else ["--side", str(options.side)]
+    words += [] if options.device is None else ["--device", options.device]
+    words += ["--compile"] if options.compile else []
+    return shlex.join(words)

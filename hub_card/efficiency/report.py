@@ -1,61 +1,154 @@
-"""A result file as Markdown tables."""
+"""Renders a result file as Markdown.
 
-from .measure import FIGURES
+`python -m vreflection_hub_card.efficiency.report RESULT.json DOCUMENT.md` puts the tables between the document's markers
+`<!-- efficiency NAME -->`, where NAME is the checkpoint's or the shape's.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from ..evaluation.report import fill_block
+from .contenders import PHASES
+from .measure import DEFAULT, TITLES
 
 
 def render(result: dict) -> str:
-    """The figures of [`measure`] as Markdown tables, with what they were measured on."""
+    """The figures as Markdown tables, with what they were measured on.
+
+    Args:
+        result (`dict`): What `measure` returned, with its `command`, or its file.
+
+    Raises:
+        ValueError: A result without all figures.
+    """
+    try:
+        parts = (_main_lines, _variant_lines, _batch_lines, _notes)
+        return "\n\n".join("\n".join(part(result)) for part in parts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"The result lacks figures ({error!r}): run `vreflection efficiency` to the end.") from error
+
+
+def _main_lines(result: dict) -> list[str]:
+    main, memory = result["variants"][DEFAULT.title], result["memory"]
+    lines = [f"| {DEFAULT.title}, batch 1 | stock | ours | ratio |", "|---|---|---|---|"]
+    for phase in PHASES:
+        stock, ours = (milliseconds(main[name][phase]) for name in ("stock", "ours"))
+        title = TITLES[phase] + (" (stock: the text step in its place)" if phase == "latent_step" else "")
+        lines.append(f"| {title}, ms | {stock} | {ours} | {with_interval(main['ratios'][phase])} |")
+    for name, title in (("ours", ""), ("inference_only", ", inference-only")):
+        for kind, what in (("all", "peak memory with the weights"), ("peak", "peak memory beyond the weights")):
+            stock, ours = (mebibytes(memory[one][f"{kind}_bytes"]) for one in ("stock", name))
+            lines.append(f"| {what}{title} | {stock} | {ours} | {memory[name][f'{kind}_ratio']:.4f} |")
+    parameters = result["parameters"]
+    lines.append(
+        f"| parameters | {parameters['stock']:,} | {parameters['all']:,} | {1 + parameters['overhead_share']:.4f} |"
+    )
+    goals = ["| goal | measured | |", "|---|---|---|"]
+    goals += [
+        f"| {goal['goal']}: {goal['bound']} | {goal['value']:.3f} | {'met' if goal['met'] else '**not met**'} |"
+        for goal in result["goals"]
+    ]
+    return [*lines, "", *goals]
+
+
+def _variant_lines(result: dict) -> list[str]:
     lines = [
-        "| decoding, batch size 1 | prefill, ms | ratio | text step, ms | ratio | latent step, ms | ratio to a text step |",
-        "|---|---|---|---|---|---|---|",
+        "| batch 1 | " + " | ".join(f"{TITLES[phase]}, ms | stock = 1" for phase in PHASES) + " |",
+        "|---|" + "---|---|" * len(PHASES),
     ]
-    for name, steps in result["steps"].items():
-        cells = [name]
-        for figure in FIGURES:
-            cells += [f"{1000 * steps[figure]['ours']['median']:.3g}", with_interval(steps[figure]["ratio"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| batch size | answers/s | stock class | ratio | answers as alone |", "|---|---|---|---|---|"]
-    for size, told in result["answers"].items():
-        rates = [f"{told[name]['median']:.3g}" for name in ("ours", "stock")]
-        same = f"{told['same_as_alone']} of {told['count']}"
-        lines.append(f"| {size} | {' | '.join(rates)} | {with_interval(told['ratio'])} | {same} |")
-    parameters, memory = result["parameters"], result["peak_memory"]
-    loading = ""
-    if result["loading"] is not None:
-        sizes = [f"{result['loading'][name] / 1e6:,.0f} MB" for name in ("anonymous_bytes", "weights_bytes")]
-        loading = f" Loading allocates {sizes[0]} beside the mapped files, for {sizes[1]} of weights."
-    lines += [
+    for title, variant in result["variants"].items():
+        cells = [
+            f"{milliseconds(variant['ours'][phase])} | {with_interval(variant['ratios'][phase])}" for phase in PHASES
+        ]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _batch_lines(result: dict) -> list[str]:
+    lines = [
+        "| batch | answers/s, stock | answers/s, ours | stock = 1 | batch 1 = 1 | answers as at batch 1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for size, one in result["batches"].items():
+        lines.append(
+            f"| {size} | {one['stock']['median']:.3g} | {one['ours']['median']:.3g} | {with_interval(one['ratio'])} | "
+            f"{with_interval(one['against_batch_1'])} | {one['same_answers']} of {one['questions']} |"
+        )
+    return lines
+
+
+def _notes(result: dict) -> list[str]:
+    machine, versions, decoding, model = (result[name] for name in ("machine", "versions", "decoding", "model"))
+    parameters, loading = result["parameters"], result["loading"]
+    shape = f"{model['shape']['note']}, random weights" if "shape" in model else f"the checkpoint {model['name']}"
+    place = machine.get("gpu", f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores used")
+    first = next(iter(result["variants"].values()))["ratios"]["prefill"]["coverage"]
+    sentences = [
+        f"BCM and DAC add {parameters['overhead']:,} parameters ({100 * parameters['overhead_share']:.2f} %, "
+        f"{parameters['overhead_megabytes_bf16']:,.1f} MB in bf16), which sleep at inference.",
+        *(f"Not run: {title}, {reason}." for title, reason in result["not_run"].items()),
+        *_compiled_sentences(result),
+    ]
+    if loading is not None:
+        written, held, weights = (
+            loading[name] / 1e6 for name in ("peak_anonymous_bytes", "peak_resident_bytes", "weights_bytes")
+        )
+        sentences.append(
+            f"Loading {weights:,.0f} MB of weights onto the CPU and reading them took {held:,.0f} MB, of which the process "
+            f"wrote {written:,.0f} MB; the rest is the mapped file."
+        )
+    return [
+        " ".join(sentences),
         "",
-        f"BCM and DAC: {parameters['added']:,} parameters, {100 * parameters['share']:.2f} % more, "
-        f"{parameters['bf16_megabytes']:.1f} MB in bfloat16. Peak memory of an answer, the stock class = 1: "
-        f"{memory['ratio']:.3f} without the two modules, {memory['ratio_with_modules']:.3f} with them.{loading}",
-        "",
-        "| goal | measured | bound | |",
-        "|---|---|---|---|",
+        f"Measured by `{result['command']}` on {result['date'][:10]}: {shape}; {decoding['dtype']}, a prompt of "
+        f"{decoding['prompt_tokens']} tokens, {decoding['image_tokens']} of them the picture's, a reflection of "
+        f"{decoding['latent_steps']} steps, {decoding['text_steps']} text steps, nobody stops early; {result['repeats']} "
+        f"rounds in which both classes take turns, {decoding['clock']}. Times are medians (quartiles), ratios medians of the "
+        f"rounds' own ratios with a {100 * first:.0f} % interval. {place}; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}.",
     ]
-    lines += [
-        f"| {told['goal'].replace('_', ' ')} | {told['value']:.3f} | {told['bound']} | {'met' if told['met'] else 'not met'} |"
-        for told in result["goals"]
-    ]
-    return "\n".join([*lines, "", caption(result)])
+
+
+def _compiled_sentences(result: dict) -> list[str]:
+    sentences = []
+    for title, variant in result["variants"].items():
+        if variant["compiled"]:
+            plain = result["variants"][title.removesuffix(", compiled")]
+            for phase in ("text_step", "latent_step"):
+                ratio = variant["ours"][phase]["median"] / plain["ours"][phase]["median"]
+                verdict = "faster" if ratio < 1 else "not faster"
+                sentences.append(
+                    f"{title}: a {TITLES[phase]} is {verdict} than without compiling ({ratio:.2f} of its time)."
+                )
+    return sentences
+
+
+def milliseconds(values: dict) -> str:
+    """A median of seconds and its quartiles, in milliseconds."""
+    median, low, high = (1000 * values[name] for name in ("median", "quartile_1", "quartile_3"))
+    return f"{median:.3g} ({low:.3g} to {high:.3g})"
+
+
+def mebibytes(count: int) -> str:
+    """Bytes in MiB."""
+    return f"{count / 2**20:,.1f} MiB"
 
 
 def with_interval(ratio: dict) -> str:
-    """A median ratio with its interval."""
+    """A ratio and its interval."""
     return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
 
 
-def caption(result: dict) -> str:
-    """What was measured, and with what."""
-    machine, versions, prompt = result["machine"], result["versions"], result["prompt"]
-    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores used"
-    left_out = f" Not run here: {'; '.join(result['not_run'])}." if result["not_run"] else ""
-    return (
-        f"Measured by `{result['command']}` on {result['date'][:10]}: {result['source']}, {result['dtype']}, a vocabulary of "
-        f"{result['vocabulary']:,}; prompts of {prompt['words']} words and {prompt['picture_tokens']} picture tokens; "
-        f"answers of {result['latent_steps']} latent steps, their two border tokens and {result['words']} words, the stock "
-        f"class's of as many words; {result['clock']}; {result['rounds']} rounds in which both models take turns. Ratios are "
-        f"medians of the rounds' own, the stock class = 1, with an interval of "
-        f"{100 * result['steps']['sdpa, dynamic cache']['prefill']['ratio']['coverage']:.0f} %.{left_out} {where}; torch "
-        f"{versions['torch']}, transformers {versions['transformers']}."
-    )
+def insert_tables(document: str, result: dict) -> str:
+    """The document with the result's tables between the markers of its name.
+
+    Raises:
+        ValueError: A document without the markers; a result without all figures.
+    """
+    return fill_block(document, f"efficiency {result['model']['name']}", render(result))
+
+
+if __name__ == "__main__":
+    result_file, document_file = map(Path, sys.argv[1:])
+    document_file.write_text(insert_tables(document_file.read_text(), json.loads(result_file.read_text())))

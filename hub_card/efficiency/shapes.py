@@ -1,10 +1,20 @@
-"""Backbones to measure: a small one for a CPU, and the shapes of Qwen2.5-VL-3B and 7B."""
+"""Backbones to measure: a tiny and a small one for a CPU, and the shapes of Qwen2.5-VL-3B and 7B."""
 
 from dataclasses import dataclass
 
 from transformers import Qwen2_5_VLConfig
 
-from modeling_vreflection import VReflectionConfig
+from modeling_vreflection import VReflectionConfig, VReflectionProcessor
+from modeling_vreflection.processing_vreflection import LATENT_TOKENS
+
+from ..checkpoints import EMBEDDED
+
+
+PATCH_SIZE, MERGE_SIZE = 14, 2
+# A merged patch, in pixels.
+CELL = PATCH_SIZE * MERGE_SIZE
+# The paper's limit (4.1), in merged patches.
+MAX_PATCHES = 5120
 
 
 @dataclass(frozen=True)
@@ -17,8 +27,9 @@ class Shape:
         vision (`dict`): Fields of the vision encoder's config.
         tied (`bool`): Whether embedding and head share their weights.
         dtype (`str`): Dtype of the weights.
-        side (`int`): Side of the arms' pictures in merged patches.
-        mix_divisor (`int`): What areas and the limits of packing are divided by in the Visual CoT mix.
+        side (`int`): Side of the pictures in merged patches.
+        mix_divisor (`int`, *optional*, defaults to 1): In training, what areas and the limits of packing are divided by in
+            the Visual CoT mix.
     """
 
     note: str
@@ -27,7 +38,7 @@ class Shape:
     tied: bool
     dtype: str
     side: int
-    mix_divisor: int
+    mix_divisor: int = 1
 
 
 VISION = {
@@ -43,10 +54,35 @@ TEXT = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]},
 }
 SHAPES = {
+    "tiny": Shape(
+        note="4 layers, 256 wide, and the whole vocabulary of Qwen2.5-VL-3B, whose projection so weighs more than in any real model",
+        text={
+            **TEXT,
+            "vocab_size": 151_936,
+            "hidden_size": 256,
+            "intermediate_size": 1376,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "rope_parameters": {**TEXT["rope_parameters"], "mrope_section": [4, 6, 6]},
+        },
+        vision={
+            **VISION,
+            "depth": 4,
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_heads": 4,
+            "fullatt_block_indexes": [3],
+            "out_hidden_size": 256,
+        },
+        tied=True,
+        dtype="float32",
+        side=16,
+    ),
     "small": Shape(
         note=(
             "Qwen2.5-VL-7B with its depths and every width divided by 14, the vocabulary too, so that BCM, DAC and the "
-            "vocabulary projection each have about the share of the work that they have in the 7B, random weights"
+            "vocabulary projection each have about the share of the work that they have in the 7B"
         ),
         text={
             **TEXT,
@@ -65,7 +101,7 @@ SHAPES = {
         mix_divisor=4,
     ),
     "3b": Shape(
-        note="Qwen2.5-VL-3B, random weights",
+        note="Qwen2.5-VL-3B",
         text={
             **TEXT,
             "vocab_size": 151_936,
@@ -79,10 +115,9 @@ SHAPES = {
         tied=True,
         dtype="bfloat16",
         side=16,
-        mix_divisor=1,
     ),
     "7b": Shape(
-        note="Qwen2.5-VL-7B, random weights",
+        note="Qwen2.5-VL-7B",
         text={
             **TEXT,
             "vocab_size": 152_064,
@@ -96,9 +131,40 @@ SHAPES = {
         tied=False,
         dtype="bfloat16",
         side=16,
-        mix_divisor=1,
     ),
 }
+
+
+def build_processor() -> VReflectionProcessor:
+    """The embedded checkpoint's processor, which leaves pictures of whole merged patches as they are."""
+    processor = VReflectionProcessor.from_pretrained(EMBEDDED)
+    processor.image_processor.size = {"shortest_edge": CELL**2, "longest_edge": MAX_PATCHES * CELL**2}
+    return processor
+
+
+def build_config(shape: Shape, processor: VReflectionProcessor) -> VReflectionConfig:
+    """The model's config; ids are the processor's, whose tokens fill only the head of the vocabulary."""
+    tokenizer = processor.tokenizer
+    start, slot, end, vision_start, vision_end = tokenizer.convert_tokens_to_ids(
+        [*LATENT_TOKENS, "<|vision_start|>", "<|vision_end|>"]
+    )
+    return VReflectionConfig(
+        text_config={
+            **shape.text,
+            "bos_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={"patch_size": PATCH_SIZE, "spatial_merge_size": MERGE_SIZE, **shape.vision},
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+        vision_start_token_id=vision_start,
+        vision_end_token_id=vision_end,
+        tie_word_embeddings=shape.tied,
+        latent_start_token_id=start,
+        latent_token_id=slot,
+        latent_end_token_id=end,
+    )
 
 
 def stock_config(config: VReflectionConfig) -> Qwen2_5_VLConfig:

@@ -6,50 +6,19 @@ import statistics
 
 import pytest
 import torch
-from accelerate import init_empty_weights
-from transformers import Qwen2_5_VLForConditionalGeneration
+from tiny_shape import TINY
 
-from modeling_vreflection import VReflectionForConditionalGeneration
-from vreflection_hub_card.efficiency.instruments import PeakMemory
-from vreflection_hub_card.efficiency.shapes import SHAPES, TEXT, VISION, Shape, stock_config
+from vreflection_hub_card.efficiency.models import count_parameters
 from vreflection_hub_card.evaluation.report import fill_block
-from vreflection_hub_card.evaluation.statistics import median_interval
 from vreflection_training.cost.bench import ARMS, BATCH_SIZE, Bench
 from vreflection_training.cost.cli import main
-from vreflection_training.cost.measure import count_parameters, measure
+from vreflection_training.cost.measure import measure
 from vreflection_training.cost.observers import VocabularyWatch
 from vreflection_training.cost.report import render
-from vreflection_training.cost.samples import draw_grid
-from vreflection_training.cost.shapes import PAPER, build_config
+from vreflection_training.cost.samples import PAPER, draw_grid
 
 
 CPU = torch.device("cpu")
-TINY = Shape(
-    note="a tiny one",
-    text={
-        **TEXT,
-        "vocab_size": 1031,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_parameters": {**TEXT["rope_parameters"], "mrope_section": [4, 6, 6]},
-    },
-    vision={
-        **VISION,
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "fullatt_block_indexes": [1],
-        "out_hidden_size": 64,
-    },
-    tied=False,
-    dtype="float32",
-    side=4,
-    mix_divisor=32,
-)
 
 
 @pytest.fixture(scope="module")
@@ -61,32 +30,6 @@ def bench(tmp_path_factory):
 def result():
     measured = {"command": "vreflection-train cost", **measure(TINY, repeats=2)}
     return json.loads(json.dumps(measured))  # as its file holds it
-
-
-def test_peak_memory_is_what_was_held_at_once():
-    before = torch.zeros(2_000_000)
-    with PeakMemory(CPU) as memory:
-        one = torch.empty(1_000_000)  # 4 MB
-        three = torch.empty(3, 1_000_000)  # 16 MB together: the peak
-        del one, before  # what was held before doesn't count
-        two = torch.empty(2_000_000)  # 20 MB together: a higher one
-        del three
-        torch.empty(1_000_000)  # 12 MB
-    assert 20_000_000 <= memory.bytes < 20_010_000
-    with PeakMemory(CPU) as second:  # whatever the first context left
-        torch.empty(1_000_000)
-    assert 4_000_000 <= second.bytes < 4_010_000
-    assert two.numel() == 2_000_000
-
-
-def test_peak_memory_of_a_backward_pass():
-    layer = torch.nn.Linear(1000, 500, bias=False)
-    inputs = torch.randn(200, 1000)
-    with PeakMemory(CPU) as memory:
-        layer(inputs).sum().backward()
-    # The output and the weight's gradient; the gradient of the sum has one element, spread out without memory.
-    at_least = 4 * (200 * 500 + 500 * 1000)
-    assert at_least <= memory.bytes < 1.25 * at_least
 
 
 def test_the_widest_tensor_is_found_forward_and_backward():
@@ -109,50 +52,6 @@ def test_the_widest_tensor_is_found_forward_and_backward():
     with VocabularyWatch(1031, 8) as watch:
         Whole.apply(head(states[:, :2]).sum()).backward()
     assert (watch.rows, watch.shape) == (15, [15, 1031])
-
-
-@pytest.mark.parametrize(
-    "count, low, high, coverage",
-    [(9, 2, 8, 1 - 20 / 512), (8, 1, 8, 1 - 2 / 256), (6, 1, 6, 1 - 2 / 64), (3, 1, 3, 0.75), (1, 1, 1, 0.0)],
-)
-def test_interval_of_the_median(count, low, high, coverage):
-    values = [float(value) for value in range(1, count + 1)]
-    random.Random(0).shuffle(values)
-    found = median_interval(values)
-    assert (found["median"], found["low"], found["high"]) == ((count + 1) / 2, low, high)
-    assert found["coverage"] == pytest.approx(coverage)
-
-
-def test_interval_covers_the_median_as_often_as_it_says():
-    rng = random.Random(0)
-    hits = 0
-    for _ in range(2000):
-        found = median_interval([rng.expovariate(1) for _ in range(9)])
-        hits += found["low"] <= math.log(2) <= found["high"]
-    assert hits / 2000 == pytest.approx(found["coverage"], abs=0.015)
-
-
-@pytest.mark.parametrize("name, count", [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
-def test_shapes_have_the_published_numbers_of_parameters(name, count, bench):
-    config = stock_config(build_config(SHAPES[name], bench.processor))
-    with init_empty_weights(include_buffers=False):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    model.tie_weights()
-    assert sum(parameter.numel() for parameter in model.parameters()) == count
-
-
-def test_small_shape_splits_its_parameters_as_the_7b_does(bench):
-    shares = {}
-    for name in ("small", "7b"):
-        with init_empty_weights(include_buffers=False):
-            model = VReflectionForConditionalGeneration(build_config(SHAPES[name], bench.processor))
-        language_model = sum(parameter.numel() for parameter in model.model.language_model.layers.parameters())
-        parts = {"bcm": model.model.bcm, "dac": model.model.dac, "visual": model.model.visual, "head": model.lm_head}
-        shares[name] = {
-            part: sum(parameter.numel() for parameter in module.parameters()) / language_model
-            for part, module in parts.items()
-        }
-    assert shares["small"] == pytest.approx(shares["7b"], rel=0.15)
 
 
 def test_models_share_weights_but_not_what_they_train(bench):

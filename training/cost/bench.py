@@ -4,22 +4,18 @@ import random
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import init_empty_weights
-from transformers import (
-    Qwen2_5_VLForConditionalGeneration,
-    set_seed,
-)
+from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from modeling_vreflection import VReflectionForConditionalGeneration
-from vreflection_hub_card.efficiency.shapes import Shape, stock_config
+from vreflection_hub_card.efficiency.models import draw_weights, model_on
+from vreflection_hub_card.efficiency.shapes import Shape, build_config, build_processor, stock_config
 
 from ..configs import VReflectionSFTConfig
 from ..trainer import VReflectionSFTTrainer
 from .observers import CountingCollator, StepClock, StepObserver
 from .samples import draw_grid, make_dataset, make_row
-from .shapes import build_config, build_processor
 
 
 BATCH_SIZE = 4
@@ -76,11 +72,9 @@ class Bench:
         self.device = device
         self.seed = seed
         self.folder = folder
-        self.processor = build_processor(folder)
+        self.processor = build_processor()
         self.config = build_config(shape, self.processor)
-        set_seed(seed)
-        with device:
-            model = VReflectionForConditionalGeneration._from_config(self.config, dtype=getattr(torch, shape.dtype))
+        model = draw_weights(self.config, getattr(torch, shape.dtype), device, seed)
         self.weights = model.state_dict()
         self.attention = model.config.get_text_config()._attn_implementation
 
@@ -110,23 +104,15 @@ class Bench:
         }
         rows = make_dataset(self.rows(0, 1), not stock)  # trainers want a data set at once
         if stock:
-            model = self._model(Qwen2_5_VLForConditionalGeneration, stock_config(self.config))
+            model = model_on(self.weights, Qwen2_5_VLForConditionalGeneration, stock_config(self.config), self.device)
             model.model.visual.requires_grad_(False)
             args = SFTConfig(assistant_only_loss=True, **options)
             trainer = SFTTrainer(model, args, processing_class=self.processor, train_dataset=rows)
         else:
-            model = self._model(VReflectionForConditionalGeneration, self.config)
+            model = model_on(self.weights, VReflectionForConditionalGeneration, self.config, self.device)
             args = VReflectionSFTConfig(sample_every=0, **options)
             trainer = VReflectionSFTTrainer(model, args, processing_class=self.processor, train_dataset=rows)
         return Runner(trainer, self.device)
-
-    def _model(self, model_class, config):
-        with init_empty_weights(include_buffers=False):
-            model = model_class._from_config(config)
-        weights = {name: self.weights[name] for name in model.state_dict()}
-        model.load_state_dict(weights, assign=True)  # parameters of its own over the same storage
-        model.tie_weights()
-        return model.to(self.device)
 
     def rows(self, number: int, count: int) -> list[dict]:
         """The samples of a round, with pictures of one size."""

@@ -12,15 +12,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vreflection_hub_card.efficiency.instruments import Clock
-from vreflection_hub_card.efficiency.shapes import Shape
+from vreflection_hub_card.efficiency.goals import judge_figure
+from vreflection_hub_card.efficiency.models import count_parameters
+from vreflection_hub_card.efficiency.observers import Clock
+from vreflection_hub_card.efficiency.rounds import in_turns
+from vreflection_hub_card.efficiency.shapes import CELL, Shape
 from vreflection_hub_card.evaluation.provenance import describe_machine, describe_versions
 from vreflection_hub_card.evaluation.statistics import median_interval, spread
 
 from ..packing import pack_dataset
 from .bench import ARMS, BATCH_SIZE, PLAIN, Bench
-from .samples import VISUAL_COT_NOTE, make_dataset
-from .shapes import CELL, PAPER
+from .samples import PAPER, VISUAL_COT_NOTE, make_dataset
 
 
 PACKED_BATCHES = 4  # of BATCH_SIZE samples each, in a round of packing against padding
@@ -107,8 +109,7 @@ def measure_arms(bench: Bench, repeats: int) -> dict:
     rounds = {name: [] for name in ARMS}
     for number in tqdm(range(1, repeats + 1), desc="Rounds"):
         data = datasets(number, warm_up + timed)
-        names = list(ARMS)
-        for name in names[number % len(names) :] + names[: number % len(names)]:  # no arm is always first
+        for name in in_turns(ARMS, number):
             steps = runners[name].run(data[ARMS[name].stock])
             rounds[name].append(summarise_round(steps[warm_up:]))
     return {name: describe_arm(name, observed, rounds) for name in ARMS}
@@ -187,20 +188,6 @@ def throughput(one: dict) -> float:
     return one["tokens"] / one["seconds"]
 
 
-def count_parameters(weights: dict[str, torch.Tensor]) -> dict:
-    """Parameters of the whole model and of its parts."""
-    parts = {
-        "language_model": "model.language_model.",
-        "visual": "model.visual.",
-        "bcm": "model.bcm.",
-        "dac": "model.dac.",
-    }
-    return {"all": sum(weight.numel() for weight in {w.data_ptr(): w for w in weights.values()}.values())} | {
-        part: sum(weight.numel() for name, weight in weights.items() if name.startswith(prefix))
-        for part, prefix in parts.items()
-    }
-
-
 def judge(result: dict) -> list[dict]:
     """Compares the figures with the goals."""
     found = []
@@ -215,12 +202,4 @@ def judge(result: dict) -> list[dict]:
             share = tensor["rows"] / tensor["positions"]
             found.append((f"`{name}`: vocabulary-wide rows, share of the positions", share, "<", 1))
     found.append(("packing: useful tokens/s, padding = 1", result["packing"]["speed"]["median"], ">=", PACKING_GOAL))
-    return [
-        {
-            "goal": name,
-            "value": value,
-            "bound": f"{relation} {bound}",
-            "met": {">=": value >= bound, "<=": value <= bound, "<": value < bound}[relation],
-        }
-        for name, value, relation, bound in found
-    ]
+    return [judge_figure(*one) for one in found]

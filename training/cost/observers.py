@@ -7,14 +7,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
-from vreflection_hub_card.efficiency.instruments import Clock, PeakMemory
+from vreflection_hub_card.efficiency.observers import Clock, PeakMemory
 
 
 class StepClock(TrainerCallback):
-    """Notes how long each step takes, by [`Clock`].
+    """Notes how long each step takes.
 
     Args:
-        device (`torch.device`): Where the steps run.
+        device (`torch.device`): Waited for before the clock is read.
     """
 
     def __init__(self, device: torch.device):

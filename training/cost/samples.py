@@ -7,13 +7,15 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
+from vreflection_hub_card.efficiency.shapes import CELL, MAX_PATCHES
 from vreflection_hub_card.glyphsearch import COLOURS, GLYPHS
 from vreflection_hub_card.glyphsearch import SHAPES as GLYPH_SHAPES
 
 from ..data.rows import reflection_part, text_part
-from .shapes import CELL, PAPER
 
 
+# The paper's limits (4.1), in tokens or merged patches.
+PAPER = {"max_length": 16_384, "long_sample_length": 4096, "min_patches": 128, "max_patches": MAX_PATCHES}
 # Assumed, after Visual CoT's sources: shares, and a typical picture's size in pixels: COCO's, Visual Genome's and
 # Flickr's photographs, Open Images' 1024-pixel ones, scanned pages, receipts and posters.
 VISUAL_COT = (

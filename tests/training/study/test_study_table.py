@@ -56,7 +56,10 @@ def test_the_main_arms_come_first_and_have_all_seeds():
     # Named groups have the seeds that the form gives them, the others one.
     names = [name for name, seed in units if seed == 2]
     assert names == ["sft", "stage1", "two_stage"] + [
-        arm.name for group in STUDY.groups if group.name in {"fill", "modules", "readings", "map"} for arm in group.arms
+        arm.name
+        for group in STUDY.groups
+        if group.name in {"fill", "modules", "readings", "map"}
+        for arm in group.arms
     ]
     assert len(units) == len(set(units)) == len(STUDY.arms) + 2 * len(names)
 

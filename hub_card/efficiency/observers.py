@@ -1,4 +1,4 @@
-"""What is read off a run: time and memory."""
+"""What is read off a computation: its time, and the peak of its memory."""
 
 import json
 import tempfile
@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Clock:
-    """A clock for work on a device.
+    """Tells the time when the device has done its work.
 
     With a single thread on a CPU, what counts is the processor's time, which other programs on the machine don't lengthen
     by waiting; else the wall's.
@@ -25,7 +25,7 @@ class Clock:
         self.name = "processor time" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall time"
 
     def now(self) -> float:
-        """Seconds, from an arbitrary point on."""
+        """Seconds since some moment."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.process_time() if self.name == "processor time" else time.perf_counter()
