@@ -17,6 +17,7 @@ from ..evaluation.provenance import describe_machine, describe_model, describe_v
 from ..evaluation.statistics import median_interval, spread
 from .contenders import CLASSES, PHASES, Contender, Variant
 from .goals import judge_figure
+from .headroom import measure_forward_share, measure_projection
 from .loading import measure_loading
 from .models import count_parameters, draw_weights, weight_bytes
 from .observers import Clock, PeakMemory
@@ -43,6 +44,7 @@ MEMORY_GOAL = 1.01
 EQUAL = 1.001  # the fed-back state itself is a few kilobytes
 BATCH_GOAL = 4.0
 LOADING_GOAL = 1.1
+PROJECTIONS = 20
 # Below it, what loading itself needs hides the weights.
 LOADING_JUDGED_FROM = 500_000_000
 
@@ -167,6 +169,7 @@ def measure(
         "not_run": not_run,
         "memory": measure_memory(subject, contender, prompt, text_steps, device),
         "batches": measure_batches(subject, contender, inputs, batch_sizes, repeats, text_steps),
+        "headroom": measure_headroom(contender(True, DEFAULT), prompt, batch_sizes, repeats, text_steps),
         "loading": measure_loading(subject.folder),
     }
     return {**result, "goals": judge(result)}
@@ -317,6 +320,19 @@ def measure_batches(
             "questions": count,
         }
         for size in batch_sizes
+    }
+
+
+def measure_headroom(
+    ours: Contender, prompt: dict, batch_sizes: tuple[int, ...], repeats: int, text_steps: int
+) -> dict:
+    """What projecting fewer rows, and what one graph of all latent steps, could save at most."""
+    head = ours.model.lm_head
+    return {
+        "half_of_the_rows": {
+            str(size): measure_projection(head, size, ours.clock, PROJECTIONS) for size in batch_sizes if size > 1
+        },
+        "forward_share": measure_forward_share(ours, prompt, text_steps, repeats),
     }
 
 

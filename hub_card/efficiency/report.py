@@ -89,6 +89,7 @@ def _notes(result: dict) -> list[str]:
         f"{parameters['overhead_megabytes_bf16']:,.1f} MB in bf16), which sleep at inference.",
         *(f"Not run: {title}, {reason}." for title, reason in result["not_run"].items()),
         *_compiled_sentences(result),
+        *_headroom_sentences(result["headroom"]),
     ]
     if loading is not None:
         written, held, weights = (
@@ -122,6 +123,16 @@ def _compiled_sentences(result: dict) -> list[str]:
                     f"{title}: a {TITLES[phase]} is {verdict} than without compiling ({ratio:.2f} of its time)."
                 )
     return sentences
+
+
+def _headroom_sentences(headroom: dict) -> list[str]:
+    halves = ", ".join(f"{with_interval(time)} at batch {size}" for size, time in headroom["half_of_the_rows"].items())
+    latent, text = (100 * headroom["forward_share"][kind]["median"] for kind in ("latent_step", "text_step"))
+    return [
+        *([f"Projecting half of the rows onto the vocabulary, all of them = 1: {halves}."] if halves else []),
+        f"The forward pass is {latent:.0f} % of a latent step and {text:.0f} % of a text step: the rest is all that one graph "
+        "of all latent steps could save.",
+    ]
 
 
 def milliseconds(values: dict) -> str:
