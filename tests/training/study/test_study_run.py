@@ -95,7 +95,6 @@ with ExitStack() as locks:
 """
 
 
-@pytest.mark.slow
 def test_what_another_process_is_running_is_left_to_it(study, done, tmp_path):
     run = StudyRun(study, study.forms["quick"], tmp_path / "work", tmp_path / "results")
     locks = tmp_path / "work" / "running"
