@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from vreflection_hub_card.drawing import new_figure, save_figure
 from vreflection_hub_card.evaluation.interventions import INTERVENTIONS
 
-from .summary import accuracy, evaluations, outcomes, pointing_share, share_right
+from .summary import accuracy, evaluations, outcomes, pointing_shares, share_right
 from .table import PLAIN, REFLECTING, Study
 
 
@@ -62,13 +62,15 @@ def draw_accuracies(study: Study, results: dict[str, dict]) -> Figure:
 
 
 def draw_pointing(study: Study, results: dict[str, dict]) -> Figure:
-    """How often the largest attention of an arm's first reflection lies in the target's box: DAC's, and the model's own."""
+    """How often the largest attention of an arm's first reflection lies in the target's box: DAC's, and the model's own; pale, single seeds."""
     figure, axes, heights = new_rows(study, results)
     for source, color, label in (("dac", POINT, "DAC"), ("llm", OTHER, "language model")):
         ways = {name: REFLECTING if REFLECTING in results[name]["evaluate"] else PLAIN for name in heights}
-        found = {name: pointing_share(results[name], source, way) for name, way in ways.items()}
-        found = {name: 100 * share for name, share in found.items() if share is not None}
+        shares = {name: pointing_shares(results[name], source, way) for name, way in ways.items()}
+        found = {name: 100 * fmean(seeds) for name, seeds in shares.items() if seeds}
         axes.scatter(found.values(), [heights[name] for name in found], s=28, color=color, label=label, zorder=3)
+        pale = [(100 * share, heights[name]) for name, seeds in shares.items() for share in seeds]
+        axes.scatter(*zip(*pale), s=12, color=color, alpha=0.4, linewidths=0, zorder=2)
     area = fmean(one["mean_box_area"] for result in results.values() for one in evaluations(result).values())
     axes.axvline(100 * area, color=INTERVAL, linestyle=":", label="the box's share of the picture")
     axes.set_xlim(0, 100)

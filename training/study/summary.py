@@ -102,7 +102,7 @@ def describe(form: Form, results: dict[str, dict]) -> str:
         "preset `study`. Seeds differ in the training scenes, in what is drawn for new "
         "weights and in Eq. 2's draws; the base is the same. Shares are means over seeds with a 95 % Wilson interval for the scenes; differences are "
         "paired, scene by scene, with a 95 % bootstrap over scenes and seeds. With one seed, no interval holds what another "
-        "training would have brought. "
+        "training would have brought; where attention points, in brackets the range of the seeds, differs most of all. "
         f"{machine.get('gpu', machine['processor'])}, torch {versions['torch']}, transformers {versions['transformers']}."
     )
 
@@ -128,19 +128,23 @@ def group_table(group: Group, results: dict[str, dict]) -> list[str]:
     return lines
 
 
-def pointing_share(result: dict, source: str, way: str = PLAIN, measure: str = "pointing") -> float | None:
-    """A source's pointing game, or its share inside the box, as the mean over seeds; none where it was never trained."""
+def pointing_shares(result: dict, source: str, way: str = PLAIN, measure: str = "pointing") -> list[float]:
+    """Each seed's pointing game of a source, or its share inside the box; empty where the source was never trained."""
     if source == "dac" and not any(part["stage"] in ("2", "joint") for part in result["parts"]):
-        return None
+        return []
     found = [one[measure][source] for one in evaluations(result, way).values() if source in one[measure]]
-    return fmean(one["share"] if isinstance(one, dict) else one for one in found) if found else None
+    return [one["share"] if isinstance(one, dict) else one for one in found]
 
 
 def pointing(result: dict, way: str) -> list[str]:
-    """The cells of an arm's pointing games and DAC's share inside the box."""
+    """The cells of an arm's pointing games and DAC's share inside the box: the mean, and the range of several seeds."""
     asked = (("dac", "pointing"), ("llm", "pointing"), ("dac", "attention_inside_box"))
-    found = [pointing_share(result, source, way, measure) for source, measure in asked]
-    return ["" if share is None else percent(share) for share in found]
+    cells = []
+    for source, measure in asked:
+        shares = pointing_shares(result, source, way, measure)
+        seeds = f" ({100 * min(shares):.1f} to {100 * max(shares):.1f})" if len(shares) > 1 else ""
+        cells.append(percent(fmean(shares)) + seeds if shares else "")
+    return cells
 
 
 def intervention_table(results: dict[str, dict]) -> list[str]:

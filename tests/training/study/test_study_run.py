@@ -15,13 +15,14 @@ from vreflection_training.study.run import PartFailed, StudyRun
 from vreflection_training.study.summary import (
     difference,
     outcomes,
-    pointing_share,
+    pointing,
+    pointing_shares,
     read_results,
     share_right,
     summarise,
     verdict,
 )
-from vreflection_training.study.table import ARMS, read_study
+from vreflection_training.study.table import ARMS, PLAIN, read_study
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +170,18 @@ def test_a_difference_is_paired_on_the_seeds_that_both_have():
 def test_what_was_never_trained_points_nowhere():
     told = {"pointing": {"dac": {"share": 0.5}, "llm": {"share": 0.2}}}
     result = result_of({"0": "1", "1": "1"}, **told)
-    assert pointing_share(result, "dac") == 0.5
-    assert pointing_share(result | {"parts": [{"stage": "1"}]}, "dac") is None
-    assert pointing_share(result | {"parts": []}, "llm") == 0.2
+    assert pointing_shares(result, "dac") == [0.5, 0.5]
+    assert pointing_shares(result | {"parts": [{"stage": "1"}]}, "dac") == []
+    assert pointing_shares(result | {"parts": []}, "llm") == [0.2, 0.2]
+
+
+def test_several_seeds_show_their_range():
+    told = {"pointing": {"dac": {"share": 0.5}}, "attention_inside_box": {"dac": 0.25}}
+    result = result_of({"0": "1"}, **told)
+    assert pointing(result, PLAIN) == ["50.0 %", "", "25.0 %"]
+    other = result_of({"1": "1"}, **told | {"pointing": {"dac": {"share": 0.2}}})
+    result["seeds"] |= other["seeds"]
+    assert pointing(result, PLAIN) == ["35.0 % (20.0 to 50.0)", "", "25.0 % (25.0 to 25.0)"]
 
 
 def test_a_part_that_fails_names_its_log(study, done, tmp_path):
