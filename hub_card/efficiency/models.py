@@ -1,5 +1,7 @@
 """Models of two classes on one set of weights, in memory once."""
 
+import copy
+
 import torch
 from accelerate import init_empty_weights
 from transformers import PreTrainedConfig, PreTrainedModel, set_seed
@@ -40,6 +42,8 @@ def model_on(
         device (`torch.device`): Where the weights lie.
         attention (`str`, *optional*): The attention implementation; defaults to transformers' choice.
     """
+    # transformers writes the attention into the configuration that it is given: a shared one would tell all models the last.
+    config = copy.deepcopy(config)
     with init_empty_weights(include_buffers=False):
         model = model_class._from_config(config, attn_implementation=attention)
     model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)

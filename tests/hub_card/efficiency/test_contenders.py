@@ -51,6 +51,16 @@ def test_both_classes_have_the_same_weights_in_memory_once(make, subject):
     assert all(ours[name].data_ptr() == stock[name].data_ptr() == subject.weights[name].data_ptr() for name in stock)
 
 
+def test_every_contender_keeps_its_attention(subject, cpu):
+    asked = [(ours, attention) for attention in ("sdpa", "eager") for ours in (False, True)]
+    models = [
+        Contender(subject.weights, subject.config, ours, Variant(name, "dynamic"), cpu).model for ours, name in asked
+    ]
+    for model, (_, attention) in zip(models, asked):
+        parts = (model.config, model.model.visual.config, model.model.language_model.config)
+        assert {part._attn_implementation for part in parts} == {attention}
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_phases_hold_the_steps_that_they_are_named_after(make, inputs, subject, cache):
     slot = subject.config.latent_token_id
