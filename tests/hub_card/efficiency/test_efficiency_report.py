@@ -1,4 +1,6 @@
 import copy
+import json
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +51,13 @@ def test_tables_go_between_the_markers_of_their_name(result):
     assert insert_tables(f"a\n{begin}\nold\n{end}\nb", result) == f"a\n{begin}\n\n{render(result)}\n\n{end}\nb"
     with pytest.raises(ValueError, match="no <!-- efficiency tiny -->"):
         insert_tables("<!-- efficiency 7b --><!-- /efficiency 7b -->", result)
+
+
+@pytest.mark.parametrize(
+    "name, document", [("small", "README.md"), ("vreflection_tiny", "hub_card/results/efficiency.md")]
+)
+def test_the_documents_quote_the_committed_results(name, document):
+    root = Path(__file__).parents[3]
+    committed = json.loads((root / f"hub_card/results/efficiency_{name}.json").read_text())
+    text = (root / document).read_text()
+    assert insert_tables(text, committed) == text and committed["command"] in text
