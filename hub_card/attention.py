@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration
+from modeling_vreflection.generation_vreflection import CACHE
 
 from .errors import InputError
 
@@ -92,7 +93,7 @@ def generate_and_look(
         attention["dac"] = [dac_attention(model, steps, is_image, *segment) for segment in found]
     if "llm" in sources:
         mask = inputs["attention_mask"]
-        attention["llm"] = language_attention(model, steps, is_image, mask, output.past_key_values, found)
+        attention["llm"] = language_attention(model, steps, is_image, mask, output[CACHE], found)
 
     reflections: list[list[Reflection]] = [[] for _ in range(len(prompt))]
     for number, (row, _, count) in enumerate(found):
@@ -195,7 +196,7 @@ def language_attention(
                     inputs_embeds=torch.cat([step.embeds for step in slots], 1),
                     position_ids=torch.cat([step.positions for step in slots], -1),
                     attention_mask=torch.cat([attention_mask, mask], 1),
-                    past_key_values=cache,
+                    **{CACHE: cache},
                     use_cache=True,
                     output_attentions=True,
                 ).attentions  # a tuple of (B, heads, S, T)

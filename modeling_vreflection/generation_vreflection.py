@@ -5,17 +5,20 @@ enter and leave a reflection at different steps, and beams carry their state alo
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import LogitsProcessor
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .compression_vreflection import pad_features
 
 
 LATENT_FEEDBACK = ("hidden", "dac")
+# What `generate` and the language model call the key-value cache: `cache` from transformers 5.24 on.
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -226,14 +229,14 @@ class ReflectionGenerationMixin:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if model_kwargs["reflection"].can_start:
             # On the cache, since beam search reorders nothing else; a clone, since CUDA graphs reuse their memory.
-            model_kwargs["past_key_values"].latent_state = outputs.last_hidden_state[:, -1:].clone()
+            model_kwargs[CACHE].latent_state = outputs.last_hidden_state[:, -1:].clone()
         return model_kwargs
 
-    def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
-        past_key_values.reorder_cache(beam_idx)
-        if hasattr(past_key_values, "latent_state"):
-            past_key_values.latent_state = past_key_values.latent_state.index_select(0, beam_idx)
-        return past_key_values
+    def _reorder_cache(self, cache: Cache, beam_idx: torch.LongTensor) -> Cache:
+        cache.reorder_cache(beam_idx)
+        if hasattr(cache, "latent_state"):
+            cache.latent_state = cache.latent_state.index_select(0, beam_idx)
+        return cache
 
     def prepare_inputs_for_generation(
         self,
@@ -247,7 +250,7 @@ class ReflectionGenerationMixin:
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         if reflection is None or not reflection.can_start:
             return inputs
-        cache = kwargs["past_key_values"]
+        cache = kwargs[CACHE]
         if kwargs.get("is_first_iteration"):
             cache.forced_steps = 0
             return inputs

@@ -4,7 +4,7 @@ Symbols in shapes: B rows, T tokens, G reflection segments of the batch, S laten
 (the largest count among the segments' images; the others are padded with zeros).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from .compression_vreflection import (
     project_attention,
 )
 from .configuration_vreflection import AUTO_MAP, VReflectionConfig
-from .generation_vreflection import ReflectionGenerationMixin
+from .generation_vreflection import CACHE, ReflectionGenerationMixin
 from .processing_vreflection import LATENT_TOKENS, VReflectionProcessor
 
 
@@ -70,6 +70,9 @@ class VReflectionCausalLMOutputWithPast(LatentOutput, CausalLMOutputWithPast):
     last_hidden_state: torch.Tensor | None = None
 
 
+OUTPUT_FIELDS = frozenset(field.name for field in fields(VReflectionCausalLMOutputWithPast))
+
+
 class VReflectionModel(Qwen2_5_VLModel):
     """The Qwen2.5-VL backbone with BCM and DAC, which only training runs."""
 
@@ -92,7 +95,7 @@ class VReflectionModel(Qwen2_5_VLModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -102,6 +105,7 @@ class VReflectionModel(Qwen2_5_VLModel):
         latent_inputs: str | None = None,
         bcm_receives_ce: bool = True,
         latent_state: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """See [`VReflectionForConditionalGeneration.forward`]; `latent_state` (B, 1, D) is what `generate` feeds back.
@@ -109,6 +113,10 @@ class VReflectionModel(Qwen2_5_VLModel):
         Returns:
             `BaseModelOutputWithPast`: where slots are filled, a [`VReflectionModelOutputWithPast`].
         """
+        if past_key_values is not None:
+            if cache is not None:
+                raise ValueError("`cache` and `past_key_values` are two names of one thing: pass one of them.")
+            cache = past_key_values
         if position_ids is not None and position_ids.ndim == 2 and input_ids is not None and attention_mask is None:
             types = kwargs.get("mm_token_type_ids")
             if types is not None:
@@ -147,7 +155,7 @@ class VReflectionModel(Qwen2_5_VLModel):
             inputs["mm_encoder_outputs"] = mm_encoder_outputs
         return super().forward(
             **inputs,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             pixel_values=pixel_values,
@@ -290,7 +298,7 @@ class VReflectionModel(Qwen2_5_VLModel):
                 input_ids=inputs["input_ids"],
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,
-                past_key_values=None,
+                **{CACHE: None},
                 mm_token_type_ids=kwargs.pop("mm_token_type_ids", None),
                 **grids,
             )
@@ -309,7 +317,7 @@ class VReflectionModel(Qwen2_5_VLModel):
                     inputs_embeds=chunk,
                     attention_mask=None if attention_mask is None else attention_mask[:, :end],
                     position_ids=None if position_ids is None else position_ids[..., begin:end],
-                    past_key_values=cache,
+                    **{CACHE: cache},
                     use_cache=True,
                     **kwargs,
                 )
@@ -432,7 +440,7 @@ class VReflectionForConditionalGeneration(ReflectionGenerationMixin, Qwen2_5_VLF
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -449,6 +457,7 @@ class VReflectionForConditionalGeneration(ReflectionGenerationMixin, Qwen2_5_VLF
         bcm_receives_ce: bool = True,
         latent_state: torch.Tensor | None = None,
         skip_logits: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> VReflectionCausalLMOutputWithPast:
         """Qwen2.5-VL's forward pass, with reflection segments where `input_ids` hold them.
@@ -467,16 +476,18 @@ class VReflectionForConditionalGeneration(ReflectionGenerationMixin, Qwen2_5_VLF
             latent_state (`torch.Tensor` of shape `(B, 1, D)`, *optional*): What `generate` feeds to rows in a slot.
             skip_logits (`bool`, *optional*, defaults to `False`): Return zeros, which cost nothing, for logits that
                 nobody will read: `generate` sets it where the next token of every row is forced.
+            past_key_values (`Cache`, *optional*): `cache`, as transformers before 5.24 calls it.
 
         Raises:
             ValueError: Slots that nothing fills; segments of the wrong length; another number of boxes than segments;
-                a box outside its image; a `latent_inputs` that the model or the batch doesn't allow.
+                a box outside its image; a `latent_inputs` that the model or the batch doesn't allow; both names of the
+                cache.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             pixel_values=pixel_values,
@@ -490,6 +501,7 @@ class VReflectionForConditionalGeneration(ReflectionGenerationMixin, Qwen2_5_VLF
             latent_inputs=latent_inputs,
             bcm_receives_ce=bcm_receives_ce,
             latent_state=latent_state,
+            past_key_values=past_key_values,
             return_dict=True,
             **kwargs,
         )
@@ -504,9 +516,9 @@ class VReflectionForConditionalGeneration(ReflectionGenerationMixin, Qwen2_5_VLF
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-        # transformers before 5.20 also returns `rope_deltas`.
-        fields = {name: value for name, value in outputs.items() if name != "rope_deltas"}
-        return VReflectionCausalLMOutputWithPast(loss=loss, logits=logits, **fields)
+        # The stock backbone also returns `rope_deltas` before transformers 5.20, what the vision encoder saw from 5.24 on.
+        known = {name: value for name, value in outputs.items() if name in OUTPUT_FIELDS}
+        return VReflectionCausalLMOutputWithPast(loss=loss, logits=logits, **known)
 
 
 def initialise(initialise_stock, module: nn.Module):

@@ -7,6 +7,7 @@ import torch
 from reference import BOXES, Row, answer, ask, attend, encode, patches_inside, picture
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 from modeling_vreflection.modeling_vreflection import images_before
 
@@ -358,6 +359,20 @@ def test_gradient_checkpointing_changes_nothing(make_model, mixed, latent_inputs
     plain = gradient()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.testing.assert_close(gradient(), plain)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_known_by_both_of_its_names(model, processor, name):
+    ids = encode(processor, ask("What is on the red square?"))["input_ids"]
+    positions = torch.arange(ids.shape[1])[None]
+    whole = model(input_ids=ids, position_ids=positions).logits
+    cache, parts = DynamicCache(config=model.config.get_text_config()), []
+    for columns in (slice(0, 5), slice(5, None)):
+        chunk = {"input_ids": ids[:, columns], "position_ids": positions[:, columns]}
+        parts.append(model(**chunk, **{name: cache}).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="pass one of them"):
+        model(input_ids=ids, cache=cache, past_key_values=cache)
 
 
 def test_the_output_can_be_a_tuple(model, mixed):
