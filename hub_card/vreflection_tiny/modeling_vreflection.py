@@ -351,6 +351,8 @@ class VReflectionForConditionalGeneration(ReflectionGenerationMixin, Qwen2_5_VLF
     config: VReflectionConfig
     # The loss divides by `num_items_in_batch`: exact over accumulation steps.
     accepts_loss_kwargs = True
+    # `has_bcm=False` and `has_dac=False` leave the modules of a checkpoint where they are.
+    _keys_to_ignore_on_load_unexpected = [r"^model\.(bcm|dac)\."]
 
     def __init__(self, config: VReflectionConfig):
         # Past the parent's own constructor, which would build the stock backbone first.

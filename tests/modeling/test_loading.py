@@ -184,6 +184,15 @@ def test_an_untied_checkpoint_survives_too(tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
+def test_the_modules_of_a_checkpoint_can_be_left_out(model, folder):
+    options = {"has_bcm": False, "has_dac": False, "output_loading_info": True}
+    loaded, report = VReflectionForConditionalGeneration.from_pretrained(folder, **options)
+    assert not report["unexpected_keys"] and not report["missing_keys"]
+    kept = {name: weight for name, weight in model.state_dict().items() if ".bcm." not in name and ".dac." not in name}
+    assert loaded.state_dict().keys() == kept.keys() != model.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in kept.items())
+
+
 def test_the_generation_config_keeps_how_to_reflect(folder, backbone, stock, ids):
     loaded = VReflectionForConditionalGeneration.from_pretrained(folder)
     assert (loaded.generation_config.latent_steps, loaded.generation_config.latent_feedback) == (5, "dac")
