@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from ..checkpoints import checkpoint_folder, find_device, load_checkpoint
-from ..efficiency.measure import checkpoint_subject, measure, shape_subject
+from ..efficiency.measure import ATTENTIONS, BATCH_SIZES, CACHES, checkpoint_subject, measure, shape_subject
 from ..efficiency.report import render
 from ..efficiency.shapes import SHAPES
 from ..errors import InputError
@@ -42,6 +42,24 @@ def add_parser(commands) -> None:
         metavar="N",
         help="side of the pictures in merged patches (default: the shape's; for a checkpoint, as the scenes are drawn)",
     )
+    parser.add_argument(
+        "--attn-implementation",
+        nargs="+",
+        choices=ATTENTIONS,
+        default=ATTENTIONS,
+        help="default: all that can run; sdpa with a dynamic cache is always measured",
+    )
+    parser.add_argument(
+        "--cache-implementation", nargs="+", choices=CACHES, default=CACHES, help="default: dynamic and static"
+    )
+    parser.add_argument(
+        "--batch-sizes",
+        nargs="+",
+        type=positive,
+        default=BATCH_SIZES,
+        metavar="N",
+        help=f"default: {' '.join(map(str, BATCH_SIZES))}; 1 is always measured",
+    )
     parser.add_argument("--compile", action="store_true", help="measure compiled steps, too, with a static cache")
     parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--seed", type=natural, default=0, help="of weights and scenes (default: 0)")
@@ -61,7 +79,17 @@ def run(options: argparse.Namespace) -> None:
         else:
             folder = checkpoint_folder(options.model)
             subject = checkpoint_subject(*load_checkpoint(folder, device), folder, options.model, options.side)
-        result = measure(subject, device, options.repeats, options.seed, options.text_steps, compiled=options.compile)
+        result = measure(
+            subject,
+            device,
+            options.repeats,
+            options.seed,
+            options.text_steps,
+            compiled=options.compile,
+            attentions=tuple(options.attn_implementation),
+            caches=tuple(options.cache_implementation),
+            batch_sizes=tuple(sorted({1, *options.batch_sizes})),
+        )
     result = {"command": command_line(options, subject.description["name"]), **result}
     with writing(options.output):
         options.output.write_text(json.dumps(result, indent=2) + "\n")
@@ -78,5 +106,11 @@ def command_line(options: argparse.Namespace, name: str) -> str:
     words += ["--text-steps", str(options.text_steps), "--seed", str(options.seed)]
     words += [] if options.side is None else ["--side", str(options.side)]
     words += [] if options.device is None else ["--device", options.device]
+    for flag, given, default in (
+        ("--attn-implementation", options.attn_implementation, ATTENTIONS),
+        ("--cache-implementation", options.cache_implementation, CACHES),
+        ("--batch-sizes", options.batch_sizes, BATCH_SIZES),
+    ):
+        words += [] if given is default else [flag, *map(str, given)]
     words += ["--compile"] if options.compile else []
     return shlex.join(words)

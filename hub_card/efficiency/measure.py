@@ -84,10 +84,12 @@ def checkpoint_subject(
 def shape_subject(
     name: str, shape: Shape, device: torch.device, seed: int, folder: Path, side: int | None = None
 ) -> Subject:
-    """Random weights of a shape, which are also written into `folder`, for measuring how they load."""
+    """Random weights of a shape, written into `folder` and loaded from there: on a CPU the file is all that holds them."""
     processor = build_processor()
-    model = draw_weights(build_config(shape, processor), getattr(torch, shape.dtype), device, seed)
-    model.save_pretrained(folder)
+    drawn = draw_weights(build_config(shape, processor), getattr(torch, shape.dtype), device, seed)
+    drawn.save_pretrained(folder, max_shard_size="5GB")
+    del drawn
+    model = VReflectionForConditionalGeneration.from_pretrained(folder, dtype="auto").to(device)
     description = {
         "name": name,
         "shape": asdict(shape),
@@ -193,7 +195,9 @@ def list_variants(
     subject: Subject, device: torch.device, compiled: bool, attentions: tuple[str, ...], caches: tuple[str, ...]
 ) -> tuple[list[Variant], dict[str, str]]:
     """The variants to measure, the default first, and why others are not."""
-    found, not_run = [DEFAULT], {}
+    found = [DEFAULT]
+    not_run = {name: "not asked for" for name in ATTENTIONS if name not in (*attentions, DEFAULT.attention)}
+    not_run |= {f"{name} cache": "not asked for" for name in CACHES if name not in (*caches, DEFAULT.cache)}
     half = subject.weights["lm_head.weight"].dtype in (torch.float16, torch.bfloat16)
     for attention in attentions:
         if attention == "flash_attention_2" and not (is_flash_attn_2_available() and device.type == "cuda" and half):

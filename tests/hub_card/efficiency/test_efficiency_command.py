@@ -41,6 +41,18 @@ def test_a_shape_with_pictures_of_another_size(tmp_path, monkeypatch):
     assert "--shape tiny" in result["command"] and "--side 6" in result["command"]
 
 
+def test_less_can_be_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    output = tmp_path / "shape.json"
+    asked = ["--attn-implementation", "eager", "--cache-implementation", "dynamic", "--batch-sizes", "2"]
+    assert main(["efficiency", "--shape", "tiny", "--output", str(output), *asked, *SHORT]) == 0
+    result = json.loads(output.read_text())
+    assert list(result["variants"]) == ["sdpa, dynamic cache", "eager, dynamic cache"]
+    assert result["not_run"] == {"flash_attention_2": "not asked for", "static cache": "not asked for"}
+    assert list(result["batches"]) == ["1", "2"]
+    assert " ".join(asked) in result["command"]
+
+
 def test_what_the_command_refuses(tiny_folder, tmp_path, capsys):
     assert main(["efficiency", str(tiny_folder), "--shape", "tiny"]) == 2
     assert "either a model or --shape" in capsys.readouterr().err
