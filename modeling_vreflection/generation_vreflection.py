@@ -52,6 +52,35 @@ def forced_tokens_left(input_ids: torch.LongTensor, start_id: int, latent_steps:
     return (recent * left).sum(1)
 
 
+class ReflectionProgress:
+    """How far the rows are in their reflections, in one call of `generate`: read off the tokens once a step.
+
+    Args:
+        options (`ReflectionOptions`): The options of the call.
+        start_id (`int`): Id of the start token.
+
+    Attributes:
+        left (`torch.LongTensor` of shape `(B,)`): Next tokens of each row that are forced; `None` where no row reflects.
+        forced_steps (`int`): Next tokens that are known to be forced in all rows.
+    """
+
+    def __init__(self, options: ReflectionOptions, start_id: int):
+        self.options = options
+        self.start_id = start_id
+        self.left: torch.LongTensor | None = None
+        self.forced_steps = 0
+
+    def read(self, input_ids: torch.LongTensor):
+        """Brings itself up to tokens (B, T), one more than at the last call."""
+        self.left = forced_tokens_left(input_ids, self.start_id, self.options.latent_steps)
+        # Once all rows are known to be in a reflection, nothing needs to wait for the device until the first one leaves it.
+        self.forced_steps -= self.forced_steps > 0
+        if not self.forced_steps:
+            self.forced_steps, most = torch.stack(self.left.aminmax()).tolist()
+            if not most:
+                self.left = None
+
+
 class ReflectionLogitsProcessor(LogitsProcessor):
     """Forces `latent_steps` slots and the end token after every start token, and bans both elsewhere.
 
@@ -60,26 +89,30 @@ class ReflectionLogitsProcessor(LogitsProcessor):
     Args:
         token_ids (`tuple[int, int, int]`): Ids of the start, slot and end token.
         prompt_length (`int`): Tokens of the prompt.
-        options (`ReflectionOptions`): The options of the call.
+        progress (`ReflectionProgress`): Of the call, up to the tokens that the scores follow.
     """
 
-    def __init__(self, token_ids: tuple[int, int, int], prompt_length: int, options: ReflectionOptions):
+    def __init__(self, token_ids: tuple[int, int, int], prompt_length: int, progress: ReflectionProgress):
         self.start_id, self.latent_id, self.end_id = token_ids
         self.prompt_length = prompt_length
-        self.options = options
+        self.progress = progress
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.options.reflect and input_ids.shape[1] == self.prompt_length:
+        if self.progress.options.reflect and input_ids.shape[1] == self.prompt_length:
             scores = torch.full_like(scores, float("-inf"))
             scores[:, self.start_id] = 0.0
             return scores
-        left = forced_tokens_left(input_ids, self.start_id, self.options.latent_steps)
-        # One tensor as wide as the vocabulary, and no list of ids, which would be copied to the device at every step.
+        left = self.progress.left
+        # No list of ids as an index: it would be copied to the device at every step.
+        if left is None:
+            scores = scores.clone()
+            scores[:, self.latent_id] = scores[:, self.end_id] = float("-inf")
+            if not self.progress.options.can_start:
+                scores[:, self.start_id] = float("-inf")
+            return scores
         scores = scores.masked_fill(left[:, None] > 0, float("-inf"))
         scores[:, self.latent_id] = torch.where(left > 1, 0.0, float("-inf"))
         scores[:, self.end_id] = torch.where(left == 1, 0.0, float("-inf"))
-        if not self.options.can_start:
-            scores[:, self.start_id] = float("-inf")
         return scores
 
 
@@ -154,7 +187,8 @@ class ReflectionGenerationMixin:
                 self._check_dac_feedback()
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = SilentReflectionStreamer(kwargs["streamer"], self.config.latent_token_ids)
-        result = super().generate(*args, reflection=options, **kwargs)
+        progress = ReflectionProgress(options, self.config.latent_start_token_id)
+        result = super().generate(*args, reflection=progress, **kwargs)
         if options.can_start:
             sequences = result if isinstance(result, torch.Tensor) else result.sequences
             left = forced_tokens_left(sequences, self.config.latent_start_token_id, options.latent_steps)
@@ -189,7 +223,8 @@ class ReflectionGenerationMixin:
         processors = super()._get_logits_processor(
             generation_config, *args, input_ids_seq_length=input_ids_seq_length, model_kwargs=model_kwargs, **kwargs
         )
-        options = model_kwargs["reflection"]
+        progress = model_kwargs["reflection"]
+        options = progress.options
         if options.can_start:
             if generation_config.prompt_lookup_num_tokens is not None:
                 raise ValueError(unsupported("prompt lookup decoding", "leave `prompt_lookup_num_tokens` out"))
@@ -203,13 +238,13 @@ class ReflectionGenerationMixin:
                     f"`reflect=True` with {options.latent_steps} latent steps takes {options.latent_steps + 2} tokens; a "
                     f"limit of {room} new tokens leaves none for the answer. Raise `max_new_tokens`."
                 )
-        processors.append(ReflectionLogitsProcessor(self.config.latent_token_ids, input_ids_seq_length, options))
+        processors.append(ReflectionLogitsProcessor(self.config.latent_token_ids, input_ids_seq_length, progress))
         return processors
 
     def _expand_inputs_for_generation(self, *args, **kwargs):
         input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **kwargs)
-        options = model_kwargs.get("reflection")
-        if options is not None and options.can_start and options.latent_feedback == "dac":
+        progress = model_kwargs.get("reflection")
+        if progress is not None and progress.options.can_start and progress.options.latent_feedback == "dac":
             model_kwargs["global_features"] = self._features_of_rows(input_ids, model_kwargs)
         return input_ids, model_kwargs
 
@@ -227,7 +262,7 @@ class ReflectionGenerationMixin:
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if model_kwargs["reflection"].can_start:
+        if model_kwargs["reflection"].options.can_start:
             # On the cache, since beam search reorders nothing else; a clone, since CUDA graphs reuse their memory.
             model_kwargs[CACHE].latent_state = outputs.last_hidden_state[:, -1:].clone()
         return model_kwargs
@@ -243,28 +278,20 @@ class ReflectionGenerationMixin:
         input_ids,
         *args,
         inputs_embeds=None,  # spelled out, else `generate` takes none
-        reflection: ReflectionOptions | None = None,
+        reflection: ReflectionProgress | None = None,
         global_features=None,
         **kwargs,
     ):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        if reflection is None or not reflection.can_start:
+        if reflection is None or not reflection.options.can_start or kwargs.get("is_first_iteration"):
             return inputs
-        cache = kwargs[CACHE]
-        if kwargs.get("is_first_iteration"):
-            cache.forced_steps = 0
+        reflection.read(input_ids)
+        if reflection.left is None:
             return inputs
-        # Once all rows are known to be in a reflection, nothing needs to wait for the device until the first one leaves it.
-        cache.forced_steps -= cache.forced_steps > 0
-        if not cache.forced_steps:
-            left = forced_tokens_left(input_ids, self.config.latent_start_token_id, reflection.latent_steps)
-            cache.forced_steps, most = torch.stack(left.aminmax()).tolist()
-            if not most:
-                return inputs
-        state = cache.latent_state
+        state = kwargs[CACHE].latent_state
         if global_features is not None and (input_ids[:, -1] == self.config.latent_token_id).any():
             state = self.model.dac(state, *global_features)[0]
-        return {**inputs, "latent_state": state, "skip_logits": cache.forced_steps > 0}
+        return {**inputs, "latent_state": state, "skip_logits": reflection.forced_steps > 0}
 
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(unsupported("continuous batching (`generate_batch`, a paged cache)", "call `generate`"))

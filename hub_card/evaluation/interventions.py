@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from modeling_vreflection import VReflectionForConditionalGeneration
-from modeling_vreflection.generation_vreflection import forced_tokens_left
 
 
 # What a reflection's slots are fed instead of the model's own latents.
@@ -71,8 +70,8 @@ class LatentInterventionModel(VReflectionForConditionalGeneration):
         if state is None or (self._record is None and self._given is None):
             return inputs
         rows = (input_ids[:, -1] == self.config.latent_token_id).nonzero().flatten()
-        steps = reflection.latent_steps
-        step = steps - forced_tokens_left(input_ids[rows], self.config.latent_start_token_id, steps)
+        steps = reflection.options.latent_steps
+        step = steps - reflection.left[rows]
         if self._given is not None:
             state = state.clone()
             state[rows, 0] = self._given[rows, step].to(state)

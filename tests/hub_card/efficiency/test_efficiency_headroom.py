@@ -3,7 +3,6 @@ import time
 import pytest
 import torch
 
-from modeling_vreflection.generation_vreflection import CACHE
 from vreflection_hub_card.efficiency.contenders import Contender
 from vreflection_hub_card.efficiency.headroom import measure_forward_share, measure_projection
 from vreflection_hub_card.efficiency.measure import DEFAULT
@@ -39,7 +38,7 @@ def test_what_is_done_between_forward_passes_is_not_their_share(subject, cpu, mo
 
     def slowly(outputs, model_kwargs, *args, **kwargs):
         model_kwargs = update(outputs, model_kwargs, *args, **kwargs)
-        in_reflection = model_kwargs[CACHE].forced_steps > 0
+        in_reflection = model_kwargs["reflection"].forced_steps > 0
         if in_reflection == (slow == "latent_step"):
             time.sleep(0.05)
             began = time.process_time()
