@@ -98,6 +98,16 @@ def test_logits_equal_uncached_decoding(greedy, uncached):
         torch.testing.assert_close(logits[row][computed], expected[computed], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("reflect", [None, False])
+def test_returned_logits_are_the_models_own(model, stock, batch, reflect):
+    """With no processor before ours: what is banned is banned in a copy."""
+    options = {"do_sample": False, "max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+    with torch.no_grad():
+        expected = stock(**batch).logits[:, -1]
+    (logits,) = model.generate(**batch, **options, reflect=reflect).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_greedy_batch_equals_single_runs(model, processor, prompts, batch, greedy):
     for row, prompt in enumerate(prompts):
         single = decode(model, encode(processor, prompt), STARTS[row : row + 1])
