@@ -117,7 +117,9 @@ class ReflectionLogitsProcessor(LogitsProcessor):
 
 
 class SilentReflectionStreamer(BaseStreamer):
-    """Hands a streamer the prompt and the text, and keeps the tokens of reflections from it.
+    """Hands a streamer the prompt and the text, and keeps the tokens of reflections from it; of one row only.
+
+    A streamer of several rows gets all tokens, since it can tell only by their place which row they belong to.
 
     Args:
         streamer (`BaseStreamer`): The user's streamer.
@@ -131,7 +133,7 @@ class SilentReflectionStreamer(BaseStreamer):
 
     def put(self, value: torch.LongTensor):
         # Streamers that skip the prompt take whatever comes first for it.
-        if not self.prompt_is_next:
+        if not self.prompt_is_next and value.numel() == 1:
             value = value[~torch.isin(value, self.token_ids)]
         if self.prompt_is_next or value.numel():
             self.streamer.put(value)
@@ -179,7 +181,8 @@ class ReflectionGenerationMixin:
             first_given(latent_feedback, config, self.generation_config, "latent_feedback", "hidden"),
             reflect,
         )
-        self._check_prompt(args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")))
+        prompt = args[0] if args else kwargs.get("inputs")
+        self._check_prompt(kwargs.get("input_ids") if prompt is None else prompt)
         if options.can_start:
             if kwargs.get("assistant_model") is not None:
                 raise ValueError(unsupported("assisted decoding (`assistant_model`)", "leave `assistant_model` out"))
@@ -195,7 +198,8 @@ class ReflectionGenerationMixin:
             cut = left.nonzero().flatten().tolist()
             if cut:
                 warnings.warn(
-                    f"The length limit cut the reflection of rows {cut}: raise `max_new_tokens`.", stacklevel=3
+                    f"Decoding ended within the reflection of rows {cut}: if the length limit cut it, raise `max_new_tokens`.",
+                    stacklevel=3,
                 )
         return result
 
@@ -241,6 +245,11 @@ class ReflectionGenerationMixin:
         processors.append(ReflectionLogitsProcessor(self.config.latent_token_ids, input_ids_seq_length, progress))
         return processors
 
+    def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
+        # Without latents an assistant may help; it knows nothing of them.
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "reflection"}
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
+
     def _expand_inputs_for_generation(self, *args, **kwargs):
         input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **kwargs)
         progress = model_kwargs.get("reflection")
@@ -256,6 +265,11 @@ class ReflectionGenerationMixin:
             model_kwargs.get("mm_encoder_outputs"),
         )
         counts = (input_ids == self.config.image_token_id).sum(1).tolist()
+        if not features:
+            raise ValueError(
+                "`latent_feedback='dac'` asks the pictures at every latent step, and this call holds none: pass the whole "
+                "prompt with its `pixel_values`, and no cache of an earlier call."
+            )
         if not all(counts):
             raise ValueError(f"`latent_feedback='dac'` needs a picture in every row; row {counts.index(0)} has none.")
         return pad_features(list(torch.cat(features).split(counts)))
@@ -294,7 +308,10 @@ class ReflectionGenerationMixin:
         return {**inputs, "latent_state": state, "skip_logits": reflection.forced_steps > 0}
 
     def init_continuous_batching(self, *args, **kwargs):
-        raise ValueError(unsupported("continuous batching (`generate_batch`, a paged cache)", "call `generate`"))
+        raise ValueError(
+            "Continuous batching (`generate_batch`, a paged cache) can't carry the latent states from step to step: call "
+            "`generate` without `cache_implementation='paged'`."
+        )
 
 
 def first_given(value, config, fallback, name: str, default):

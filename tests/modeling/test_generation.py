@@ -453,6 +453,13 @@ def test_text_iterator_streamer_gives_the_decoded_text(model, processor, prompts
     assert "".join(streamer) == processor.decode(tokens, skip_special_tokens=True)
 
 
+def test_a_streamer_of_several_rows_can_tell_them_apart(model, processor, prompts):
+    inputs = encode(processor, *prompts[:2])
+    streamer = Collect()
+    tokens = decode(model, inputs, STARTS[:2], streamer=streamer)
+    assert torch.tensor(streamer.values[1:]).T.tolist() == tokens.tolist()
+
+
 def test_options_of_the_generation_config_are_honoured(model, processor, prompts, ids, monkeypatch):
     inputs = encode(processor, prompts[0])
 
@@ -497,6 +504,12 @@ def test_assisted_decoding_is_refused(model, stock, one):
         model.generate(**one, max_new_tokens=16, assistant_model=stock)
 
 
+@pytest.mark.parametrize("plain", [{"latent_steps": 0}, {"reflect": False}])
+def test_an_assistant_helps_where_nothing_is_reflected(model, stock, one, plain):
+    options = {"do_sample": False, "max_new_tokens": 8, **plain}
+    assert torch.equal(model.generate(**one, **options, assistant_model=stock), model.generate(**one, **options))
+
+
 def test_prompt_lookup_is_refused(model, one):
     with pytest.raises(ValueError, match=r"(?s)prompt lookup.*latent_steps=0"):
         model.generate(**one, max_new_tokens=16, prompt_lookup_num_tokens=2)
@@ -518,9 +531,9 @@ def test_guidance_is_refused(model, one):
 
 
 def test_continuous_batching_is_refused(model, one):
-    with pytest.raises(ValueError, match="continuous batching.*call `generate`"):
+    with pytest.raises(ValueError, match="Continuous batching.*call `generate` without"):
         model.generate_batch(inputs=one["input_ids"].tolist())
-    with pytest.raises(ValueError, match="continuous batching.*call `generate`"):
+    with pytest.raises(ValueError, match="Continuous batching.*call `generate` without"):
         model.generate(**one, max_new_tokens=16, cache_implementation="paged")
 
 
@@ -531,6 +544,8 @@ def test_tokens_of_a_reflection_in_the_prompt_are_refused(model, processor, prom
     inputs["input_ids"][2, -3] = ids[which]
     with pytest.raises(ValueError, match=r"prompts \[2\] hold tokens of a reflection.*reflect=True"):
         model.generate(**inputs, max_new_tokens=16)
+    with pytest.raises(ValueError, match=r"prompts \[2\] hold tokens of a reflection"):
+        model.generate(None, **inputs, max_new_tokens=16)
     with pytest.raises(ValueError, match=r"prompts \[2\] hold tokens of a reflection"):
         model.generate(inputs.pop("input_ids"), **inputs, max_new_tokens=16, latent_steps=0)
 
@@ -578,8 +593,14 @@ def test_dac_feedback_names_the_row_without_a_picture(model, batch):
         model.generate(**batch, max_new_tokens=16, latent_feedback="dac")
 
 
+def test_dac_feedback_needs_the_pictures(model, processor):
+    inputs = encode(processor, ask("What is this?"))
+    with pytest.raises(ValueError, match="this call holds none.*pixel_values"):
+        model.generate(**inputs, max_new_tokens=16, latent_feedback="dac")
+
+
 def test_a_cut_reflection_warns_and_names_the_rows(model, batch):
-    with pytest.warns(UserWarning, match=r"cut the reflection of rows \[1, 3\].*max_new_tokens") as caught:
+    with pytest.warns(UserWarning, match=r"within the reflection of rows \[1, 3\].*max_new_tokens") as caught:
         decode(model, batch, [{0}, {3}, {2}, {8}], 12)
     assert [warning.filename for warning in caught] == [__file__], "points at the caller's line"
 
