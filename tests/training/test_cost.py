@@ -3,6 +3,7 @@ import json
 import math
 import random
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,6 +185,13 @@ def test_command_fills_a_document(result, tmp_path):
     document.write_text("above\n<!-- cost -->\nold\n<!-- /cost -->\nbelow\n")
     assert main(["--render", str(file), str(document)]) == 0
     assert document.read_text() == f"above\n<!-- cost -->\n\n{render(result)}\n\n<!-- /cost -->\nbelow\n"
+
+
+def test_the_readme_quotes_the_committed_result():
+    root = Path(__file__).parents[2]
+    readme = (root / "README.md").read_text()
+    committed = json.loads((root / "training/results/cost_cpu.json").read_text())
+    assert fill_block(readme, "cost", render(committed)) == readme
 
 
 def test_what_the_command_refuses(tmp_path, capsys, monkeypatch):

@@ -26,17 +26,20 @@ def render(result: dict) -> str:
 
 def _arms_table(result: dict) -> list[str]:
     lines = [
-        "| training | step, s | speed, trl = 1 | speed, our `sft` = 1 | peak memory | widest in the vocabulary |",
+        "| training | step, s | speed, trl = 1 | speed, our `sft` = 1 | peak memory beyond the weights | widest in the vocabulary |",
         "|---|---|---|---|---|---|",
     ]
     for name in ARMS:
         arm = result["arms"][name]
         tensor = arm["largest_vocabulary_tensor"]
         trl, plain = (arm["against"].get(other) for other in PLAIN)
+        against_trl = with_interval(trl["speed"]) if trl else "1"
+        if alike := arm["against"].get("trl_sft_no_checkpointing"):
+            against_trl += f"; of trl without checkpointing {with_interval(alike['speed'])}"
         cells = [
             arm["title"],
             f"{arm['step_seconds']['median']:.3g}",
-            with_interval(trl["speed"]) if trl else "1",
+            against_trl,
             with_interval(plain["speed"]) if plain else "1" if name == "sft" else "",
             f"{arm['peak_memory_bytes'] / 2**20:,.0f} MiB",
             f"{tensor['rows']} of {tensor['positions']} positions",
