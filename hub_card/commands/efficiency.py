@@ -70,6 +70,8 @@ def run(options: argparse.Namespace) -> None:
     """`vreflection efficiency`."""
     if options.model is not None and options.shape is not None:
         raise InputError("give either a model or --shape")
+    if options.compile and "static" not in options.cache_implementation:
+        raise InputError("--compile needs a static cache: add static to --cache-implementation")
     check_writable(options.output)
     device = find_device(options.device)
     with tempfile.TemporaryDirectory() as scratch:

@@ -17,7 +17,7 @@ from ..evaluation.provenance import describe_machine, describe_model, describe_v
 from ..evaluation.statistics import median_interval, spread
 from .contenders import CLASSES, PHASES, Contender, Variant
 from .goals import judge_figure
-from .headroom import measure_forward_share, measure_projection
+from .headroom import measure_forward_share, measure_one_graph, measure_projection
 from .loading import measure_loading
 from .models import count_parameters, draw_weights, weight_bytes
 from .observers import Clock, PeakMemory
@@ -33,6 +33,7 @@ BATCH_SIZES = (1, 8, 32)
 # Questions of a timed round at batch 1: as many as in one batch of the next size.
 SINGLE_QUESTIONS = 8
 DEFAULT = Variant("sdpa", "dynamic")
+COMPILED = Variant("sdpa", "static", True)
 TITLES = {"prefill": "prefill", "text_step": "text step", "latent_step": "latent step"}
 GOALS = (
     ("prefill", "<=", 1.02),
@@ -171,7 +172,7 @@ def measure(
         "not_run": not_run,
         "memory": measure_memory(subject, contender, prompt, text_steps, device),
         "batches": measure_batches(subject, contender, inputs, batch_sizes, repeats, text_steps),
-        "headroom": measure_headroom(contender(True, DEFAULT), prompt, batch_sizes, repeats, text_steps),
+        "headroom": measure_headroom(contender, steps, prompt, batch_sizes, repeats, text_steps),
         "loading": measure_loading(subject.folder),
     }
     return {**result, "goals": judge(result)}
@@ -328,16 +329,27 @@ def measure_batches(
 
 
 def measure_headroom(
-    ours: Contender, prompt: dict, batch_sizes: tuple[int, ...], repeats: int, text_steps: int
+    contender: Callable[[bool, Variant], Contender],
+    variants: dict,
+    prompt: dict,
+    batch_sizes: tuple[int, ...],
+    repeats: int,
+    text_steps: int,
 ) -> dict:
-    """What projecting fewer rows, and what one graph of all latent steps, could save at most."""
-    head = ours.model.lm_head
-    return {
+    """What projecting fewer rows could save at most, and one graph of all latent steps where they are `COMPILED`."""
+    ours = contender(True, DEFAULT)
+    found = {
         "half_of_the_rows": {
-            str(size): measure_projection(head, size, ours.clock, PROJECTIONS) for size in batch_sizes if size > 1
+            str(size): measure_projection(ours.model.lm_head, size, ours.clock, PROJECTIONS)
+            for size in batch_sizes
+            if size > 1
         },
         "forward_share": measure_forward_share(ours, prompt, text_steps, repeats),
     }
+    if COMPILED.title in variants:
+        length = prompt["input_ids"].shape[1] + text_steps
+        found["one_graph"] = measure_one_graph(contender(True, COMPILED), length, PROJECTIONS)
+    return found
 
 
 def until_end(tokens: list[int], end_ids: tuple[int, ...]) -> list[int]:

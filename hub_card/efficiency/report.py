@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from ..evaluation.report import fill_block
+from ..evaluation.statistics import median_interval
 from .contenders import PHASES
-from .measure import DEFAULT, TITLES
+from .measure import COMPILED, DEFAULT, TITLES
 
 
 def render(result: dict) -> str:
@@ -67,7 +68,7 @@ def _variant_lines(result: dict) -> list[str]:
 
 def _batch_lines(result: dict) -> list[str]:
     lines = [
-        "| batch | answers/s, stock | answers/s, ours | stock = 1 | batch 1 = 1 | answers as at batch 1 |",
+        "| batch | answers/s, stock | answers/s, ours | stock = 1 | ours, batch 1 = 1 | ours, answers as at batch 1 |",
         "|---|---|---|---|---|---|",
     ]
     for size, one in result["batches"].items():
@@ -87,9 +88,9 @@ def _notes(result: dict) -> list[str]:
     sentences = [
         f"BCM and DAC add {parameters['overhead']:,} parameters ({100 * parameters['overhead_share']:.2f} %, "
         f"{parameters['overhead_megabytes_bf16']:,.1f} MB in bf16), which sleep at inference.",
-        *(f"Not run: {title}, {reason}." for title, reason in result["not_run"].items()),
+        *_not_run_sentences(result["not_run"]),
         *_compiled_sentences(result),
-        *_headroom_sentences(result["headroom"]),
+        *_headroom_sentences(result),
     ]
     if loading is not None:
         written, held, weights = (
@@ -104,11 +105,17 @@ def _notes(result: dict) -> list[str]:
         "",
         f"Measured by `{result['command']}` on {result['date'][:10]}: {shape}; {decoding['dtype']}, a prompt of "
         f"{decoding['prompt_tokens']} tokens, {decoding['image_tokens']} of them the picture's, a reflection of "
-        f"{decoding['latent_steps']} steps, {decoding['text_steps']} text steps, nobody stops early; {result['repeats']} "
+        f"{decoding['latent_steps']} steps, {decoding['text_steps']} text steps, nobody stops early; both classes write as many "
+        f"tokens, so that where ours reflects the stock one writes {decoding['latent_steps'] + 2} tokens of text; {result['repeats']} "
         f"rounds in which both classes take turns, {decoding['clock']}. Times are medians (quartiles), ratios medians of the "
         f"rounds' own ratios with a {100 * first:.0f} % interval. {place}; torch {versions['torch']}, transformers "
         f"{versions['transformers']}.",
     ]
+
+
+def _not_run_sentences(not_run: dict[str, str]) -> list[str]:
+    titles = {reason: [title for title, why in not_run.items() if why == reason] for reason in not_run.values()}
+    return [f"Not run, {reason}: {'; '.join(which)}." for reason, which in titles.items()]
 
 
 def _compiled_sentences(result: dict) -> list[str]:
@@ -125,20 +132,53 @@ def _compiled_sentences(result: dict) -> list[str]:
     return sentences
 
 
-def _headroom_sentences(headroom: dict) -> list[str]:
+def _headroom_sentences(result: dict) -> list[str]:
+    headroom = result["headroom"]
     halves = ", ".join(f"{with_interval(time)} at batch {size}" for size, time in headroom["half_of_the_rows"].items())
     latent, text = (100 * headroom["forward_share"][kind]["median"] for kind in ("latent_step", "text_step"))
     return [
         *([f"Projecting half of the rows onto the vocabulary, all of them = 1: {halves}."] if halves else []),
-        f"The forward pass is {latent:.0f} % of a latent step and {text:.0f} % of a text step: the rest is all that one graph "
-        "of all latent steps could save.",
+        f"The forward pass is {latent:.0f} % of a latent step and {text:.0f} % of a text step.",
+        f"A latent step of ours takes {with_interval(_latent_by_text(result))} of its own text step.",
+        *([_one_graph_sentence(result)] if "one_graph" in headroom else []),
     ]
+
+
+def _latent_by_text(result: dict) -> dict:
+    ours = result["variants"][DEFAULT.title]["ours"]
+    return median_interval(
+        [
+            latent / text
+            for latent, text in zip(ours["latent_step"]["values"], ours["text_step"]["values"], strict=True)
+        ]
+    )
+
+
+def _one_graph_sentence(result: dict) -> str:
+    graph, decoding = result["headroom"]["one_graph"], result["decoding"]
+    times = {phase: one["median"] for phase, one in result["variants"][COMPILED.title]["ours"].items()}
+    latent, text = decoding["latent_steps"], decoding["text_steps"] + 1  # the start token's step is like one of text
+    answer = times["prefill"] + latent * times["latent_step"] + text * times["text_step"]
+    within = latent * (graph["singly"]["median"] - graph["one_graph"]["median"])
+    without = latent * (times["latent_step"] - graph["one_graph"]["median"])
+    single, whole = (graph["first_call_seconds"][name] for name in ("singly", "one_graph"))
+    return (
+        f"All {latent} latent steps compiled as one graph take {with_interval(graph['ratio'])} of the time of {latent} compiled "
+        f"ones, both without `generate` around them; this would save {100 * within / answer:.1f} % of an answer "
+        f"({COMPILED.title}), or {100 * without / answer:.1f} % if they left `generate`'s loop, too. Compiling takes "
+        f"{whole:.0f} s instead of {single:.0f} s."
+    )
 
 
 def milliseconds(values: dict) -> str:
     """A median of seconds and its quartiles, in milliseconds."""
-    median, low, high = (1000 * values[name] for name in ("median", "quartile_1", "quartile_3"))
-    return f"{median:.3g} ({low:.3g} to {high:.3g})"
+    median, low, high = (three_figures(1000 * values[name]) for name in ("median", "quartile_1", "quartile_3"))
+    return f"{median} ({low} to {high})"
+
+
+def three_figures(value: float) -> str:
+    """A number rounded to three figures, without an exponent where it is below a million."""
+    return f"{float(f'{value:.3g}'):,g}"
 
 
 def mebibytes(count: int) -> str:

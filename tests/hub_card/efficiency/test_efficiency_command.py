@@ -56,6 +56,8 @@ def test_less_can_be_asked_for(tmp_path, monkeypatch):
 def test_what_the_command_refuses(tiny_folder, tmp_path, capsys):
     assert main(["efficiency", str(tiny_folder), "--shape", "tiny"]) == 2
     assert "either a model or --shape" in capsys.readouterr().err
+    assert main(["efficiency", "--compile", "--cache-implementation", "dynamic"]) == 2
+    assert "--compile needs a static cache" in capsys.readouterr().err
     assert main(["efficiency", "--output", str(tmp_path / "no" / "such.json")]) == 2
     assert "can't be written" in capsys.readouterr().err
     assert main(["efficiency", "--device", "no_such"]) == 2

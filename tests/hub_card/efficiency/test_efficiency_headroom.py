@@ -2,10 +2,17 @@ import time
 
 import pytest
 import torch
+from transformers import CompileConfig, StaticCache
 
+from vreflection_hub_card.efficiency import contenders
 from vreflection_hub_card.efficiency.contenders import Contender
-from vreflection_hub_card.efficiency.headroom import measure_forward_share, measure_projection
-from vreflection_hub_card.efficiency.measure import DEFAULT
+from vreflection_hub_card.efficiency.headroom import (
+    feed_back,
+    measure_forward_share,
+    measure_one_graph,
+    measure_projection,
+)
+from vreflection_hub_card.efficiency.measure import COMPILED, DEFAULT
 from vreflection_hub_card.efficiency.observers import Clock
 from vreflection_hub_card.efficiency.questions import draw_conversations, make_inputs
 
@@ -51,3 +58,28 @@ def test_what_is_done_between_forward_passes_is_not_their_share(subject, cpu, mo
     other = {"latent_step": "text_step", "text_step": "latent_step"}[slow]
     assert found[slow]["median"] < 0.5 * usual[slow]["median"]
     assert found[other]["median"] > 0.5 * usual[other]["median"]
+
+
+@torch.no_grad()
+def test_states_are_fed_back(subject, cpu):
+    """Against a pass without a cache over everything that was fed."""
+    model = Contender(subject.weights, subject.config, True, DEFAULT, cpu).model
+    language_model, text = model.model.language_model, subject.config.text_config
+    first, positions = torch.randn(1, 1, text.hidden_size), torch.zeros(3, 1, 1, dtype=torch.long)
+    states = feed_back(language_model, first, positions, StaticCache(config=text, max_cache_len=8), 5)
+    fed = torch.cat([first, states[:, :-1]], 1)
+    whole = language_model(inputs_embeds=fed, position_ids=torch.arange(5).expand(3, 1, 5), use_cache=False)
+    torch.testing.assert_close(states, whole.last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
+def test_one_graph_computes_what_single_steps_do(subject, cpu, monkeypatch):
+    monkeypatch.setattr(contenders, "CompileConfig", lambda: CompileConfig(backend="eager", mode=None))
+    ours = Contender(subject.weights, subject.config, True, COMPILED, cpu)
+    found = measure_one_graph(ours, 4, 2)
+    torch.compiler.reset()
+    assert found["largest_difference"] < 1e-5
+    for name in ("singly", "one_graph"):
+        assert len(found[name]["values"]) == 2 and found["first_call_seconds"][name] > 0
+    assert found["ratio"]["values"] == pytest.approx(
+        [one / single for one, single in zip(found["one_graph"]["values"], found["singly"]["values"])]
+    )
