@@ -130,7 +130,7 @@ def test_a_cut_reflection_is_left_out(tiny, conversations):
             scores[:, start] = 0
         return scores
 
-    with pytest.warns(UserWarning, match="cut the reflection"):
+    with pytest.warns(UserWarning, match="ended within the reflection"):
         _, reflections = generate_and_look(tiny[0], inputs, logits_processor=[open_late], max_new_tokens=8)
     assert reflections == [[]]
 
