@@ -307,7 +307,7 @@ class Conductor(LogitsProcessor):
 def test_every_beam_has_the_score_of_its_sequence(model, stock, processor, prompts, ids, feedback):
     """Teacher-forced, uncached re-scoring; what a reflection forces costs nothing."""
     new_tokens, beams = 18, 4
-    inputs = encode(processor, *prompts[:2])
+    inputs = encode(processor, *prompts[1:3])  # one picture, two pictures
     length = inputs["input_ids"].shape[1]
     conductor = Conductor(ids, length, beams)
     result = model.generate(
