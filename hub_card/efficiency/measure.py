@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import is_flash_attn_2_available
 
@@ -85,10 +86,20 @@ def checkpoint_subject(
 def shape_subject(
     name: str, shape: Shape, device: torch.device, seed: int, folder: Path, side: int | None = None
 ) -> Subject:
-    """Random weights of a shape, written into `folder` and loaded from there: on a CPU the file is all that holds them."""
+    """Random weights of a shape, written into `folder` and loaded from there: on a CPU the file is all that holds them.
+
+    Raises:
+        InputError: No room for them.
+    """
     processor = build_processor()
     drawn = draw_weights(build_config(shape, processor), getattr(torch, shape.dtype), device, seed)
-    drawn.save_pretrained(folder, max_shard_size="5GB")
+    try:
+        drawn.save_pretrained(folder, max_shard_size="5GB")
+    except (OSError, SafetensorError) as error:
+        size = weight_bytes(drawn) / 1e9
+        raise InputError(
+            f"{folder}: {size:.1f} GB of weights can't be written there ({error}); TMPDIR=FOLDER sets another folder"
+        ) from error
     del drawn
     model = VReflectionForConditionalGeneration.from_pretrained(folder, dtype="auto").to(device)
     description = {

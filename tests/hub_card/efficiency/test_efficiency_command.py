@@ -1,6 +1,8 @@
 """`vreflection efficiency` on a checkpoint and on a shape."""
 
 import json
+import resource
+import signal
 
 import pytest
 from tiny_shape import TINY
@@ -51,6 +53,22 @@ def test_less_can_be_asked_for(tmp_path, monkeypatch):
     assert result["not_run"] == {"flash_attention_2": "not asked for", "static cache": "not asked for"}
     assert list(result["batches"]) == ["1", "2"]
     assert " ".join(asked) in result["command"]
+
+
+def test_weights_that_find_no_room(tmp_path, monkeypatch, capsys):
+    """A file may not grow beyond a megabyte; where a disk is full, safetensors says so in an error of the same class."""
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        assert main(["efficiency", "--shape", "tiny", "--output", str(tmp_path / "x.json"), *SHORT]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    error = capsys.readouterr().err
+    assert "GB of weights can't be written there" in error and "TMPDIR" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_the_command_refuses(tiny_folder, tmp_path, capsys):
