@@ -232,8 +232,8 @@ def test_gradient_checkpointing_changes_nothing(make_trainer, bases, tmp_path):
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def settings(**options):
-    return VReflectionSFTConfig(output_dir="unused", use_cpu=True, bf16=False, report_to="none", **options)
+def settings(output_dir="unused", **options):
+    return VReflectionSFTConfig(output_dir=output_dir, use_cpu=True, bf16=False, report_to="none", **options)
 
 
 def adapted(model, peft_config, **options):
@@ -321,7 +321,7 @@ def test_an_adapter_names_the_exact_commit_of_a_hub_base(bases):
 def test_an_adapter_keeps_the_fields_that_its_base_was_loaded_with(bases, tmp_path, rows, processor):
     # Fields of the run, which the base's folder doesn't hold.
     model = load(bases[True], region_pooling="roi_align", query_position="at")
-    args = settings(stage="sft")
+    args = settings(tmp_path, stage="sft")
     trainer = VReflectionSFTTrainer(
         model, args, processing_class=processor, train_dataset=rows, peft_config=LoraConfig(r=2)
     )
@@ -342,9 +342,9 @@ def test_a_merge_refuses_to_overwrite_and_another_base(run, tmp_path):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
 
 
-def test_a_model_that_carries_an_adapter_is_refused(run, rows):
+def test_a_model_that_carries_an_adapter_is_refused(run, rows, tmp_path):
     with pytest.raises(ValueError, match="carries an adapter already: merge it"):
-        VReflectionSFTTrainer(run.trainer.model, settings(), train_dataset=rows)
+        VReflectionSFTTrainer(run.trainer.model, settings(tmp_path), train_dataset=rows)
 
 
 def test_a_quantized_base_trains_and_merges_onto_the_full_weights(make_trainer, bases, tmp_path):
