@@ -347,7 +347,7 @@ def measure_headroom(
     repeats: int,
     text_steps: int,
 ) -> dict:
-    """What projecting fewer rows could save at most, and one graph of all latent steps where they are `COMPILED`."""
+    """What projecting fewer rows could save, and one graph of all latent steps where `COMPILED` was measured."""
     ours = contender(True, DEFAULT)
     found = {
         "half_of_the_rows": {
