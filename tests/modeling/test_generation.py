@@ -27,6 +27,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from modeling_vreflection.generation_vreflection import ReflectionOptions, ReflectionProgress
+
 
 NEW_TOKENS = 26
 # Rows enter and leave at different steps; the first row reflects twice, in the last one a reflection ends with the text.
@@ -401,6 +403,18 @@ def test_a_step_that_is_forced_in_all_rows_does_not_project(model, processor, pr
         assert len(calls) == 14 - 6
     finally:
         hook.remove()
+
+
+def test_within_reflections_of_all_rows_nothing_is_asked_of_the_device(ids):
+    """Tokens on the meta device have no values: whoever asks for one, and so would wait for a GPU, fails."""
+    progress = ReflectionProgress(ReflectionOptions(3, "hidden", None), ids[0])
+    progress.read(torch.tensor([[ids[0], ids[1]], [5, ids[0]]]))  # 3 and 4 tokens are forced
+    assert progress.left.tolist() == [3, 4] and progress.forced_steps == 3
+    for length, forced_steps in ((3, 2), (4, 1)):
+        progress.read(torch.empty(2, length, dtype=torch.long, device="meta"))
+        assert progress.forced_steps == forced_steps
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        progress.read(torch.empty(2, 5, dtype=torch.long, device="meta"))  # the first row leaves: it must ask again
 
 
 def test_a_text_step_gets_what_the_stock_class_gets(model, processor, prompts):
