@@ -305,20 +305,24 @@ class Conductor(LogitsProcessor):
         return 0.0 if step < 2 else -self.bonus if step % 2 else self.bonus
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("feedback", ["hidden", "dac"])
-def test_every_beam_has_the_score_of_its_sequence(model, stock, processor, prompts, ids, feedback):
+def test_every_beam_has_the_score_of_its_sequence(model, stock, processor, prompts, ids, feedback, do_sample):
     """Teacher-forced, uncached re-scoring; what a reflection forces costs nothing."""
     new_tokens, beams = 18, 4
     inputs = encode(processor, *prompts[1:3])  # one picture, two pictures
     length = inputs["input_ids"].shape[1]
     conductor = Conductor(ids, length, beams)
+    torch.manual_seed(0)
     result = model.generate(
         **inputs,
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         num_beams=beams,
         num_return_sequences=beams,
-        do_sample=False,
+        do_sample=do_sample,
+        top_k=0,
+        suppress_tokens=[stock.config.image_token_id],  # a sampled one would ask the reference for a picture
         length_penalty=0.0,
         latent_feedback=feedback,
         logits_processor=[conductor],
