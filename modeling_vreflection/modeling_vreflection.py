@@ -35,6 +35,8 @@ KEY_MAPPING = {
     r"^model(?!\.(language_model|visual|bcm|dac))": "model.language_model",
 }
 LATENT_INPUTS = ("bcm", "dac", "hidden")
+# Arguments of `from_pretrained` that say where a checkpoint lies; its tokenizer and processor lie there, too.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
 
 @dataclass
@@ -139,12 +141,26 @@ class VReflectionModel(Qwen2_5_VLModel):
         elif latent_inputs is not None:
             if latent_inputs not in LATENT_INPUTS:
                 raise ValueError(f"`latent_inputs` must be one of {', '.join(LATENT_INPUTS)}, got {latent_inputs!r}.")
+            if input_ids is None or inputs_embeds is not None:
+                raise ValueError(
+                    "`latent_inputs` fills the slots among `input_ids`: pass these, and no `inputs_embeds`."
+                )
             segments = find_segments(input_ids, self.config)
             if len(segments[0]):
+                if cache is not None:
+                    raise ValueError("Slots are filled in whole sequences: pass no cache with `latent_inputs`.")
+                if kwargs.get("pixel_values_videos") is not None:
+                    raise ValueError(
+                        "A reflection looks at pictures: pass no `pixel_values_videos` with `latent_inputs`."
+                    )
                 features = self._image_features(pixel_values, image_grid_thw, mm_encoder_outputs)
                 return self._reflect(inputs, segments, features, boxes, latent_inputs, bcm_receives_ce)
             if boxes is not None and len(boxes):
                 raise ValueError(f"{len(boxes)} boxes, but no reflection segment in `input_ids`.")
+        elif boxes is not None and len(boxes):
+            raise ValueError(
+                f"{len(boxes)} boxes, and nothing that uses them: pass `latent_inputs`, one of {', '.join(LATENT_INPUTS)}."
+            )
         elif input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
             if self.config.latent_token_id is not None and (input_ids == self.config.latent_token_id).any():
                 raise ValueError(
@@ -376,7 +392,7 @@ class VReflectionForConditionalGeneration(ReflectionGenerationMixin, Qwen2_5_VLF
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.config.latent_token_id is None:
-            hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub)
             model.add_latent_tokens(len(tokenizer))
         return loaded
@@ -396,7 +412,7 @@ class VReflectionForConditionalGeneration(ReflectionGenerationMixin, Qwen2_5_VLF
             `tuple`: The model and its [`VReflectionProcessor`].
         """
         model = cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         processor = VReflectionProcessor.from_backbone(
             pretrained_model_name_or_path, latent_tokens, model.config.num_latent_tokens, **hub
         )

@@ -18,6 +18,19 @@ TRAINED_MODULES = {"sft": (), "1": ("bcm",), "2": ("dac",), "joint": ("bcm", "da
 LATENT_INPUTS = ("bcm", "dac", "hidden")
 ON_BAD_ROW = ("error", "skip")
 PACK_LENGTH = 16_384
+# Of trl's and transformers' arguments, those that would be ignored, and the values that ask for nothing.
+UNSUPPORTED = {
+    "completion_only_loss": (None, False),
+    "dataset_text_field": ("text",),
+    "label_smoothing_factor": (0.0,),
+    "loss_type": ("nll",),
+    "packing_strategy": ("bfd",),
+    "pad_to_multiple_of": ("auto", None),
+    "padding_free": (False,),
+    "router_aux_loss_coef": (None, 0.0),
+    "shuffle_dataset": (False,),
+    "truncation_mode": ("keep_start",),
+}
 
 
 @dataclass
@@ -156,13 +169,7 @@ class VReflectionSFTConfig(SFTConfig):
             self._check_packing()
         if self.report_to is None:
             self.report_to = "trackio" if is_trackio_available() else "none"
-        unsupported = {
-            "padding_free": (False,),
-            "loss_type": ("nll",),
-            "label_smoothing_factor": (0.0,),
-            "completion_only_loss": (None, False),
-        }
-        for name, allowed in unsupported.items():
+        for name, allowed in UNSUPPORTED.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"V-Reflection doesn't support `{name}={getattr(self, name)!r}`: leave it out.")
         if self.remove_unused_columns:

@@ -101,6 +101,9 @@ class VReflectionSFTTrainer(SFTTrainer):
         **kwargs,
     ):
         args = VReflectionSFTConfig(output_dir="v-reflection-sft") if args is None else args
+        for name in ("formatting_func", "compute_loss_func"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"V-Reflection's rows and losses leave no place for `{name}`: leave it out.")
         if isinstance(model, str):
             model, loaded_processor = load_model_and_processor(model, **(args.model_init_kwargs or {}))
             processing_class = processing_class or loaded_processor

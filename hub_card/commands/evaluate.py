@@ -47,7 +47,6 @@ def add_parser(commands) -> None:
         "--tasks",
         nargs="+",
         choices=[*TASKS, *BENCHMARKS],
-        default=["glyphsearch"],
         metavar="TASK",
         help=f"glyphsearch, or any of {', '.join(BENCHMARKS)} (default: glyphsearch, which measures more than answers)",
     )
@@ -112,7 +111,13 @@ def add_parser(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """`vreflection evaluate`."""
     if options.compare:
+        ignored = [
+            name for name, value in vars(options).items() if value is not None and name not in ("compare", "run")
+        ]
+        if ignored:
+            raise InputError(f"--compare measures nothing: leave {ignored[0]} out")
         return compare_runs(*options.compare)
+    options.tasks = options.tasks or ["glyphsearch"]
     benchmarks = [name for name in options.tasks if name in BENCHMARKS]
     if benchmarks and len(benchmarks) < len(options.tasks):
         raise InputError(

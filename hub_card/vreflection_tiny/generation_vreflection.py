@@ -17,6 +17,8 @@ from .compression_vreflection import pad_features
 
 
 LATENT_FEEDBACK = ("hidden", "dac")
+# Arguments of `forward` that transformers would let through to it, where decoding has no use for them.
+NOT_FOR_GENERATE = ("boxes", "latent_inputs", "bcm_receives_ce", "latent_state", "skip_logits", "labels")
 # What `generate` and the language model call the key-value cache: `cache` from transformers 5.24 on.
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
@@ -81,8 +83,34 @@ class ReflectionProgress:
                 self.left = None
 
 
-class ReflectionLogitsProcessor(LogitsProcessor):
-    """Forces `latent_steps` slots and the end token after every start token, and bans both elsewhere.
+class ReflectionTokenBan(LogitsProcessor):
+    """Bans the slot and the end token outside of reflections, and the start token where none may start.
+
+    Comes before the processors that keep only the likeliest tokens (`top_k`, `top_p`, `min_p`, `typical_p`), so that they
+    never keep banned tokens alone.
+
+    Args:
+        token_ids (`tuple[int, int, int]`): Ids of the start, slot and end token.
+        progress (`ReflectionProgress`): Of the call, up to the tokens that the scores follow.
+    """
+
+    def __init__(self, token_ids: tuple[int, int, int], progress: ReflectionProgress):
+        self.start_id, self.latent_id, self.end_id = token_ids
+        self.progress = progress
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.progress.forced_steps:  # in all rows: no score counts
+            return scores
+        scores = scores.clone()
+        # No list of ids as an index: it would be copied to the device at every step.
+        scores[:, self.latent_id] = scores[:, self.end_id] = float("-inf")
+        if not self.progress.options.can_start:
+            scores[:, self.start_id] = float("-inf")
+        return scores
+
+
+class ReflectionForcing(LogitsProcessor):
+    """Forces `latent_steps` slots and the end token after every start token, and the start token for `reflect=True`.
 
     Must come last in the list, so that no other processor forbids what is forced.
 
@@ -103,14 +131,10 @@ class ReflectionLogitsProcessor(LogitsProcessor):
             scores[:, self.start_id] = 0.0
             return scores
         left = self.progress.left
-        # No list of ids as an index: it would be copied to the device at every step.
         if left is None:
-            scores = scores.clone()
-            scores[:, self.latent_id] = scores[:, self.end_id] = float("-inf")
-            if not self.progress.options.can_start:
-                scores[:, self.start_id] = float("-inf")
             return scores
-        scores = scores.masked_fill(left[:, None] > 0, float("-inf"))
+        forced = left > 0
+        scores = scores.masked_fill(forced[:, None], float("-inf"))
         scores[:, self.latent_id] = torch.where(left > 1, 0.0, float("-inf"))
         scores[:, self.end_id] = torch.where(left == 1, 0.0, float("-inf"))
         return scores
@@ -175,6 +199,10 @@ class ReflectionGenerationMixin:
             raise ValueError(
                 "The model has no latent tokens: make it with `from_backbone`, or call `add_latent_tokens`."
             )
+        if given := [name for name in NOT_FOR_GENERATE if kwargs.get(name) is not None]:
+            raise ValueError(
+                f"`generate` has no use for `{given[0]}`, which is an argument of `forward`: leave it out."
+            )
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
         options = ReflectionOptions(
             first_given(latent_steps, config, self.generation_config, "latent_steps", self.config.num_latent_tokens),
@@ -188,6 +216,10 @@ class ReflectionGenerationMixin:
                 raise ValueError(unsupported("assisted decoding (`assistant_model`)", "leave `assistant_model` out"))
             if options.latent_feedback == "dac":
                 self._check_dac_feedback()
+                if kwargs.get("pixel_values_videos") is not None:
+                    raise ValueError(
+                        "`latent_feedback='dac'` asks pictures, not videos: use `latent_feedback='hidden'`."
+                    )
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = SilentReflectionStreamer(kwargs["streamer"], self.config.latent_token_ids)
         progress = ReflectionProgress(options, self.config.latent_start_token_id)
@@ -222,12 +254,29 @@ class ReflectionGenerationMixin:
                 f"{self.config.dac_queries!r} and {self.config.query_position!r}. Use `latent_feedback='hidden'`."
             )
 
-    def _get_logits_processor(self, generation_config, *args, input_ids_seq_length=None, model_kwargs=None, **kwargs):
-        # The one hook that sees the final generation config, and whose list can be appended to last.
-        processors = super()._get_logits_processor(
-            generation_config, *args, input_ids_seq_length=input_ids_seq_length, model_kwargs=model_kwargs, **kwargs
-        )
+    def _get_logits_processor(
+        self,
+        generation_config,
+        *args,
+        input_ids_seq_length=None,
+        logits_processor=None,
+        model_kwargs=None,
+        **kwargs,
+    ):
+        # The one hook that sees the final generation config. transformers puts the list that it is given before the
+        # processors that keep only the likeliest tokens; what it returns can be appended to.
         progress = model_kwargs["reflection"]
+        ban = ReflectionTokenBan(self.config.latent_token_ids, progress)
+        processors = super()._get_logits_processor(
+            generation_config,
+            *args,
+            input_ids_seq_length=input_ids_seq_length,
+            logits_processor=[*(logits_processor or []), ban],
+            model_kwargs=model_kwargs,
+            **kwargs,
+        )
+        if logits_processor:  # one of the user's may keep only the likeliest tokens, too
+            processors.insert(0, ban)
         options = progress.options
         if options.can_start:
             if generation_config.prompt_lookup_num_tokens is not None:
@@ -242,7 +291,7 @@ class ReflectionGenerationMixin:
                     f"`reflect=True` with {options.latent_steps} latent steps takes {options.latent_steps + 2} tokens; a "
                     f"limit of {room} new tokens leaves none for the answer. Raise `max_new_tokens`."
                 )
-        processors.append(ReflectionLogitsProcessor(self.config.latent_token_ids, input_ids_seq_length, progress))
+        processors.append(ReflectionForcing(self.config.latent_token_ids, input_ids_seq_length, progress))
         return processors
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import AddedToken
 
 from .compression_vreflection import BOX_UNIT
@@ -21,6 +21,12 @@ CHAT_TEMPLATE = """\
 {%- macro plain(text) -%}
     {{- text __ESCAPES__ -}}
 {%- endmacro -%}
+{%- if tools -%}
+    {{- raise_exception("This model has not learned to call tools: leave `tools` out.") -}}
+{%- endif -%}
+{%- if documents -%}
+    {{- raise_exception("The chat template has no place for `documents`: put their text into a message.") -}}
+{%- endif -%}
 {%- set last = namespace(question=-1) -%}
 {%- for message in messages if message.role == 'user' -%}
     {%- set last.question = last.question + 1 -%}
@@ -32,6 +38,11 @@ CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {%- if message.role == 'user' -%}
         {%- set turn.question = turn.question + 1 -%}
+    {%- elif message.role not in ('system', 'assistant') -%}
+        {{- raise_exception("A message's role is 'system', 'user' or 'assistant', not '" + message.role + "'.") -}}
+    {%- endif -%}
+    {%- if message.tool_calls -%}
+        {{- raise_exception("This model has not learned to call tools: a message can't hold `tool_calls`.") -}}
     {%- endif -%}
     {{- '<|im_start|>' + message.role + '\\n' -}}
     {%- if message.role == 'assistant' -%}
@@ -62,6 +73,9 @@ CHAT_TEMPLATE = """\
         {%- set run = namespace(text='') -%}
         {%- for part in message.content -%}
             {%- if part.type in ('image', 'image_url') -%}
+                {%- if part.min_pixels or part.max_pixels or part.resized_height or part.resized_width -%}
+                    {{- raise_exception("A picture can't be sized by its content part: set the image processor's `size`.") -}}
+                {%- endif -%}
                 {%- set run.text = run.text + '<|vision_start|><|image_pad|><|vision_end|>' -%}
             {%- elif part.type == 'text' -%}
                 {%- set run.text = run.text + part.text -%}
@@ -136,7 +150,7 @@ class VReflectionProcessor(Qwen2_5_VLProcessor):
             latent_tokens[0],
         )
 
-    def __call__(self, images=None, text=None, boxes: Sequence | None = None, videos=None, **kwargs):
+    def __call__(self, images=None, text=None, boxes: Sequence | None = None, videos=None, audio=None, **kwargs):
         """Prepares text and images, as Qwen2.5-VL's processor does, and boxes.
 
         Args:
@@ -150,10 +164,14 @@ class VReflectionProcessor(Qwen2_5_VLProcessor):
             corners in 1/65,536 of its sides, rounded inwards so that a box that ends on a patch's edge stays there.
 
         Raises:
-            ValueError: A box that is no box, naming sample and box; another number of boxes than segments; videos.
+            ValueError: A box that is no box, naming sample and box; another number of boxes than segments; videos, audio,
+                and arguments that neither the tokenizer nor the image processor has.
         """
-        if videos is not None:
-            raise ValueError("V-Reflection looks at pictures; pass `images`, not `videos`.")
+        refuse_other_media(videos=videos, audio=audio)
+        if unknown := [name for name in kwargs if name not in self._known_arguments]:
+            raise ValueError(
+                f"Neither the tokenizer nor the image processor has an argument `{unknown[0]}`, so that it would be ignored."
+            )
         quantised = None
         if boxes is not None:
             texts, boxes = ([text], [boxes]) if isinstance(text, str) else (text, boxes)
@@ -166,11 +184,20 @@ class VReflectionProcessor(Qwen2_5_VLProcessor):
     def apply_chat_template(self, conversation, *args, processor_kwargs: dict | None = None, **kwargs):
         """`ProcessorMixin.apply_chat_template`, which also hands the boxes of the rendered reflections on."""
         processor_kwargs = dict(processor_kwargs or {})
+        refuse_other_media(**kwargs)
+        refuse_other_media(**processor_kwargs)
         single = isinstance(conversation[0], dict)
         boxes = [rendered_reflections(messages) for messages in ([conversation] if single else conversation)]
         if kwargs.get("tokenize") and any(boxes):
             processor_kwargs["boxes"] = boxes[0] if single else boxes
         return super().apply_chat_template(conversation, *args, processor_kwargs=processor_kwargs, **kwargs)
+
+    @property
+    def _known_arguments(self) -> set[str]:
+        """What the tokenizer and the image processor take, and `ProcessorMixin` itself."""
+        of_images = getattr(self.image_processor.valid_kwargs, "__annotations__", {})
+        own = set(ProcessingKwargs.__annotations__) - {"videos_kwargs", "audio_kwargs"} | {"common_kwargs"}
+        return own | {*TextKwargs.__annotations__, *ImagesKwargs.__annotations__, *of_images}
 
     def _quantise(self, texts: list[str], boxes: Sequence) -> list[list[int]]:
         if len(boxes) != len(texts):
@@ -188,6 +215,13 @@ class VReflectionProcessor(Qwen2_5_VLProcessor):
                 rows.append([first_image + image, *quantise_box(item.get("box"), where)])
             first_image += images
         return rows
+
+
+def refuse_other_media(videos=None, audio=None, **kwargs):
+    """Raises a `ValueError` where videos or audio are given."""
+    for name, value in (("videos", videos), ("audio", audio)):
+        if value is not None:
+            raise ValueError(f"V-Reflection looks at pictures: pass `images`, not `{name}`.")
 
 
 def rendered_reflections(messages: list[dict]) -> list[dict]:

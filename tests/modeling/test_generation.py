@@ -23,6 +23,7 @@ from transformers import (
     LogitsProcessor,
     TextIteratorStreamer,
     TextStreamer,
+    TopKLogitsWarper,
     pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -155,6 +156,77 @@ def test_without_latents_no_reflection_token_appears(model, batch, ids, plain):
 
     tokens = model.generate(**batch, max_new_tokens=6, do_sample=False, logits_processor=[WantReflections()], **plain)
     assert not torch.isin(tokens, torch.tensor(ids)).any()
+
+
+WARPERS = (
+    {"top_k": 1}, {"top_p": 0.01}, {"min_p": 1.0}, {"typical_p": 0.01}, {"top_h": 0.01}, {"epsilon_cutoff": 0.9},
+    {"eta_cutoff": 0.9}, {"top_k": 2, "num_beams": 2},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("plain", [{"latent_steps": 0}, {"reflect": False}, {}])
+@pytest.mark.parametrize("warper", WARPERS, ids=lambda warper: next(iter(warper)))
+def test_sampling_never_keeps_banned_tokens_alone(model, batch, ids, warper, plain):
+    """The likeliest tokens are all banned: what `top_k=1` keeps must be one that may be said."""
+
+    class WantReflections(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores = scores.clone()
+            scores[:, ids[1:] if plain == {} else ids] += 100.0
+            return scores
+
+    options = {"do_sample": True, "max_new_tokens": 3, "temperature": 0.7, "top_k": 0, "top_p": 1.0, **warper, **plain}
+    tokens = model.generate(**batch, logits_processor=[WantReflections()], **options)[:, batch["input_ids"].shape[1] :]
+    assert tokens.shape[1] >= 1
+    assert not torch.isin(tokens, torch.tensor(ids[1:] if plain == {} else ids)).any()
+
+
+@pytest.mark.parametrize("plain", [{"latent_steps": 0}, {}])
+def test_top_k_leaves_as_many_tokens_as_it_says(model, batch, ids, plain):
+    class WantReflections(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores = scores.clone()
+            scores[:, ids[1:]] += 100.0
+            return scores
+
+    options = {
+        "do_sample": True,
+        "top_k": 50,
+        "max_new_tokens": 1,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    scores = model.generate(**batch, **options, logits_processor=[WantReflections()], **plain).scores[0]
+    assert scores.isfinite().sum(1).tolist() == [50] * len(scores)
+    assert not scores[:, ids[1:]].isfinite().any()
+
+
+def test_a_warper_of_the_users_keeps_what_may_be_said(model, batch, ids):
+    class WantReflections(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.index_fill(1, torch.tensor(ids), 100.0)
+
+    # The model's own favourites: bans come before the list that the user gave, and once more after it.
+    bias = {(token,): 100.0 for token in ids}
+    options = {"do_sample": True, "max_new_tokens": 2, "reflect": False}
+    for given in ([TopKLogitsWarper(1)], [WantReflections()]):
+        extra = {"sequence_bias": bias} if isinstance(given[0], TopKLogitsWarper) else {}
+        tokens = model.generate(**batch, **options, **extra, logits_processor=given)
+        assert not torch.isin(tokens[:, batch["input_ids"].shape[1] :], torch.tensor(ids)).any()
+
+
+@pytest.mark.parametrize(
+    "name", ["boxes", "latent_inputs", "bcm_receives_ce", "latent_state", "skip_logits", "labels"]
+)
+def test_arguments_of_forward_alone_are_refused(model, batch, name):
+    with pytest.raises(ValueError, match=f"no use for `{name}`"):
+        model.generate(**batch, max_new_tokens=2, **{name: torch.zeros(1, 5, dtype=torch.long)})
+
+
+def test_dac_feedback_refuses_videos(model, batch):
+    videos = {"pixel_values_videos": torch.zeros(4, 4), "video_grid_thw": torch.tensor([[1, 2, 2]])}
+    with pytest.raises(ValueError, match="pictures, not videos"):
+        model.generate(**batch, **videos, max_new_tokens=12, latent_feedback="dac")
 
 
 def test_slots_and_end_appear_only_in_a_reflection(model, batch, ids):

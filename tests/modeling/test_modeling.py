@@ -406,6 +406,19 @@ def test_unknown_latent_inputs_are_refused(model, mixed):
         model(**mixed.inputs, latent_inputs="teacher")
 
 
+def test_what_a_reflecting_pass_would_ignore_is_refused(model, processor, mixed):
+    plain = encode(processor, ask("What?", picture(1)) + answer("Z"))
+    with pytest.raises(ValueError, match="1 boxes, and nothing that uses them"):
+        model(**plain, boxes=mixed.inputs["boxes"][:1])
+    with pytest.raises(ValueError, match="no cache"):
+        model(**mixed.inputs, latent_inputs="bcm", cache=DynamicCache(config=model.config.get_text_config()))
+    with pytest.raises(ValueError, match="no `pixel_values_videos`"):
+        model(**mixed.inputs, latent_inputs="bcm", pixel_values_videos=torch.zeros(4, 4))
+    embeds = model.get_input_embeddings()(mixed.inputs["input_ids"])
+    with pytest.raises(ValueError, match="no `inputs_embeds`"):
+        model(**mixed.inputs, latent_inputs="bcm", inputs_embeds=embeds)
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_another_number_of_boxes_is_refused(model, mixed, count):
     boxes = mixed.inputs["boxes"].repeat(2, 1)[:count]

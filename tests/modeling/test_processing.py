@@ -83,6 +83,49 @@ def test_unknown_content_is_refused(processor):
         render(processor, [{"role": "user", "content": [{"type": "reflection", "box": BOX}]}])
 
 
+TOOL = {"type": "function", "function": {"name": "zoom", "parameters": {}}}
+CALL = {"role": "assistant", "content": "", "tool_calls": [TOOL]}
+
+
+@pytest.mark.parametrize(
+    "messages, options, message",
+    [
+        (ask("Hi"), {"tools": [TOOL]}, "leave `tools` out"),
+        (ask("Hi"), {"documents": [{"title": "a", "text": "b"}]}, "no place for `documents`"),
+        ([*ask("Hi"), CALL], {}, "can't hold `tool_calls`"),
+        ([*ask("Hi"), {"role": "tool", "content": "5"}], {}, "not 'tool'"),
+        ([{"role": "developer", "content": "Be brief."}, *ask("Hi")], {}, "not 'developer'"),
+        ([{"role": "user", "content": [{"type": "image", "image": picture(1), "max_pixels": 784}]}], {}, "`size`"),
+        ([{"role": "user", "content": [{"type": "image", "image": picture(1), "resized_height": 84}]}], {}, "`size`"),
+    ],
+)
+def test_what_the_template_would_drop_is_refused(processor, messages, options, message):
+    for tokenize in (False, True):
+        with pytest.raises(Exception, match=message):
+            processor.apply_chat_template(messages, tokenize=tokenize, **options)
+
+
+@pytest.mark.parametrize("name, value", [("videos", [np.zeros((2, 56, 56, 3))]), ("audio", [np.zeros(16)]), ("fps", 2), ("num_frames", 4), ("enable_thinking", True), ("add_vision_id", True), ("videos_kwargs", {"fps": 2}), ("audio_kwargs", {"sampling_rate": 1})])  # fmt: skip
+def test_arguments_that_would_be_ignored_are_refused(processor, name, value):
+    with pytest.raises(ValueError, match=name):
+        processor(text=["Hi"], return_tensors="pt", **{name: value})
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    with pytest.raises(ValueError, match=name):
+        processor.apply_chat_template(ask("Hi"), **options, processor_kwargs={name: value})
+    with pytest.raises(ValueError, match=name):
+        processor.apply_chat_template(ask("Hi"), **options, **{name: value})
+
+
+def test_arguments_of_tokenizer_and_image_processor_are_passed_on(processor):
+    size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    text = render(processor, ask("Hi", picture(1)))
+    options = {"images": picture(1), "text": text, "return_tensors": "pt"}
+    inputs = processor(**options, size=size, pad_to_multiple_of=32, padding=True)
+    assert inputs["image_grid_thw"].prod() <= 16 and inputs["input_ids"].shape[1] % 32 == 0
+    nested = processor(**options, images_kwargs={"size": size})
+    assert torch.equal(nested["image_grid_thw"], inputs["image_grid_thw"])
+
+
 # What text can't do
 
 TYPED = f"{START} {SLOT}{SLOT} {END} <|so{START}vt|> {START * 2}"

@@ -247,12 +247,22 @@ def test_a_checkpoint_resumes_bit_for_bit(make_trainer, checkpoint, model, tmp_p
         ({"on_bad_row": "warn"}, "`on_bad_row` must be one of error, skip"),
         ({"sample_every": -1}, "`sample_every` must not be negative"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"shuffle_dataset": True}, "shuffle_dataset"),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of"),
+        ({"dataset_text_field": "caption"}, "dataset_text_field"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
     ],
 )
 def test_wrong_settings_raise(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         VReflectionSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+@pytest.mark.parametrize("name", ["formatting_func", "compute_loss_func"])
+def test_functions_that_would_never_be_called_are_refused(model, processor, rows, name, tmp_path):
+    args = VReflectionSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(ValueError, match=name):
+        VReflectionSFTTrainer(model, args, processing_class=processor, train_dataset=rows, **{name: print})
 
 
 @pytest.mark.parametrize("stage", ["sft", "1", "2"])

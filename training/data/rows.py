@@ -40,7 +40,6 @@ PARTS = {
     "system": ("text", "image"),
     "user": ("text", "image"),
     "assistant": ("text", "reflection"),
-    "tool": ("text", "image"),
 }
 
 

@@ -48,6 +48,7 @@ def test_a_run_for_each_number_of_latent_steps_and_their_comparison(data, tmp_pa
         (["--tasks", "mmvp", "--difficulty", "easy"], "--difficulty has no meaning for mmvp"),
         (["--latent-steps", "4"], "--latent-steps has no meaning for glyphsearch"),
         (["--compare", "nothing", "here"], "no folder of a finished run"),
+        (["--compare", "nothing", "here", "--limit", "5"], "--compare measures nothing: leave limit out"),
     ],
 )
 def test_mistakes(arguments, fragment, capsys):
