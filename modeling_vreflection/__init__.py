@@ -7,6 +7,8 @@ from .modeling_vreflection import VReflectionForConditionalGeneration
 from .processing_vreflection import VReflectionProcessor
 
 
+__version__ = "0.2.0"
+
 # Where the package is installed, the auto classes use it and need no `trust_remote_code`.
 AutoConfig.register(VReflectionConfig.model_type, VReflectionConfig)
 AutoProcessor.register(VReflectionConfig, VReflectionProcessor)

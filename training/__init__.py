@@ -1,8 +1,23 @@
-"""V-Reflection's training: the two stages through trl's SFTTrainer."""
+"""V-Reflection's training through trl's SFTTrainer. The public names are imported when they are first used."""
 
-from .collator import VReflectionDataCollator
-from .configs import VReflectionSFTConfig
-from .trainer import VReflectionSFTTrainer
+from importlib import import_module
 
+
+PUBLIC = {
+    "VReflectionDataCollator": "vreflection_training.collator",
+    "VReflectionSFTConfig": "vreflection_training.sft_config",
+    "VReflectionSFTTrainer": "vreflection_training.sft_trainer",
+    "__version__": "modeling_vreflection",
+}
 
 __all__ = ["VReflectionDataCollator", "VReflectionSFTConfig", "VReflectionSFTTrainer"]
+
+
+def __getattr__(name: str):
+    if name in PUBLIC:
+        return getattr(import_module(PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC})

@@ -1,8 +1,8 @@
-"""`python -m vreflection_training`: what `accelerate launch` starts in every process."""
+"""`python -m vreflection_training RECIPE`: what `accelerate launch` starts in every process."""
 
 import sys
 
-from .cli import main
+from .cli import main_train
 
 
-sys.exit(main())
+sys.exit(main_train())

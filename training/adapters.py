@@ -14,8 +14,8 @@ from trl import get_quantization_config as get_stock_quantization_config
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
 from vreflection_hub_card.card import read_training_facts, write_training_facts
 
-from .configs import TRAINED_MODULES, VReflectionSFTConfig
 from .loading import is_stock, load_model_and_processor
+from .sft_config import TRAINED_MODULES, VReflectionSFTConfig
 
 
 LANGUAGE_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

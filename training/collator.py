@@ -10,10 +10,10 @@ from transformers import PreTrainedConfig
 
 from modeling_vreflection import VReflectionProcessor
 from modeling_vreflection.processing_vreflection import rendered_reflections
+from vreflection_hub_card.rows import BadRow, check_past_reflections, row_messages
 
 from .data.images import load_image
 from .data.measure import measure_row
-from .data.rows import BadRow, check_past_reflections, row_messages
 
 
 SPARE_ROW = {

@@ -9,9 +9,9 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..checkpoints import first_line
 from ..errors import InputError
 from ..evaluation.provenance import sha256
+from ..inference.checkpoints import first_line
 from .checkpoint import ADAPTER_CONFIG
 from .facts import only_drawn, read_training_facts
 

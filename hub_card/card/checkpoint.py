@@ -7,10 +7,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
 from modeling_vreflection import VReflectionConfig
-from modeling_vreflection.generation_vreflection import LATENT_FEEDBACK
+from modeling_vreflection.generation_vreflection import ReflectionOptions
 
-from ..checkpoints import checkpoint_config, first_line
 from ..errors import InputError
+from ..inference.checkpoints import checkpoint_config, first_line
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -72,10 +72,8 @@ class Checkpoint:
     @classmethod
     def from_configs(cls, config: VReflectionConfig, generation_config: GenerationConfig, **more) -> "Checkpoint":
         """Describes a model by its two configurations, with `generate`'s defaults for what they leave open."""
-        steps = getattr(generation_config, "latent_steps", None)
-        feedback = getattr(generation_config, "latent_feedback", None)
-        steps = config.num_latent_tokens if steps is None else steps
-        return cls(config, steps, feedback or LATENT_FEEDBACK[0], **more)
+        options = ReflectionOptions.resolve(config, generation_config)
+        return cls(config, options.latent_steps, options.latent_feedback, **more)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

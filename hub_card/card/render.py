@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yam
 
 from ..errors import InputError
 from ..evaluation.benchmarks import BENCHMARKS
-from ..evaluation.glyphsearch import draw_question
 from ..evaluation.provenance import sha256
+from ..glyphsearch import draw_question
 from .check import CARD, EVAL_RESULTS, is_hub_id
 from .checkpoint import Checkpoint, read_checkpoint
 from .facts import check_training_facts, hub_datasets, only_drawn, options_table, read_training_facts, training_table

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration
 
-from ..checkpoints import first_line
 from ..errors import InputError
+from ..inference.checkpoints import first_line
 from .folders import appearing, check_free
 from .layouts import holds_module, our_names, stored_shape
 from .shards import Stored, Weight, are_equal, read_headers, write_shards

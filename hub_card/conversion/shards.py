@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..checkpoints import first_line
 from ..errors import InputError
+from ..inference.checkpoints import first_line
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -42,7 +42,7 @@ def find_shards(folder: Path) -> list[Path]:
         if (folder / SAFE_WEIGHTS_NAME).is_file():
             return [folder / SAFE_WEIGHTS_NAME]
         if (folder / "adapter_config.json").is_file():
-            raise InputError(f"{folder}: an adapter; merge it into its base first (vreflection-train merge)")
+            raise InputError(f"{folder}: an adapter; merge it into its base first (vreflection merge)")
         raise InputError(
             f"{folder}: no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}. Pickled weights (.bin, .pt) are never "
             "opened, for they can run any code: where you trust them, load them with transformers and `save_pretrained` "

@@ -12,8 +12,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from modeling_vreflection import VReflectionConfig, VReflectionProcessor
 from modeling_vreflection.processing_vreflection import LATENT_TOKENS
 
-from ..checkpoints import checkpoint_config, first_line
 from ..errors import InputError
+from ..inference.checkpoints import checkpoint_config, first_line
 from .layouts import MODULES, holds_module
 
 

@@ -7,7 +7,7 @@ from transformers import Qwen2_5_VLConfig
 from modeling_vreflection import VReflectionConfig, VReflectionProcessor
 from modeling_vreflection.processing_vreflection import LATENT_TOKENS
 
-from ..checkpoints import EMBEDDED
+from ..inference.checkpoints import EMBEDDED
 
 
 PATCH_SIZE, MERGE_SIZE = 14, 2

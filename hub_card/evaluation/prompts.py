@@ -1,22 +1,18 @@
 """What is asked: the text after the pictures, worded as the paper's authors did in their released evaluation."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-
-if TYPE_CHECKING:
-    from .benchmarks import Item
 
 LETTERS = "ABCDE"
 # What each protocol adds to the question.
 PROTOCOLS = {"authors": "\nAnswer with the option's letter from the given choices directly.", "bare": ""}
 
 
-def prompt(item: "Item", protocol: str = "authors") -> str:
+def prompt(question: str, protocol: str = "authors") -> str:
     """The text that follows the pictures in the user's turn.
 
     Args:
-        item (`Item`): The item.
+        question (`str`): The item's question, with its options.
         protocol (`str`): A key of `PROTOCOLS`.
 
     Raises:
@@ -24,7 +20,7 @@ def prompt(item: "Item", protocol: str = "authors") -> str:
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"Unknown protocol {protocol!r}; choose one of {', '.join(PROTOCOLS)}.")
-    return item.question + PROTOCOLS[protocol]
+    return question + PROTOCOLS[protocol]
 
 
 def with_options(question: str, options: str) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..card import check_card
-from ..checkpoints import checkpoint_config
+from ..inference.checkpoints import checkpoint_config
 from .clean_process import try_checkpoint
 from .files import find_files
 from .leaks import check_leaks

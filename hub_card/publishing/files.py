@@ -87,7 +87,7 @@ def explain(foreign: list[str]) -> str:
     elif pickles:
         listing, why = pickles, "pickle, which runs code when it is read: only safetensors are published; delete them"
     elif adapters:
-        listing, why = adapters, "an adapter: make a checkpoint of it first, vreflection-train merge ADAPTER OUTPUT"
+        listing, why = adapters, "an adapter: make a checkpoint of it first, vreflection merge ADAPTER OUTPUT"
     else:
         listing, why = (
             foreign,

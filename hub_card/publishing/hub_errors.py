@@ -13,8 +13,8 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from ..checkpoints import first_line
 from ..errors import InputError
+from ..inference.checkpoints import first_line
 
 
 # httpx's base class of all that can go wrong on the way; which httpx it is depends on the client's version.

@@ -7,8 +7,8 @@ from pathlib import Path
 from huggingface_hub import get_token
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoints import first_line
 from ..errors import InputError
+from ..inference.checkpoints import first_line
 
 
 # Somebody's folders; a URL with such a part, or a token of a vocabulary, is none.

@@ -12,8 +12,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
 
-from ..ask import Look, look
-from ..attention import Reflection, offered_sources
+from ..inference.attention_maps import Reflection, offered_sources
+from ..inference.look import Look, look
 
 
 MAX_NEW_TOKENS = 512

@@ -9,7 +9,7 @@ import os
 if "SPACE_ID" in os.environ:
     import spaces  # noqa: F401  ZeroGPU wants to come before torch
 
-from vreflection_hub_card.checkpoints import checkpoint_folder, load_checkpoint
+from vreflection_hub_card.inference.checkpoints import checkpoint_folder, load_checkpoint
 from vreflection_hub_card.space.page import build_page, launch
 
 

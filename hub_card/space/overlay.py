@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from ..drawing import COLOURS, new_figure, show
+from ..inference.drawing import COLOURS, new_figure, show
 
 
 # Of a frame's longer side, in pixels: small pictures are enlarged to it, large ones shrunk.

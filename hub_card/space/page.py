@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
-from modeling_vreflection.generation_vreflection import LATENT_FEEDBACK, first_given
+from modeling_vreflection.generation_vreflection import LATENT_FEEDBACK
 
 from ..errors import InputError
-from ..evaluation.glyphsearch import draw_question
+from ..glyphsearch import draw_question
 from .answering import Progress, answer_twice, shown_source
 from .overlay import Frame, draw_frames
 from .texts import EMBEDDED_NOTES, HEADER, NOTES, READING, caption_of
@@ -49,9 +49,7 @@ def build_page(
     """
     decode = make_decoder(model, processor)
     source = shown_source(model)
-    defaults = model.generation_config
-    steps = first_given(None, defaults, defaults, "latent_steps", model.config.num_latent_tokens)
-    feedback = first_given(None, defaults, defaults, "latent_feedback", "hidden")
+    defaults = model.reflection_options()
     examples = [[scene.image, asked.text] for scene, asked in (draw_question("test", seed) for seed in EXAMPLE_SEEDS)]
 
     with gr.Blocks(analytics_enabled=False, title="V-Reflection", delete_cache=CLEANING) as page:
@@ -91,7 +89,7 @@ def build_page(
                     latent_steps = gr.Slider(
                         1,
                         MAX_LATENT_STEPS,
-                        min(max(steps, 1), MAX_LATENT_STEPS),
+                        min(max(defaults.latent_steps, 1), MAX_LATENT_STEPS),
                         step=1,
                         label="Latent steps",
                         info=f"This checkpoint was trained with {model.config.num_latent_tokens}.",
@@ -99,7 +97,7 @@ def build_page(
                     )
                     latent_feedback = gr.Radio(
                         LATENT_FEEDBACK if model.config.has_dac else LATENT_FEEDBACK[:1],
-                        value=feedback,
+                        value=defaults.latent_feedback,
                         label="Feedback",
                         info="What a step is fed: the model's own hidden state, or what DAC finds for it in the picture.",
                         elem_id="latent-feedback",

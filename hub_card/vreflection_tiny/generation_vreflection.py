@@ -8,7 +8,7 @@ import warnings
 from dataclasses import dataclass, fields
 
 import torch
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -40,6 +40,26 @@ class ReflectionOptions:
             )
         if self.reflect and not self.can_start:
             raise ValueError("`reflect=True` and `latent_steps=0` contradict each other: set `latent_steps` above 0.")
+
+    @classmethod
+    def resolve(cls, config, *generation_configs, latent_steps=None, latent_feedback=None, reflect=None):
+        """The options of a call: an argument wins, then the first generation config that says something.
+
+        Args:
+            config (`VReflectionConfig`): The model's; where nothing is said, `latent_steps` is its `num_latent_tokens`.
+            generation_configs (`GenerationConfig`): The call's, if there is one, then the model's.
+            latent_steps, latent_feedback, reflect: See `generate`.
+
+        Raises:
+            ValueError: A value that isn't allowed, wherever it comes from.
+        """
+
+        def first(name: str, given, default):
+            values = (given, *(getattr(generation_config, name, None) for generation_config in generation_configs))
+            return next((value for value in values if value is not None), default)
+
+        steps = first("latent_steps", latent_steps, config.num_latent_tokens)
+        return cls(steps, first("latent_feedback", latent_feedback, LATENT_FEEDBACK[0]), reflect)
 
     @property
     def can_start(self) -> bool:
@@ -203,23 +223,15 @@ class ReflectionGenerationMixin:
             raise ValueError(
                 f"`generate` has no use for `{given[0]}`, which is an argument of `forward`: leave it out."
             )
-        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
-        options = ReflectionOptions(
-            first_given(latent_steps, config, self.generation_config, "latent_steps", self.config.num_latent_tokens),
-            first_given(latent_feedback, config, self.generation_config, "latent_feedback", "hidden"),
-            reflect,
-        )
+        given_config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        options = self.reflection_options(latent_steps, latent_feedback, reflect, given_config)
         prompt = args[0] if args else kwargs.get("inputs")
         self._check_prompt(kwargs.get("input_ids") if prompt is None else prompt)
         if options.can_start:
             if kwargs.get("assistant_model") is not None:
                 raise ValueError(unsupported("assisted decoding (`assistant_model`)", "leave `assistant_model` out"))
-            if options.latent_feedback == "dac":
-                self._check_dac_feedback()
-                if kwargs.get("pixel_values_videos") is not None:
-                    raise ValueError(
-                        "`latent_feedback='dac'` asks pictures, not videos: use `latent_feedback='hidden'`."
-                    )
+            if options.latent_feedback == "dac" and kwargs.get("pixel_values_videos") is not None:
+                raise ValueError("`latent_feedback='dac'` asks pictures, not videos: use `latent_feedback='hidden'`.")
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = SilentReflectionStreamer(kwargs["streamer"], self.config.latent_token_ids)
         progress = ReflectionProgress(options, self.config.latent_start_token_id)
@@ -245,14 +257,37 @@ class ReflectionGenerationMixin:
                 "reflections; to begin with a new one, pass `reflect=True`."
             )
 
-    def _check_dac_feedback(self):
-        if self.model.dac is None:
-            raise ValueError("`latent_feedback='dac'` needs a checkpoint with DAC; use `latent_feedback='hidden'`.")
-        if self.config.dac_queries != "states" or self.config.query_position != "before":
-            raise ValueError(
-                f"`latent_feedback='dac'` needs `dac_queries='states'` and `query_position='before'`; the checkpoint has "
-                f"{self.config.dac_queries!r} and {self.config.query_position!r}. Use `latent_feedback='hidden'`."
-            )
+    def reflection_options(
+        self,
+        latent_steps: int | None = None,
+        latent_feedback: str | None = None,
+        reflect: bool | None = None,
+        generation_config: GenerationConfig | None = None,
+    ) -> ReflectionOptions:
+        """How `generate` reflects with these arguments, those left out taken from the generation configs.
+
+        Raises:
+            ValueError: Values that aren't allowed, contradict each other, or that this checkpoint can't follow.
+        """
+        options = ReflectionOptions.resolve(
+            self.config,
+            generation_config,
+            self.generation_config,
+            latent_steps=latent_steps,
+            latent_feedback=latent_feedback,
+            reflect=reflect,
+        )
+        if options.can_start and options.latent_feedback == "dac":
+            if self.model.dac is None:
+                raise ValueError(
+                    "`latent_feedback='dac'` needs a checkpoint with DAC; use `latent_feedback='hidden'`."
+                )
+            if self.config.dac_queries != "states" or self.config.query_position != "before":
+                raise ValueError(
+                    "`latent_feedback='dac'` needs `dac_queries='states'` and `query_position='before'`; the checkpoint has "
+                    f"{self.config.dac_queries!r} and {self.config.query_position!r}. Use `latent_feedback='hidden'`."
+                )
+        return options
 
     def _get_logits_processor(
         self,
@@ -361,14 +396,6 @@ class ReflectionGenerationMixin:
             "Continuous batching (`generate_batch`, a paged cache) can't carry the latent states from step to step: call "
             "`generate` without `cache_implementation='paged'`."
         )
-
-
-def first_given(value, config, fallback, name: str, default):
-    """The argument, else the call's generation config, else the model's, else the default."""
-    for candidate in (value, getattr(config, name, None), getattr(fallback, name, None)):
-        if candidate is not None:
-            return candidate
-    return default
 
 
 def unsupported(mode: str, remedy: str) -> str:

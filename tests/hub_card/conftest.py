@@ -2,9 +2,9 @@
 
 import pytest
 
-from vreflection_hub_card.checkpoints import load_checkpoint
 from vreflection_hub_card.evaluation.interventions import LatentInterventionModel
 from vreflection_hub_card.glyphsearch import make_scene, questions
+from vreflection_hub_card.inference.checkpoints import load_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -18,10 +18,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationConfig
 
-from vreflection_hub_card.checkpoints import EMBEDDED
-from vreflection_hub_card.evaluation.glyphsearch import draw_question
 from vreflection_hub_card.evaluation.interventions import LatentInterventionModel
-from vreflection_hub_card.glyphsearch import make_scene, scene_seed
+from vreflection_hub_card.glyphsearch import draw_question, make_scene, scene_seed
+from vreflection_hub_card.inference.checkpoints import EMBEDDED
 
 
 openai = pytest.importorskip("openai", reason='needs pip install "transformers[serving]" openai')

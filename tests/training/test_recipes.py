@@ -14,7 +14,8 @@ from transformers import get_scheduler
 
 from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_training import VReflectionSFTConfig
-from vreflection_training.cli import ACCELERATE_CONFIGS, RECIPES, build_trainer, parse
+from vreflection_training.recipe import build_trainer, parse
+from vreflection_training.recipe_files import ACCELERATE_CONFIGS, RECIPES
 from vreflection_training.tiny import save_tiny_backbone
 
 
@@ -53,7 +54,7 @@ def test_the_head_says_how_to_run_it(name):
     head = re.match(r"(#.*\n)+", (RECIPES / f"{name}.yaml").read_text()).group()
     recipe, engine = re.search(r"# Run:  vreflection-train (\S+) --accelerate_config (\S+)\n", head).groups()
     assert recipe == name and (ACCELERATE_CONFIGS / f"{engine}.yaml").is_file()
-    assert "# Hardware: " in head and f"`vreflection-train check {name}`" in head
+    assert "# Hardware: " in head and f"`vreflection check {name}`" in head
     for source in yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["datasets"]:
         assert source["path"] in head and source.get("image_folder", "") in head
 

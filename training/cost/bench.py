@@ -12,8 +12,8 @@ from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.efficiency.models import draw_weights, model_on
 from vreflection_hub_card.efficiency.shapes import Shape, build_config, build_processor, stock_config
 
-from ..configs import VReflectionSFTConfig
-from ..trainer import VReflectionSFTTrainer
+from ..sft_config import VReflectionSFTConfig
+from ..sft_trainer import VReflectionSFTTrainer
 from .observers import CountingCollator, StepClock, StepObserver
 from .samples import draw_grid, make_dataset, make_row
 

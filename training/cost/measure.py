@@ -20,7 +20,7 @@ from vreflection_hub_card.efficiency.shapes import CELL, Shape
 from vreflection_hub_card.evaluation.provenance import describe_machine, describe_versions
 from vreflection_hub_card.evaluation.statistics import median_interval, spread
 
-from ..packing import pack_dataset
+from ..data.packing import pack_dataset
 from .bench import ARMS, BATCH_SIZE, PLAIN, Bench
 from .samples import PAPER, VISUAL_COT_NOTE, make_dataset
 

@@ -10,8 +10,7 @@ from PIL import Image
 from vreflection_hub_card.efficiency.shapes import CELL, MAX_PATCHES
 from vreflection_hub_card.glyphsearch import COLOURS, GLYPHS
 from vreflection_hub_card.glyphsearch import SHAPES as GLYPH_SHAPES
-
-from ..data.rows import reflection_part, text_part
+from vreflection_hub_card.rows import reflection_part, text_part
 
 
 # The paper's limits (4.1), in tokens or merged patches.

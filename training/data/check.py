@@ -1,4 +1,4 @@
-"""What a run's data holds, told without a model: `vreflection-train check RECIPE`."""
+"""What a run's data holds, told without a model: `vreflection check RECIPE`."""
 
 import random
 from collections import Counter
@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from modeling_vreflection import VReflectionProcessor
 
-from ..packing import pack_samples
 from .histogram import save_histogram, text_histogram
 from .measure import describe, inspect_row, inspect_rows
+from .packing import pack_samples
 
 
 if TYPE_CHECKING:
-    from ..configs import VReflectionSFTConfig
+    from ..sft_config import VReflectionSFTConfig
 
 
 NAMED = 10

@@ -9,9 +9,9 @@ from datasets import Dataset, Features, Value
 
 from modeling_vreflection import VReflectionProcessor
 from modeling_vreflection.processing_vreflection import quantise_box, rendered_reflections
+from vreflection_hub_card.rows import BadRow, check_past_reflections, row_images, row_messages, row_name
 
 from .images import count_image_tokens, image_size, load_image
-from .rows import BadRow, check_past_reflections, row_images, row_messages, row_name
 
 
 __all__ = ["BadRow", "Inspection", "RowMeasure", "inspect_row", "inspect_rows", "measure_row", "measure_rows"]

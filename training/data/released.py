@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vreflection_hub_card.rows import flatten_boxes, make_bad_row, make_row, reflection_part, text_part
+
 from .image_folders import ImageFolders
 from .json_files import read_json_rows
-from .rows import flatten_boxes, make_bad_row, make_row, reflection_part, text_part
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

@@ -20,12 +20,12 @@ from datasets import (
 )
 
 from vreflection_hub_card.glyphsearch import glyphsearch_curriculum, glyphsearch_dataset
+from vreflection_hub_card.rows import FEATURES, make_bad_row, normalise_row
 
 from .image_folders import ImageFolders
 from .images import is_url
 from .json_files import read_json_rows
 from .released import read_meta, released_rows
-from .rows import FEATURES, make_bad_row, normalise_row
 from .visual_cot import visual_cot_rows
 
 

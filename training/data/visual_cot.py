@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vreflection_hub_card.rows import flatten_boxes, make_bad_row, make_row, reflection_part, text_part
+
 from .image_folders import ImageFolders
 from .images import image_size
 from .json_files import read_json_rows
-from .rows import flatten_boxes, make_bad_row, make_row, reflection_part, text_part
 
 
 # The request for a box that the list of conversations appends to a question.

@@ -6,8 +6,8 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vreflection_hub_card.drawing import new_figure, save_figure
 from vreflection_hub_card.evaluation.interventions import INTERVENTIONS
+from vreflection_hub_card.inference.drawing import new_figure, save_figure
 
 from .summary import accuracy, evaluations, outcomes, pointing_shares, share_right
 from .table import PLAIN, REFLECTING, Study

@@ -11,10 +11,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from vreflection_hub_card.checkpoints import EMBEDDED, load_checkpoint
-from vreflection_hub_card.evaluation.glyphsearch import evaluate_glyphsearch
+from vreflection_hub_card.evaluation.glyphsearch_accuracy import evaluate_glyphsearch
 from vreflection_hub_card.evaluation.interventions import LatentInterventionModel
 from vreflection_hub_card.evaluation.provenance import describe_machine, describe_versions, sha256
+from vreflection_hub_card.inference.checkpoints import EMBEDDED, load_checkpoint
 
 from .table import Arm, Form, Study
 

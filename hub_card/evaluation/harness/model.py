@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,11 +12,9 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from modeling_vreflection.generation_vreflection import LATENT_FEEDBACK, ReflectionOptions, first_given
-
-from ...attention import GREEDY
-from ...checkpoints import checkpoint_folder, find_device, load_checkpoint
 from ...errors import InputError
+from ...inference.attention_maps import GREEDY
+from ...inference.checkpoints import checkpoint_folder, find_device, load_checkpoint
 from ..provenance import describe_model
 from .answers import AnswerLog
 from .task import PREFIX
@@ -84,16 +83,11 @@ class VReflection(lmms):
         self.model, self.processor = load_checkpoint(
             folder, self.device, dtype=dtype, attn_implementation=attn_implementation
         )
-        given = self.model.generation_config
-        steps = first_given(latent_steps, given, None, "latent_steps", self.model.config.num_latent_tokens)
-        feedback = first_given(latent_feedback, given, None, "latent_feedback", LATENT_FEEDBACK[0])
         try:
-            options = ReflectionOptions(steps, feedback, reflect)
-            if options.can_start and feedback == "dac":
-                self.model._check_dac_feedback()
+            options = self.model.reflection_options(latent_steps, latent_feedback, reflect)
         except ValueError as error:
             raise InputError(str(error)) from error
-        self.reflection = {"latent_steps": steps, "latent_feedback": feedback, "reflect": reflect}
+        self.reflection = asdict(options)
         limit_pixels(self.processor.image_processor, min_pixels, max_pixels)
         pixels = self.processor.image_processor.size
         self.description = describe_model(self.model, folder, pretrained) | {"revision": revision}

@@ -42,7 +42,7 @@ class BenchmarkTask(ConfigurableMessagesTask):
         self.dataset = self.dataset_no_image = {self.benchmark.split: rows}
 
     def doc_to_text(self, doc: dict) -> str:
-        return prompt(self.benchmark.item(doc), self.benchmark.protocol)
+        return prompt(self.benchmark.item(doc).question, self.benchmark.protocol)
 
     def doc_to_target(self, doc: dict) -> str:
         return self.benchmark.item(doc).answer
@@ -52,7 +52,10 @@ class BenchmarkTask(ConfigurableMessagesTask):
         item = self.benchmark.item(doc)
         pictures = [{"type": "image", "url": picture} for picture in item.pictures()]
         return [
-            {"role": "user", "content": [*pictures, {"type": "text", "text": prompt(item, self.benchmark.protocol)}]}
+            {
+                "role": "user",
+                "content": [*pictures, {"type": "text", "text": prompt(item.question, self.benchmark.protocol)}],
+            }
         ]
 
     def process_results(self, doc: dict, results: list[str]) -> dict[str, dict]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from vreflection_hub_card.checkpoints import EMBEDDED
 from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS
 from vreflection_hub_card.evaluation.provenance import sha256
 from vreflection_hub_card.evaluation.scorers import Scored, Verdict, summarise
 from vreflection_hub_card.evaluation.statistics import proportion
+from vreflection_hub_card.inference.checkpoints import EMBEDDED
 
 
 RESULTS = Path(__file__).parents[3] / "hub_card" / "results"

@@ -3,8 +3,8 @@
 import shutil
 
 from vreflection_hub_card.card import TRAINING_FACTS, check_card
-from vreflection_hub_card.checkpoints import EMBEDDED
-from vreflection_hub_card.cli import main
+from vreflection_hub_card.inference.checkpoints import EMBEDDED
+from vreflection_training.cli import main
 
 
 RESULTS = EMBEDDED.parent / "results" / "vreflection_tiny.json"

@@ -16,11 +16,11 @@ from huggingface_hub import ModelCard
 from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.card import TRAINING_FACTS, check_card, read_training_facts, write_card, write_training_facts
 from vreflection_hub_card.card.checkpoint import read_checkpoint
-from vreflection_hub_card.checkpoints import EMBEDDED
-from vreflection_hub_card.cli import build_parser, main
 from vreflection_hub_card.errors import InputError
-from vreflection_hub_card.evaluation.glyphsearch import draw_question
 from vreflection_hub_card.evaluation.report import glyphsearch_table
+from vreflection_hub_card.glyphsearch import draw_question
+from vreflection_hub_card.inference.checkpoints import EMBEDDED
+from vreflection_training.cli import build_parser, main
 
 
 def blocks(card: ModelCard, language: str) -> list[str]:
@@ -255,7 +255,7 @@ def test_the_card_of_an_adapter_tells_to_merge_it(folder, facts):
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     card = load(write_card(folder, "someone/adapter", facts=facts))
     assert card.data.base_model_relation == "adapter" and card.data.library_name == "peft"
-    assert blocks(card, "bash")[0] == "vreflection-train merge someone/adapter merged\n"
+    assert blocks(card, "bash")[0] == "vreflection merge someone/adapter merged\n"
     assert 'from_pretrained("merged"' in blocks(card, "python")[0]
     assert "all parameters" not in card.text
     write_training_facts(folder, facts)

@@ -3,7 +3,7 @@
 import pytest
 from released_checkpoints import write
 
-from vreflection_hub_card.cli import main
+from vreflection_training.cli import main
 
 
 @pytest.fixture(scope="session")

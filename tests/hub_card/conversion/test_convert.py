@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
-from vreflection_hub_card.checkpoints import EMBEDDED, load_checkpoint
-from vreflection_hub_card.cli import main
 from vreflection_hub_card.conversion.convert import convert
 from vreflection_hub_card.conversion.layouts import our_names
 from vreflection_hub_card.glyphsearch import make_scene
+from vreflection_hub_card.inference.checkpoints import EMBEDDED, load_checkpoint
+from vreflection_training.cli import main
 
 
 ISOLATED = Path(__file__).parents[2] / "modeling" / "isolated.py"

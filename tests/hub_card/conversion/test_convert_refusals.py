@@ -14,8 +14,8 @@ from released_checkpoints import FIELDS, WIDTH, edit, save_shards, write
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from vreflection_hub_card.checkpoints import EMBEDDED
-from vreflection_hub_card.cli import main
+from vreflection_hub_card.inference.checkpoints import EMBEDDED
+from vreflection_training.cli import main
 
 
 DiskUsage = namedtuple("DiskUsage", "total used free")

@@ -99,7 +99,7 @@ def test_a_row_becomes_an_item(name):
     item = BENCHMARKS[name].item(ROWS[name])
     assert item.id == IDS.get(name, "reason/monitoring/1")
     assert item.question == QUESTIONS[name]
-    assert prompt(item) == f"{QUESTIONS[name]}\n{INSTRUCTION}"
+    assert prompt(item.question) == f"{QUESTIONS[name]}\n{INSTRUCTION}"
     assert item.options == OPTIONS[name]
     assert item.answer == "B"
     assert [image.getpixel((0, 0)) for image in item.pictures()] == IMAGES.get(name, [(255, 0, 0)])
@@ -214,6 +214,6 @@ def test_glyphsearch_asks_what_its_data_set_asks():
     for index, known in enumerate(glyphsearch_dataset("test", 5)):
         item = benchmark.item(rows[index])
         asked, answered = known["messages"]
-        assert prompt(item, benchmark.protocol) == asked["content"][1]["text"]
+        assert prompt(item.question, benchmark.protocol) == asked["content"][1]["text"]
         assert item.answer == answered["content"][1]["text"]
         assert item.pictures()[0].tobytes() == known["images"][0].tobytes()

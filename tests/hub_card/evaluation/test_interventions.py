@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vreflection_hub_card.attention import recorded_steps
 from vreflection_hub_card.evaluation.interventions import INTERVENTIONS, replace_latents
+from vreflection_hub_card.inference.attention_maps import recorded_steps
 
 
 @pytest.fixture

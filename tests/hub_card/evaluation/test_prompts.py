@@ -6,12 +6,12 @@ from vreflection_hub_card.evaluation.prompts import lettered, mmvp_question, pro
 
 def test_the_instruction_follows_the_question():
     item = Item("1", "What is it?", (), "A", ())
-    assert prompt(item) == "What is it?\nAnswer with the option's letter from the given choices directly."
+    assert prompt(item.question) == "What is it?\nAnswer with the option's letter from the given choices directly."
 
 
 def test_an_unknown_protocol():
     with pytest.raises(ValueError, match="Unknown protocol 'ours'; choose one of authors"):
-        prompt(Item("1", "What is it?", (), "A", ()), "ours")
+        prompt("What is it?", "ours")
 
 
 def test_mmvp_labels_are_rewritten_on_their_line():

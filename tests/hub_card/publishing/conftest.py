@@ -8,7 +8,7 @@ import pytest
 from hub_server import HubServer
 
 from vreflection_hub_card.card import write_card
-from vreflection_hub_card.checkpoints import EMBEDDED
+from vreflection_hub_card.inference.checkpoints import EMBEDDED
 
 
 @pytest.fixture(scope="session")

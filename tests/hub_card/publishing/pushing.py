@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from huggingface_hub.utils import disable_progress_bars
 
-from vreflection_hub_card.checkpoints import load_checkpoint
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
+from vreflection_hub_card.inference.checkpoints import load_checkpoint
 from vreflection_training import VReflectionSFTConfig, VReflectionSFTTrainer
 
 

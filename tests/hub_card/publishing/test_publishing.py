@@ -14,15 +14,15 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load
 
-from vreflection_hub_card.cli import main
 from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.publishing import publish as publishing
 from vreflection_hub_card.publishing.files import find_files
 from vreflection_hub_card.publishing.publish import Destination, upload
+from vreflection_training.cli import main
 
 
 HERE = Path(__file__).parent
-COMMAND = "import sys; from vreflection_hub_card.cli import main; sys.exit(main())"
+COMMAND = "import sys; from vreflection_training.cli import main; sys.exit(main())"
 
 
 def run(arguments, environment, folder):
@@ -261,7 +261,7 @@ def test_somebody_elses_commit_is_not_lost(hub, publish, monkeypatch):
             repo.commit("main", dict(repo.commits[repo.head]))
             return super().create_commit(*arguments, **options)
 
-    monkeypatch.setattr("vreflection_hub_card.commands.publish.HfApi", SlowApi)
+    monkeypatch.setattr("vreflection_training.commands.publish.HfApi", SlowApi)
     code, line = publish("ann/shared")
     assert code == 2 and "somebody else has committed" in line
     assert set(contents(repo)) == {".gitattributes"} and len(repo.history()) == 2

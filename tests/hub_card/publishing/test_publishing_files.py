@@ -11,12 +11,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
-from vreflection_hub_card.cli import main
 from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.publishing import checks
 from vreflection_hub_card.publishing.clean_process import try_checkpoint
 from vreflection_hub_card.publishing.files import find_files
 from vreflection_hub_card.publishing.leaks import check_leaks
+from vreflection_training.cli import main
 
 
 TOKEN = "hf_" + "k9" * 17  # made up

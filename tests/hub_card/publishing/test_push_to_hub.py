@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vreflection_hub_card.checkpoints import EMBEDDED
+from vreflection_hub_card.inference.checkpoints import EMBEDDED
 from vreflection_hub_card.publishing.clean_process import try_checkpoint
 from vreflection_training import VReflectionSFTConfig
 

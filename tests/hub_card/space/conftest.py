@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from vreflection_hub_card.checkpoints import EMBEDDED, load_checkpoint
+from vreflection_hub_card.inference.checkpoints import EMBEDDED, load_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +69,7 @@ def page(served, free_port, tmp_path_factory):
     """The address of `vreflection space`, and a function that returns what it printed."""
     pytest.importorskip("gradio", reason='needs pip install "vreflection[space]"')
     port = free_port()
-    command = [sys.executable, "-c", "from vreflection_hub_card.cli import main; raise SystemExit(main())"]
+    command = [sys.executable, "-c", "from vreflection_training.cli import main; raise SystemExit(main())"]
     address, log = f"http://127.0.0.1:{port}/", tmp_path_factory.mktemp("page") / "log"
     with served([*command, "space", "--device", "cpu", "--port", str(port)], address, log) as printed:
         yield address, printed

@@ -9,11 +9,11 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
-from vreflection_hub_card.ask import look
-from vreflection_hub_card.checkpoints import load_checkpoint
-from vreflection_hub_card.drawing import OPACITY
 from vreflection_hub_card.errors import InputError
-from vreflection_hub_card.evaluation.glyphsearch import draw_question
+from vreflection_hub_card.glyphsearch import draw_question
+from vreflection_hub_card.inference.checkpoints import load_checkpoint
+from vreflection_hub_card.inference.drawing import OPACITY
+from vreflection_hub_card.inference.look import look
 from vreflection_hub_card.space import answering, zero_gpu
 from vreflection_hub_card.space.answering import answer_twice
 from vreflection_hub_card.space.overlay import SIDE, draw_frames

@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 
-from vreflection_hub_card.cli import main
+from vreflection_training.cli import main
 
 
 # What this package installs beyond a Space's requirements.txt.

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vreflection_hub_card.ask import look
 from vreflection_hub_card.errors import InputError
-from vreflection_hub_card.evaluation.glyphsearch import draw_question
-from vreflection_hub_card.glyphsearch import make_scene, questions, scene_seed
+from vreflection_hub_card.glyphsearch import draw_question, make_scene, questions, scene_seed
+from vreflection_hub_card.inference.look import look
 from vreflection_hub_card.space.overlay import draw_frames
 from vreflection_hub_card.space.upload import MAX_BYTES
 

@@ -5,11 +5,11 @@ from datasets import Dataset
 from PIL import Image
 
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
+from vreflection_hub_card.rows import make_bad_row
 from vreflection_training import VReflectionSFTConfig
 from vreflection_training.data.check import CheckReport, check, format_report, padding_share
 from vreflection_training.data.histogram import bin_width, count_bins, text_histogram
 from vreflection_training.data.measure import measure_row
-from vreflection_training.data.rows import make_bad_row
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_pack_fill_and_padding_add_up(processor, configure, rows, streaming):
 
 
 def test_the_packs_are_those_that_training_makes(processor, configure, rows):
-    from vreflection_training.packing import pack_dataset
+    from vreflection_training.data.packing import pack_dataset
 
     dataset = Dataset.from_list([dict(rows[number % 6], id=str(number)) for number in range(40)])
     args = configure(sample_packing=True, max_length=300, seed=3)

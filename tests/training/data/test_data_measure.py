@@ -5,9 +5,9 @@ from datasets import Dataset, Image, List, load_from_disk
 from PIL import Image as Picture
 
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
+from vreflection_hub_card.rows import BadRow
 from vreflection_training import VReflectionDataCollator
 from vreflection_training.data.measure import measure_row, measure_rows
-from vreflection_training.data.rows import BadRow
 from vreflection_training.data.sources import load_rows
 
 

@@ -6,8 +6,8 @@ import pytest
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from PIL import Image as Picture
 
+from vreflection_hub_card.rows import FEATURES
 from vreflection_training.data.images import image_size
-from vreflection_training.data.rows import FEATURES
 from vreflection_training.data.sources import load_rows
 
 

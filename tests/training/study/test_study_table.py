@@ -3,7 +3,7 @@
 import pytest
 
 from vreflection_hub_card.evaluation.interventions import INTERVENTIONS
-from vreflection_training.cli import parse
+from vreflection_training.recipe import parse
 from vreflection_training.study.table import ARMS, PLAIN, read_study
 
 

@@ -1,0 +1,69 @@
+"""GlyphSearch: seeded scenes of coloured shapes, each with a glyph on it, and questions whose region is known exactly.
+
+A scene is a square picture divided into cells. Some cells hold one shape, somewhere inside the cell, with a letter on
+it. A question names one shape, by its colour and form or by what it stands next to; the answer is the letter, and the
+box is the shape's own. Everything is a pure function of `(split, index, difficulty)`: no files, no fonts.
+
+Examples:
+
+```python
+>>> scene = make_scene(scene_seed("test", 0))
+>>> questions(scene)[0].text
+'Which glyph is on the blue circle?'
+
+>>> dataset = glyphsearch_dataset("train", 100_000)  # nothing is drawn yet
+>>> dataset[0]["messages"][1]["content"]
+[{'type': 'reflection', 'box': [0.68..., 0.38..., 0.97..., 0.66...], 'image_index': 0}, {'type': 'text', 'text': 'Z'}]
+```
+"""
+
+from .questions import (
+    DESCRIBE,
+    Question,
+    choose_questions,
+    draw_question,
+    glyphsearch_curriculum,
+    glyphsearch_dataset,
+    questions,
+    scene_row,
+)
+from .scenes import (
+    COLOURS,
+    DIFFICULTIES,
+    GLYPHS,
+    RELATIONS,
+    SHAPES,
+    SPLIT_SIZE,
+    SPLITS,
+    Difficulty,
+    Scene,
+    SceneObject,
+    get_difficulty,
+    make_scene,
+    scene_seed,
+)
+
+
+__all__ = [
+    "COLOURS",
+    "DESCRIBE",
+    "DIFFICULTIES",
+    "GLYPHS",
+    "RELATIONS",
+    "SHAPES",
+    "SPLITS",
+    "SPLIT_SIZE",
+    "Difficulty",
+    "Question",
+    "Scene",
+    "SceneObject",
+    "choose_questions",
+    "draw_question",
+    "get_difficulty",
+    "glyphsearch_curriculum",
+    "glyphsearch_dataset",
+    "make_scene",
+    "questions",
+    "scene_row",
+    "scene_seed",
+]

@@ -1,0 +1,209 @@
+"""GlyphSearch's questions about a scene, and its data sets of rows."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .scenes import RELATIONS, Difficulty, Scene, SceneObject, get_difficulty, make_scene, neighbour, scene_seed
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DESCRIBE = "What is this?"
+
+RowFunction = Callable[[int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its only right answer.
+
+    Args:
+        kind (`str`): `"attribute"` or `"relation"`.
+        text (`str`): The question.
+        answer (`str`): The glyph.
+        target (`SceneObject`): The shape that carries the glyph; its box is where to look.
+    """
+
+    kind: str
+    text: str
+    answer: str
+    target: SceneObject
+
+
+def questions(scene: Scene) -> list[Question]:
+    """Returns every question that has one right answer: first one attribute question an object, then the relations.
+
+    A relation is asked only where it can be read in one way: on that side of the named shape, its row or column holds
+    exactly one other shape, and that shape is the next one.
+    """
+    asked = [
+        Question("attribute", f"Which glyph is on the {target.name}?", target.glyph, target)
+        for target in scene.objects
+    ]
+    by_cell = {item.cell: item for item in scene.objects}
+    for anchor in scene.objects:
+        for relation in RELATIONS:
+            cell = neighbour(anchor.cell, by_cell, relation)
+            if cell is not None:
+                target = by_cell[cell]
+                text = f"Which glyph is on the shape {relation} the {anchor.name}?"
+                asked.append(Question("relation", text, target.glyph, target))
+    return asked
+
+
+def choose_questions(scene: Scene, count: int, rng: random.Random) -> list[Question]:
+    """Draws `count` different questions, or all where there are fewer, with the difficulty's share of relations."""
+    asked = questions(scene)
+    rng.shuffle(asked)
+    attributes = [question for question in asked if question.kind == "attribute"]
+    relations = [question for question in asked if question.kind == "relation"]
+    chosen = []
+    while len(chosen) < min(count, len(asked)):
+        relation = rng.random() < scene.difficulty.relation_share
+        first, second = (relations, attributes) if relation else (attributes, relations)
+        chosen.append((first or second).pop())
+    return chosen
+
+
+def draw_question(split: str, index: int, difficulty: str | Difficulty = "default") -> tuple[Scene, Question]:
+    """The scene of an index and the question that [`glyphsearch_dataset`] asks about it."""
+    seed = scene_seed(split, index)
+    scene = make_scene(seed, difficulty)
+    return scene, choose_questions(scene, 1, _questions_stream(seed))[0]
+
+
+def glyphsearch_dataset(
+    split: str,
+    count: int,
+    difficulty: str | Difficulty = "default",
+    reflection: bool = True,
+    questions_per_scene: int = 1,
+    start: int = 0,
+) -> "Dataset":
+    """A dataset of scenes in the project's message format, drawn when they are read.
+
+    Args:
+        split (`str`): One of `SPLITS`.
+        count (`int`): Rows, one scene each.
+        difficulty (`str` or `Difficulty`): A preset's name, or a difficulty.
+        reflection (`bool`): Whether every answer begins with the target's box.
+        questions_per_scene (`int`): Turns of a row's conversation; fewer where a scene allows no more.
+        start (`int`): Index of the first scene in its split.
+
+    Returns:
+        `Dataset`: Rows of `id`, `images` (one picture) and `messages`.
+    """
+    row = partial(
+        scene_row,
+        split=split,
+        difficulty=get_difficulty(difficulty),
+        reflection=reflection,
+        questions_per_scene=questions_per_scene,
+    )
+    return _lazy_dataset([(count, row)], start)
+
+
+def glyphsearch_curriculum(
+    crops: int,
+    lists: int,
+    scenes: int,
+    split: str = "train",
+    difficulty: str | Difficulty = "default",
+    questions_per_scene: int = 12,
+) -> "Dataset":
+    """A dataset that teaches an untrained model to see, if it is read in order; no row holds a reflection.
+
+    A model that starts from nothing learns nothing from answers alone. Crops teach it colours, forms and glyphs, with
+    nothing to search for. Lists name what is in a whole scene, in random order, so that each word of a name is a query
+    whose answer is the next word: the model learns to find. Only then do questions about scenes pay.
+
+    Args:
+        crops (`int`): Rows of the first part: one scene each, one turn and one picture for each of its objects.
+        lists (`int`): Rows of the second part: one scene each, one turn that names all its objects.
+        scenes (`int`): Rows of the third part: one scene each, `questions_per_scene` turns.
+        split (`str`): One of `SPLITS`.
+        difficulty (`str` or `Difficulty`): A preset's name, or a difficulty.
+        questions_per_scene (`int`): Turns of a row of the third part; fewer where a scene allows no more.
+
+    Returns:
+        `Dataset`: Rows of `id`, `images` and `messages`.
+    """
+    options = {"split": split, "difficulty": get_difficulty(difficulty)}
+    questions_row = partial(scene_row, reflection=False, questions_per_scene=questions_per_scene, **options)
+    parts = [(crops, partial(crops_row, **options)), (lists, partial(list_row, **options)), (scenes, questions_row)]
+    return _lazy_dataset(parts)
+
+
+def scene_row(
+    index: int, split: str, difficulty: Difficulty, reflection: bool = True, questions_per_scene: int = 1
+) -> dict[str, Any]:
+    """One scene and a conversation about it, as a row."""
+    seed = scene_seed(split, index)
+    scene = make_scene(seed, difficulty)
+    messages = []
+    for question in choose_questions(scene, questions_per_scene, _questions_stream(seed)):
+        content = [{"type": "text", "text": question.text}]
+        if not messages:
+            content.insert(0, {"type": "image"})
+        answer = [{"type": "text", "text": question.answer}]
+        if reflection:
+            answer.insert(0, {"type": "reflection", "box": list(question.target.box), "image_index": 0})
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return {"id": f"glyphsearch-{split}-{index}", "images": [scene.image], "messages": messages}
+
+
+def crops_row(index: int, split: str, difficulty: Difficulty) -> dict[str, Any]:
+    """One scene, seen cell by cell: a picture and a turn for each object, the answer e.g. `"the red triangle\\nT"`."""
+    scene = make_scene(scene_seed(split, index), difficulty)
+    images, messages = [], []
+    for item in scene.objects:
+        x, y = item.cell[1] * difficulty.cell, item.cell[0] * difficulty.cell
+        images.append(scene.image.crop((x, y, x + difficulty.cell, y + difficulty.cell)))
+        messages += _description([item])
+    return {"id": f"glyphsearch-{split}-{index}-crops", "images": images, "messages": messages}
+
+
+def list_row(index: int, split: str, difficulty: Difficulty) -> dict[str, Any]:
+    """One scene and all that is in it, the answer e.g. `"the red triangle\\nT\\nthe blue circle\\nA"`."""
+    scene = make_scene(scene_seed(split, index), difficulty)
+    messages = _description(scene.objects)
+    return {"id": f"glyphsearch-{split}-{index}-list", "images": [scene.image], "messages": messages}
+
+
+def _questions_stream(seed: int) -> random.Random:
+    """The questions have a random stream of their own: how many are asked doesn't change the picture."""
+    return random.Random(f"questions {seed}")
+
+
+def _description(objects: Sequence[SceneObject]) -> list[dict[str, Any]]:
+    """A turn that shows a picture and names the objects in it, each with its glyph.
+
+    Names and glyphs are the same tokens as in questions and answers: after "the", and alone on a line.
+    """
+    answer = "\n".join(f"the {item.name}\n{item.glyph}" for item in objects)
+    return [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": DESCRIBE}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
+def _lazy_dataset(parts: list[tuple[int, RowFunction]], start: int = 0) -> "Dataset":
+    """A dataset that stores indices and draws rows as they are read: drawing 100,000 of them ahead takes minutes.
+
+    `parts` holds, in order, how many rows to draw by which function.
+    """
+    from datasets import Dataset  # not everything that draws scenes has it
+
+    part = [number for number, (count, _) in enumerate(parts) for _ in range(count)]
+    rows = Dataset.from_dict({"index": range(start, start + len(part)), "part": part})
+    return rows.with_transform(partial(_draw_rows, functions=[function for _, function in parts]))
+
+
+def _draw_rows(batch: dict[str, list[int]], functions: list[RowFunction]) -> dict[str, list[Any]]:
+    """Turns a batch of stored numbers into columns."""
+    rows = [functions[part](index) for index, part in zip(batch["index"], batch["part"])]
+    return {key: [row[key] for row in rows] for key in ("id", "images", "messages")}

@@ -1,0 +1,230 @@
+"""GlyphSearch's scenes: a picture of coloured shapes with a glyph on each, a pure function of a seed and a difficulty."""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+
+COLOURS = {
+    "red": (226, 58, 52),
+    "orange": (245, 146, 40),
+    "yellow": (248, 222, 66),
+    "green": (64, 178, 84),
+    "blue": (72, 132, 238),
+    "purple": (172, 96, 214),
+    "pink": (250, 150, 200),
+    "brown": (150, 98, 52),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+
+# 5 x 5 bitmaps instead of a font, so that a scene is the same on every machine. Of all sets of ten letters this one is
+# among those whose closest pair differs most (7 of 25 cells).
+GLYPHS = {
+    "A": "01110 10001 11111 10001 10001",
+    "D": "11110 10001 10001 10001 11110",
+    "J": "00001 00001 00001 10001 01110",
+    "L": "10000 10000 10000 10000 11111",
+    "N": "10001 11001 10101 10011 10001",
+    "S": "01111 10000 01110 00001 11110",
+    "T": "11111 00100 00100 00100 00100",
+    "V": "10001 10001 10001 01010 00100",
+    "X": "10001 01010 00100 01010 10001",
+    "Z": "11111 00010 00100 01000 11111",
+}
+
+# Where the answer lies, seen from the shape that the question names: (rows down, columns right).
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+
+SPLITS = ("train", "validation", "test")
+SPLIT_SIZE = 2**40
+
+BACKGROUND = (236, 236, 232)
+CLUTTER = (188, 188, 184)
+INK = (16, 16, 16)
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How hard a scene is to search.
+
+    Args:
+        grid (`int`): Cells a side; the picture is `grid * cell` pixels wide and high.
+        cell (`int`): Side of a cell, in pixels.
+        min_objects (`int`): Fewest shapes in a scene.
+        max_objects (`int`): Most shapes in a scene, at most `grid**2`.
+        extent (`int`): Width and height of a shape, in pixels. It stands anywhere inside its cell, so that the slack
+            `cell - extent` is the range of its jitter.
+        glyph_cell (`int`): Side of one of the 5 x 5 cells of a glyph, in pixels.
+        distinct_colours (`bool`): Whether no colour comes twice in a scene, so that finding a shape takes one feature
+            instead of the conjunction of two; `max_objects` is at most 8 then.
+        clutter (`int`): Grey strokes drawn under the shapes.
+        relation_share (`float`): Share of relation questions; the others are attribute questions.
+    """
+
+    grid: int = 3
+    cell: int = 56
+    min_objects: int = 4
+    max_objects: int = 8
+    extent: int = 48
+    glyph_cell: int = 6
+    distinct_colours: bool = True
+    clutter: int = 0
+    relation_share: float = 0.0
+
+    @property
+    def image_size(self) -> int:
+        """Side of the picture, in pixels."""
+        return self.grid * self.cell
+
+
+DIFFICULTIES = {
+    "easy": Difficulty(max_objects=5),
+    "default": Difficulty(),
+    "mixed": Difficulty(relation_share=0.25),
+    "study": Difficulty(min_objects=6, max_objects=9, distinct_colours=False, relation_share=0.25),
+    "hard": Difficulty(
+        grid=4,
+        min_objects=8,
+        max_objects=12,
+        extent=40,
+        glyph_cell=4,
+        distinct_colours=False,
+        clutter=24,
+        relation_share=0.5,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape of a scene.
+
+    Args:
+        colour (`str`): A key of `COLOURS`.
+        shape (`str`): One of `SHAPES`.
+        glyph (`str`): A key of `GLYPHS`.
+        cell (`tuple[int, int]`): Row and column.
+        pixel_box (`tuple[int, int, int, int]`): The tight box of what is drawn, in pixels, high corner exclusive.
+        box (`tuple[float, float, float, float]`): The same box as fractions of the picture: x0, y0, x1, y1.
+    """
+
+    colour: str
+    shape: str
+    glyph: str
+    cell: tuple[int, int]
+    pixel_box: tuple[int, int, int, int]
+    box: tuple[float, float, float, float]
+
+    @property
+    def name(self) -> str:
+        """What a question calls it, e.g. `"red triangle"`; unique in its scene."""
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and what is in it; `objects` in random order."""
+
+    image: Image.Image
+    objects: tuple[SceneObject, ...]
+    difficulty: Difficulty
+
+
+def get_difficulty(difficulty: str | Difficulty) -> Difficulty:
+    """Returns the preset of that name, or the difficulty itself."""
+    if isinstance(difficulty, Difficulty):
+        return difficulty
+    if difficulty not in DIFFICULTIES:
+        raise ValueError(f"Unknown difficulty {difficulty!r}; choose one of {', '.join(DIFFICULTIES)}.")
+    return DIFFICULTIES[difficulty]
+
+
+def scene_seed(split: str, index: int) -> int:
+    """Maps a split and an index to a seed; the ranges of the splits are disjoint."""
+    if split not in SPLITS:
+        raise ValueError(f"Unknown split {split!r}; choose one of {', '.join(SPLITS)}.")
+    if not 0 <= index < SPLIT_SIZE:
+        raise ValueError(f"index must lie in [0, {SPLIT_SIZE}), got {index}.")
+    return SPLITS.index(split) * SPLIT_SIZE + index
+
+
+def make_scene(seed: int, difficulty: str | Difficulty = "default") -> Scene:
+    """Draws the scene of a seed, the same every time; at least one relation question can be asked about it."""
+    difficulty = get_difficulty(difficulty)
+    rng = random.Random(seed)
+    count = rng.randint(difficulty.min_objects, difficulty.max_objects)
+    all_cells = [(row, column) for row in range(difficulty.grid) for column in range(difficulty.grid)]
+    cells = rng.sample(all_cells, count)
+    while not any(neighbour(cell, cells, relation) for cell in cells for relation in RELATIONS):
+        cells = rng.sample(all_cells, count)
+    if difficulty.distinct_colours:
+        names = [(colour, rng.choice(SHAPES)) for colour in rng.sample(list(COLOURS), count)]
+    else:
+        names = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
+
+    image = Image.new("RGB", (difficulty.image_size, difficulty.image_size), BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    for _ in range(difficulty.clutter):
+        x, y = rng.randrange(difficulty.image_size), rng.randrange(difficulty.image_size)
+        draw.line((x, y, x + rng.randint(-20, 20), y + rng.randint(-20, 20)), fill=CLUTTER, width=2)
+
+    objects = []
+    slack = difficulty.cell - difficulty.extent
+    for (row, column), (colour, shape) in zip(cells, names):
+        glyph = rng.choice(list(GLYPHS))
+        x = column * difficulty.cell + rng.randint(0, slack)
+        y = row * difficulty.cell + rng.randint(0, slack)
+        pixel_box = _draw_object(image, x, y, colour, shape, glyph, difficulty)
+        box = tuple(corner / difficulty.image_size for corner in pixel_box)
+        objects.append(SceneObject(colour, shape, glyph, (row, column), pixel_box, box))
+    return Scene(image, tuple(objects), difficulty)
+
+
+def neighbour(cell: tuple[int, int], occupied: Iterable[tuple[int, int]], relation: str) -> tuple[int, int] | None:
+    """The occupied cell next to `cell`, if it is the only one on that side of it in its row or column."""
+    down, right = RELATIONS[relation]
+    row, column = cell
+    on_that_side = [
+        (other_row, other_column)
+        for other_row, other_column in occupied
+        if ((other_row - row) * down + (other_column - column) * right > 0)
+        and (other_column == column if down else other_row == row)
+    ]
+    return (row + down, column + right) if on_that_side == [(row + down, column + right)] else None
+
+
+def _draw_object(
+    image: Image.Image, x: int, y: int, colour: str, shape: str, glyph: str, difficulty: Difficulty
+) -> tuple[int, int, int, int]:
+    """Draws a shape of `extent` pixels with its low corner at (x, y), and its glyph; returns the tight box in pixels."""
+    extent = difficulty.extent
+    form = Image.new("1", (extent, extent))
+    draw = ImageDraw.Draw(form)
+    last, third = extent - 1, extent // 4
+    if shape == "circle":
+        draw.ellipse((0, 0, last, last), fill=1)
+    elif shape == "square":
+        draw.rectangle((third // 4, third // 4, last - third // 4, last - third // 4), fill=1)
+    elif shape == "triangle":
+        draw.polygon([(0, last), (last, last), (last / 2, 0)], fill=1)
+    elif shape == "diamond":
+        draw.polygon([(last / 2, 0), (last, last / 2), (last / 2, last), (0, last / 2)], fill=1)
+    elif shape == "cross":
+        draw.rectangle((0, third, last, last - third), fill=1)
+        draw.rectangle((third, 0, last - third, last), fill=1)
+
+    size = 5 * difficulty.glyph_cell
+    bitmap = Image.new("1", (5, 5))
+    bitmap.putdata([int(bit) for bit in GLYPHS[glyph].replace(" ", "")])
+    letter = bitmap.resize((size, size), Image.Resampling.NEAREST)
+    # A triangle is widest at its base, so its letter stands lower.
+    left = (extent - size) // 2
+    top = last - size - extent // 16 if shape == "triangle" else left
+
+    image.paste(COLOURS[colour], (x, y), form)
+    image.paste(INK, (x + left, y + top), letter)
+    form.paste(1, (left, top), letter)
+    x0, y0, x1, y1 = form.getbbox()
+    return x + x0, y + y0, x + x1, y + y1

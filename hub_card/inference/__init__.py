@@ -1,0 +1,1 @@
+"""Asking a checkpoint: loading it, answers, and where it looked."""

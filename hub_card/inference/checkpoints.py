@@ -1,0 +1,139 @@
+"""Finding and loading a checkpoint, with an error that a person understands where it is none."""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig
+
+from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
+
+from ..errors import InputError
+
+
+EMBEDDED = Path(__file__).parents[1] / "vreflection_tiny"
+# By name: a repository may hold gigabytes of data in other JSON files.
+NEEDED_FILES = [
+    "config.json",
+    "*_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "*.jinja",
+    "*.safetensors",
+    "*.safetensors.index.json",
+]
+
+
+def checkpoint_folder(model: str | Path | None = None, revision: str | None = None) -> Path:
+    """Returns a checkpoint's folder, downloaded first if `model` is a Hub id.
+
+    Args:
+        model (`str` or `Path`, *optional*): A folder or a Hub id; without it the checkpoint embedded in the package.
+        revision (`str`, *optional*): A Hub id's branch, tag or commit.
+
+    Raises:
+        InputError: Neither a folder nor an id that the Hub knows; a revision of a folder.
+    """
+    if revision is not None and (model is None or Path(model).exists()):
+        raise InputError(f"revision {revision!r}: only a model on the Hub has revisions")
+    if model is None:
+        if not EMBEDDED.is_dir():
+            raise InputError(f"this installation holds no embedded checkpoint ({EMBEDDED}); pass a model")
+        return EMBEDDED
+    if Path(model).is_dir():
+        return Path(model)
+    if Path(model).exists():
+        raise InputError(f"{model}: not a checkpoint's folder")
+    try:
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=NEEDED_FILES))
+    except HFValidationError as error:
+        raise InputError(f"{model}: no such folder, and no Hub id either") from error
+    except OSError as error:
+        raise InputError(f"{model}: no such folder, and not found on the Hub ({first_line(error)})") from error
+
+
+def checkpoint_config(folder: Path) -> VReflectionConfig:
+    """Reads a checkpoint's configuration alone.
+
+    Raises:
+        InputError: A folder that holds no V-Reflection checkpoint.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no checkpoint, it has no config.json")
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: no checkpoint ({first_line(error)})") from error
+    if fields.get("model_type") != VReflectionConfig.model_type:
+        raise InputError(f"{folder}: no V-Reflection checkpoint, its model type is {fields.get('model_type')!r}")
+    try:
+        return VReflectionConfig.from_dict(fields)
+    except (ValueError, StrictDataclassError) as error:
+        raise InputError(f"{folder}: the configuration is wrong ({first_line(error)})") from error
+
+
+def load_checkpoint(
+    folder: Path,
+    device: str | torch.device | None = None,
+    model_class: type[VReflectionForConditionalGeneration] = VReflectionForConditionalGeneration,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[VReflectionForConditionalGeneration, VReflectionProcessor]:
+    """Loads a checkpoint for inference with the classes installed here; code that it may carry never runs.
+
+    Args:
+        folder (`Path`): The checkpoint, see `checkpoint_folder`.
+        device (`str` or `torch.device`, *optional*): Where to compute; without it a GPU if there is one.
+        model_class (`type`, *optional*): The model's class, or a subclass of it.
+        dtype (`str` or `torch.dtype`, *optional*): Defaults to float32 on a CPU, to the dtype of the weights elsewhere.
+        attn_implementation (`str`, *optional*): Defaults to transformers' choice.
+
+    Returns:
+        `tuple`: The model, in evaluation mode, and its processor.
+
+    Raises:
+        InputError: No checkpoint, damaged or incomplete weights, no such device, dtype or attention implementation.
+    """
+    checkpoint_config(folder)
+    device = find_device(device)
+    try:
+        model, report = model_class.from_pretrained(
+            folder,
+            dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
+            attn_implementation=attn_implementation,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
+            output_loading_info=True,
+        )
+        processor = VReflectionProcessor.from_pretrained(folder)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise InputError(f"{folder}: can't be loaded ({first_line(error)})") from error
+    mismatched = {name for name, *_ in report["mismatched_keys"]}
+    if wrong := sorted(mismatched | set(report["missing_keys"])):
+        raise InputError(f"{folder}: {len(wrong)} weights are missing or of another shape, {wrong[0]} first")
+    start_id = processor.tokenizer.convert_tokens_to_ids(processor.latent_start_token)
+    if start_id != model.config.latent_start_token_id:
+        raise InputError(
+            f"{folder}: the tokenizer doesn't fit the model, it has no token {processor.latent_start_token}"
+        )
+    return model.to(device).eval(), processor
+
+
+def find_device(device: str | torch.device | None = None) -> torch.device:
+    """Checks that a device exists; without a name returns the GPU if there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    # torch says "not compiled with CUDA" by an assertion.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {device!r} can't be used ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, which may be a page."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

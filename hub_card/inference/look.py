@@ -1,0 +1,41 @@
+"""One question about pictures: the answer, and where the model looked for it."""
+
+from dataclasses import dataclass
+
+from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
+
+from .attention_maps import SOURCES, Reflection, generate_and_look
+
+
+@dataclass(frozen=True)
+class Look:
+    """An answer and the reflections in it, in their order; none if the model answered at once."""
+
+    answer: str
+    reflections: list[Reflection]
+
+
+def look(
+    model: VReflectionForConditionalGeneration,
+    processor: VReflectionProcessor,
+    messages: list[dict],
+    sources: tuple[str, ...] = SOURCES,
+    **options,
+) -> Look:
+    """Answers the last question of a conversation and returns the attention of each latent step.
+
+    Args:
+        model (`VReflectionForConditionalGeneration`): The model.
+        processor (`VReflectionProcessor`): Its processor.
+        messages (`list[dict]`): The conversation, with pictures as parts `{"type": "image", "image": picture}`.
+        sources (`tuple[str, ...]`, *optional*): Of `SOURCES`, those to return maps of; none makes it a plain question.
+        options: See [`generate_and_look`].
+
+    Returns:
+        [`Look`]: The answer; reflections hold a map (S, h, w) for each source and each picture of the conversation.
+    """
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+    tokens, reflections = generate_and_look(model, inputs, sources, **options)
+    return Look(processor.decode(tokens[0], skip_special_tokens=True).strip(), reflections[0])

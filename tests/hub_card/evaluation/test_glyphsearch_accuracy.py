@@ -1,0 +1,188 @@
+"""GlyphSearch as a measurement: what is asked, what is counted, what is written."""
+
+import json
+
+import pytest
+import torch
+
+from vreflection_hub_card.evaluation.glyphsearch_accuracy import (
+    Sample,
+    draw_question,
+    evaluate_glyphsearch,
+    inside_box,
+    points_at,
+    summarise,
+)
+from vreflection_hub_card.evaluation.interventions import EXCHANGED, INTERVENTIONS, LatentInterventionModel
+from vreflection_hub_card.evaluation.provenance import sha256
+from vreflection_hub_card.evaluation.statistics import proportion, wilson_interval
+from vreflection_hub_card.glyphsearch import get_difficulty, scene_row
+from vreflection_hub_card.inference.attention_maps import Reflection
+from vreflection_hub_card.inference.checkpoints import load_checkpoint
+from vreflection_training.cli import main
+
+
+@pytest.mark.parametrize("successes, count", [(0, 10), (10, 10), (3, 7), (486, 500)])
+def test_wilson_interval_solves_its_equation(successes, count):
+    """Its ends are the p for which the score |p̂ - p| is z standard errors, at that p."""
+    share = successes / count
+    for p in wilson_interval(successes, count, z=1.96):
+        assert (share - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / count, abs=1e-12)
+        assert 0 <= p <= 1
+
+
+def test_wilson_interval_of_a_published_example():
+    # Newcombe, Statistics in Medicine 17 (1998), table I, method 3: 81 of 263.
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+
+
+def test_nothing_counted_has_no_interval():
+    assert proportion([]) == {"successes": 0, "count": 0}
+
+
+@pytest.mark.parametrize("difficulty", ["easy", "default", "hard"])
+def test_questions_are_those_of_the_data_set(difficulty):
+    for index in range(5):
+        scene, question = draw_question("test", index, difficulty)
+        row = scene_row(index, "test", get_difficulty(difficulty))
+        assert row["messages"][0]["content"][1]["text"] == question.text
+        reflection, answer = row["messages"][1]["content"]
+        assert answer["text"] == question.answer and tuple(reflection["box"]) == question.target.box
+        assert row["images"][0].tobytes() == scene.image.tobytes()
+
+
+def test_pointing_asks_for_the_centre_of_the_largest_patch_of_the_mean():
+    maps = torch.zeros(2, 3, 4)
+    maps[0, 0, 0], maps[:, 2, 1] = 0.5, 0.3  # the mean is largest at row 2, column 1: centre (0.375, 0.833)
+    reflection = Reflection(2, {"dac": [maps]})
+    assert points_at(reflection, (0.3, 0.8, 0.4, 0.9)) == {"dac": True}
+    assert points_at(reflection, (0.25, 0.67, 0.37, 1.0)) == {"dac": False}
+    assert points_at(reflection, (0.0, 0.0, 0.25, 0.33)) == {"dac": False}
+
+
+def test_the_share_inside_the_box_is_that_of_the_mean_map():
+    maps = torch.zeros(2, 2, 2)
+    maps[0, 0, 0], maps[1, 0, 0], maps[:, 1, 1] = 0.6, 0.2, 0.4
+    reflection = Reflection(2, {"dac": [maps]})
+    assert inside_box(reflection, (0.0, 0.0, 0.5, 0.5)) == {"dac": pytest.approx(0.4 / 0.8)}
+    assert inside_box(reflection, (0.26, 0.0, 0.5, 0.5)) == {"dac": 0}
+
+
+def test_results_count_what_happened():
+    questions = [draw_question("test", index)[1] for index in range(4)]
+    names = ("usual", "without_latents", "shuffled", "zeroed")
+    # For each question the outcomes in these four ways; a dot: not asked.
+    outcomes = ["1001", "11.0", "11..", "00.0"]
+    maps = [
+        ({"dac": True, "llm": False}, {"dac": 0.5, "llm": 0.1}),
+        ({"dac": False, "llm": False}, {"dac": 0.1, "llm": 0.2}),
+    ]
+    maps += [({}, {}), ({"dac": True, "llm": True}, {"dac": 0.9, "llm": 0.3})]
+    samples = [
+        Sample(
+            question,
+            {
+                name: question.answer if outcome == "1" else f"wrong {number % 2}"
+                for number, (name, outcome) in enumerate(zip(names, row))
+                if outcome != "."
+            },
+            *looked,
+        )
+        for question, row, looked in zip(questions, outcomes, maps)
+    ]
+    result = summarise(samples)
+    counted = {
+        "accuracy": (3, 4),
+        "reflection_rate": (3, 4),
+        "without_latents": (2, 4),
+        "shuffled": (0, 1),
+        "zeroed": (1, 3),
+        "dac": (2, 3),
+        "llm": (1, 3),
+    }
+    found = {
+        "accuracy": result["accuracy"]["overall"],
+        "reflection_rate": result["reflection_rate"],
+        "without_latents": result["without_latents"]["accuracy"]["overall"],
+        **{name: told["accuracy"]["overall"] for name, told in result["interventions"].items()},
+        **result["pointing"],
+    }
+    assert {name: (one["successes"], one["count"]) for name, one in found.items()} == counted
+    kinds = [result["accuracy"][kind]["count"] for kind in ("attribute", "relation")]
+    assert kinds == [[question.kind for question in questions].count(kind) for kind in ("attribute", "relation")]
+    zeroed = result["interventions"]["zeroed"]
+    assert zeroed["usual_accuracy_of_the_same"]["overall"]["successes"] == 2
+    # "wrong 0" became "wrong 1" in the last one: wrong before and after, and changed.
+    assert (zeroed["changed"]["successes"], zeroed["changed"]["count"]) == (2, 3)
+    assert result["attention_inside_box"] == {"dac": 0.5, "llm": 0.2}
+    assert result["outcomes"] == {
+        "usual": "1110", "without_latents": "0110", "shuffled": "0---", "zeroed": "10-0"
+    }  # fmt: skip
+    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (question.target.box for question in questions)]
+    assert result["mean_box_area"] == pytest.approx(sum(areas) / 4, abs=1e-4)
+
+
+def test_a_model_that_reflects_is_measured_in_all_ways(tiny_folder):
+    model, processor = load_checkpoint(tiny_folder, "cpu", LatentInterventionModel)
+    result = evaluate_glyphsearch(
+        model, processor, limit=5, split="validation", batch_size=4, latent_feedback="dac", reflect=True
+    )
+    assert result["reflection_rate"]["successes"] == 5
+    counts = {name: told["accuracy"]["overall"]["count"] for name, told in result["interventions"].items()}
+    # The last batch holds one scene, which has nobody to exchange latents with.
+    assert counts == {name: 4 if name in EXCHANGED else 5 for name in INTERVENTIONS}
+    assert {source: one["count"] for source, one in result["pointing"].items()} == {"dac": 5, "llm": 5}
+    assert set(result["attention_inside_box"]) == {"dac", "llm"}
+    assert result["decoding"]["latent_feedback"] == "dac" and result["decoding"]["reflect"]
+    assert result["data"]["first_seed"] == 2**40
+
+
+def test_interventions_are_made_where_the_model_reflects_and_only_if_asked_for(tiny):
+    result = evaluate_glyphsearch(*tiny, limit=3)
+    assert result["reflection_rate"]["successes"] == 0 and result["interventions"] == {}
+    result = evaluate_glyphsearch(*tiny, limit=3, reflect=True, interventions=["noise"], latent_steps=2)
+    assert list(result["interventions"]) == ["noise"] and result["decoding"]["latent_steps"] == 2
+
+
+def test_the_command_writes_one_file(tiny_folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", str(tiny_folder), "--tasks", "glyphsearch", "--limit", "4"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["glyphsearch.json"]
+    text = (tmp_path / "glyphsearch.json").read_text()
+    report = json.loads(text)
+    assert list(report) == ["command", "date", "seconds", "model", "versions", "machine", "tasks"]
+    assert str(tiny_folder.parent) not in text
+    assert report["model"]["name"] == tiny_folder.name
+    assert report["model"]["sha256"] == {"model.safetensors": sha256(tiny_folder / "model.safetensors")}
+    assert report["command"].startswith(f"vreflection evaluate {tiny_folder.name} --tasks glyphsearch --limit 4")
+    assert set(report["versions"]) == {"python", "vreflection", "torch", "transformers"}
+    result = report["tasks"]["glyphsearch"]
+    assert set(result) == {
+        "data", "decoding", "accuracy", "reflection_rate", "without_latents", "interventions", "pointing",
+        "attention_inside_box", "mean_box_area", "outcomes"
+    }  # fmt: skip
+    assert result["data"]["count"] == result["accuracy"]["overall"]["count"] == 4
+    assert "of 4 right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, fragment",
+    [
+        (["MODEL", "--output", "nowhere/result.json"], "can't be written"),
+        (["MODEL", "--output", "full.json"], "No space left"),
+        (["nothing.here/at/all"], "no such folder"),
+    ],
+)
+def test_mistakes(tiny_folder, capsys, tmp_path, monkeypatch, arguments, fragment):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full.json").symlink_to("/dev/full")
+    arguments = [str(tiny_folder) if argument == "MODEL" else argument for argument in arguments]
+    assert main(["evaluate", *arguments, "--limit", "1"]) == 2
+    assert fragment in capsys.readouterr().err
+
+
+def test_dac_feedback_without_dac(no_dac_folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", str(no_dac_folder), "--limit", "1", "--latent-feedback", "dac"]) == 2
+    assert "DAC" in capsys.readouterr().err
+    assert main(["evaluate", str(no_dac_folder), "--limit", "2"]) == 0

@@ -1,0 +1,297 @@
+"""Killed, preempted and out of disk: what is left, and what a resumed run makes of it."""
+
+import copy
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import IterableDataset
+from run_helpers import Rows, moved
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from modeling_vreflection import VReflectionForConditionalGeneration
+from vreflection_hub_card.glyphsearch import glyphsearch_dataset
+from vreflection_training.cli import main_train
+from vreflection_training.run.checkpoint_folders import MARKER, find_checkpoint, whole_checkpoints
+
+
+SCENES = [dict(row) for row in glyphsearch_dataset("train", 24)]
+for number, scene in enumerate(SCENES):  # of different lengths, so that packs depend on the order
+    scene["messages"][0]["content"][1]["text"] += " red" * (number * 5 % 13)
+
+
+def stream():
+    return IterableDataset.from_generator(lambda: iter(SCENES))
+
+
+@pytest.mark.parametrize(
+    "dataset, options",
+    [
+        (Rows(SCENES), {"sample_packing": True, "max_length": 260, "train_sampling_strategy": "random"}),
+        (Rows(SCENES), {"train_sampling_strategy": "random", "gradient_accumulation_steps": 2}),
+        (stream(), {"sample_packing": True, "max_length": 260, "packing_lookahead": 5}),
+    ],
+    ids=["packs", "accumulated", "packs of a stream"],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    make_trainer, checkpoint, model, tmp_path, dataset, options
+):
+    """The order of the data, the Bernoulli draws and the packs included; every step is logged."""
+    other = copy.deepcopy(model)
+    options = {"stage": "1", "max_steps": 5, "per_device_train_batch_size": 1, **options}
+    straight = make_trainer(dataset, output_dir=str(tmp_path / "a"), **options)
+    straight.train()
+    saving = {"output_dir": str(tmp_path / "b"), "save_strategy": "steps", "save_steps": 1}
+    make_trainer(dataset, trained=other, **options, **saving).train()
+    fresh = VReflectionForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    resumed = make_trainer(dataset, trained=fresh, **options, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
+    assert not moved(model.state_dict(), fresh.state_dict())
+    curves = [
+        [
+            {key: value for key, value in log.items() if key not in ("tokens_per_second", "latent_spread")}
+            for log in run.state.log_history
+            if "loss" in log
+        ]
+        for run in (straight, resumed)
+    ]
+    assert curves[0] == curves[1] and len(curves[0]) == 5
+    assert curves[0][-1]["num_tokens"] > 0
+
+
+RECIPE = """
+from_scratch: true
+dataset_name: glyphsearch
+dataset_options: {{difficulty: mixed, split: train, count: 64}}
+stage: 1
+output_dir: {folder}
+sample_packing: true
+max_length: 700
+per_device_train_batch_size: 1
+max_steps: 12
+learning_rate: 5.0e-4
+save_steps: 2
+save_total_limit: 2
+logging_steps: 1
+gradient_checkpointing: false
+bf16: false
+use_cpu: true
+report_to: none
+sample_every: 0
+disable_tqdm: true
+dataloader_pin_memory: false
+"""
+
+
+def write_recipe(folder):
+    recipe = folder.parent / f"{folder.name}.yaml"
+    recipe.write_text(RECIPE.format(folder=folder))
+    return recipe
+
+
+def start(recipe, *options):
+    command = [sys.executable, "-m", "vreflection_training", str(recipe), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.001)
+
+
+def losses(folder):
+    history = json.loads((Path(find_checkpoint(str(folder), True)) / "trainer_state.json").read_text())["log_history"]
+    return [log["loss"] for log in history if "loss" in log]
+
+
+def test_killed_then_preempted_then_finished_equals_uninterrupted(tmp_path):
+    assert main_train([str(write_recipe(tmp_path / "straight"))]) == 0
+
+    broken = tmp_path / "broken"
+    recipe = write_recipe(broken)
+    process = start(recipe)
+    wait_for(broken / "checkpoint-6" / MARKER, process)
+    process.kill()
+    process.wait()
+    whole = [Path(path).name for path in whole_checkpoints(broken)]
+    assert whole[:2] == ["checkpoint-2", "checkpoint-4"]  # nothing older went before the newer was whole
+
+    process = start(recipe, "--resume_from_checkpoint", "true", "--dataloader_num_workers", "2")
+    wait_for(broken / "checkpoint-8", process)
+    os.killpg(process.pid, signal.SIGTERM)  # as schedulers do: the data loader's workers get it too
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0
+    step = int(re.search(r"ended by SIGTERM after step (\d+) of 12", said).group(1))
+    assert 8 <= step < 12 and not (broken / "model.safetensors").exists()
+    assert Path(find_checkpoint(str(broken), True)).name == f"checkpoint-{step}"
+
+    assert main_train([str(recipe), "--resume_from_checkpoint", "true"]) == 0
+    straight, pieced = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "broken"))
+    assert not moved(straight, pieced)
+    assert losses(tmp_path / "straight") == losses(broken) and len(losses(broken)) == 12
+    assert len(whole_checkpoints(broken)) == 2  # save_total_limit
+
+
+def test_a_run_that_fails_ends_with_its_workers(tmp_path):
+    """Python ends workers by SIGTERM, which they ignore while the run goes on, and then waits for them."""
+    recipe = write_recipe(tmp_path / "failing")
+    code = """
+import sys
+from vreflection_training import cli, sft_trainer
+
+class Failing(sft_trainer.VReflectionSFTTrainer):
+    def compute_loss(self, *args, **kwargs):
+        raise ValueError("on purpose")
+
+sft_trainer.VReflectionSFTTrainer = Failing
+sys.exit(cli.main_train(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", code, str(recipe), "--dataloader_num_workers", "2"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode and "on purpose" in ran.stderr
+
+
+def saving(folder, **options):
+    return {
+        "stage": "1",
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "output_dir": str(folder),
+        **options,
+    }
+
+
+def test_a_checkpoint_that_was_being_written_is_never_resumed_from(make_trainer, tmp_path):
+    make_trainer(**saving(tmp_path)).train()
+    (tmp_path / "checkpoint-4" / MARKER).touch()
+    trainer = make_trainer(**saving(tmp_path))
+    with pytest.raises(ValueError, match="checkpoint-4 was being written when its run ended"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert find_checkpoint(str(tmp_path), True) == str(tmp_path / "checkpoint-2")
+    trainer.train(resume_from_checkpoint=True)
+    assert not (tmp_path / "checkpoint-4" / MARKER).exists()  # written anew
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-6" / "rng_state_1.pth").touch()  # a rank died before another had begun
+    assert find_checkpoint(str(tmp_path), True) == str(tmp_path / "checkpoint-4")
+
+
+def test_resuming_from_nothing_says_so(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match="No whole checkpoint to resume from in"):
+        make_trainer(**saving(tmp_path / "new")).train(resume_from_checkpoint=True)
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(ValueError, match="weights is no checkpoint of a run: it has no trainer_state.json"):
+        make_trainer(**saving(tmp_path)).train(resume_from_checkpoint=str(tmp_path / "weights"))
+
+
+def test_a_stage_is_not_resumed_from_another(make_trainer, tmp_path):
+    make_trainer(**saving(tmp_path / "one")).train()
+    trainer = make_trainer(**saving(tmp_path / "two", stage="2"))
+    message = "belongs to stage '1', and this run is stage '2'.*--model_name_or_path .*checkpoint-4"
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
+    (tmp_path / "one" / "checkpoint-4" / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="vreflection merge .*checkpoint-4 MERGED`, and start with"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
+
+
+def test_a_run_can_go_on_after_a_preemption(make_trainer, tmp_path):
+    trainer = make_trainer(**saving(tmp_path))
+    trainer.add_callback(Preempted(at_step=1))
+    trainer.train()
+    assert trainer.state.global_step == 1 and trainer.preemption.requested
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4 and not trainer.preemption.requested
+
+
+class Preempted(TrainerCallback):
+    """Sends the signal once."""
+
+    def __init__(self, at_step):
+        self.at_step = at_step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at_step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(make_trainer, tmp_path):
+    """A limit on the size of files stands for a full disk: writing fails in the same place."""
+    trainer = make_trainer(**saving(tmp_path, save_total_limit=1))
+    trainer.add_callback(FullDisk(at_step=3))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match=r"checkpoint-4 couldn't be written .*GiB are free.*checkpoint-2 is whole"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [Path(path).name for path in whole_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert not (tmp_path / "checkpoint-4").exists()
+    make_trainer(**saving(tmp_path)).train(resume_from_checkpoint=True)
+
+
+class FullDisk(TrainerCallback):
+    """Lets no file grow beyond a megabyte from a step on, until the run has ended."""
+
+    def __init__(self, at_step):
+        self.at_step = at_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at_step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_no_older_checkpoint_goes_before_the_newer_is_whole(make_trainer, tmp_path, monkeypatch):
+    """Dies when everything is written, but other ranks may not have finished."""
+    trainer = make_trainer(**saving(tmp_path, save_total_limit=1))
+
+    waits = []
+
+    def die():
+        waits.append(trainer.state.global_step)
+        if waits.count(4) == 2:  # before writing, and after it
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", die)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [Path(path).name for path in whole_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists()
+    monkeypatch.undo()
+    make_trainer(**saving(tmp_path, save_total_limit=1)).train(resume_from_checkpoint=True)
+    assert [Path(path).name for path in whole_checkpoints(tmp_path)] == ["checkpoint-4"]
+
+
+def test_bad_rows_are_skipped_and_named_at_the_end(make_trainer, tmp_path, caplog):
+    bad = copy.deepcopy(SCENES[1])
+    bad["id"], bad["images"] = "bad", [str(tmp_path / "missing.png")]
+    data = Rows([SCENES[0], bad, SCENES[2], SCENES[3]])
+    with pytest.raises(ValueError, match="Sample bad: .*missing.png: no such file"):
+        make_trainer(data, stage="1").train()
+    for packing in (False, True):
+        trainer = make_trainer(data, stage="1", on_bad_row="skip", sample_packing=packing, max_steps=4)
+        trainer.train()  # more than one epoch
+        (message,) = trainer.progress.skipped
+        assert "missing.png" in message
+        assert trainer.progress.report().startswith("1 rows were skipped; the first of them:\n- Sample bad: ")
+        assert trainer.state.log_history[-2]["skipped_rows"] == 1
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_run_without_one_good_row_fails(make_trainer, tmp_path, packing):
+    data = Rows([{**SCENES[0], "id": str(number), "images": [str(tmp_path / "missing.png")]} for number in range(4)])
+    with pytest.raises(ValueError, match="Of 4 rows none can be|No row of this step can be trained on"):
+        make_trainer(data, stage="1", on_bad_row="skip", sample_packing=packing).train()

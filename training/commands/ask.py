@@ -1,0 +1,151 @@
+"""`vreflection ask`: a question about a picture, and where the model looked."""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+from vreflection_hub_card.errors import InputError
+
+from .arguments import (
+    ATTENTION_SOURCES,
+    LATENT_FEEDBACK,
+    check_writable,
+    natural,
+    positive,
+    quiet_transformers,
+    writing,
+)
+
+
+DEMO_PICTURE, DEMO_HEATMAP = Path("scene.png"), Path("heatmap.png")
+
+
+def add_parser(commands) -> None:
+    """Adds `vreflection ask`."""
+    parser = commands.add_parser(
+        "ask",
+        help="ask a question about a picture and see where the model looked",
+        description="Answers a question about a picture. Without any argument: draws a GlyphSearch scene, asks about it, "
+        f"and writes {DEMO_PICTURE} and {DEMO_HEATMAP} into the current folder.",
+    )
+    parser.add_argument("picture", nargs="?", metavar="PICTURE", help="a picture file")
+    parser.add_argument("question", nargs="?", metavar="QUESTION", help="the question about it")
+    parser.add_argument("--model", help="a folder or a Hub id (default: the checkpoint embedded in the package)")
+    parser.add_argument("--heatmap", type=Path, metavar="FILE", help="write the picture beside its attention maps")
+    parser.add_argument("--per-step", action="store_true", help="one map for each latent step instead of their mean")
+    parser.add_argument(
+        "--source",
+        choices=[*ATTENTION_SOURCES, "both"],
+        help="DAC's attention, or the LLM's own (default: all that there are)",
+    )
+    parser.add_argument("--latent-steps", type=natural, metavar="S", help="latent steps of a reflection; 0: none")
+    parser.add_argument("--latent-feedback", choices=LATENT_FEEDBACK, help="what a latent step feeds back")
+    parser.add_argument(
+        "--reflect",
+        action=argparse.BooleanOptionalAction,
+        help="begin with a reflection, or allow none (default: the model decides)",
+    )
+    parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="default: %(default)s")
+    parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--seed", type=natural, help="without a picture: the scene to draw (default: a random one)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """`vreflection ask`."""
+    from vreflection_hub_card.glyphsearch import SPLIT_SIZE, draw_question
+    from vreflection_hub_card.pictures import load_picture
+
+    demo = options.picture is None
+    if demo:
+        seed = random.randrange(10**6) if options.seed is None else options.seed
+        if seed >= SPLIT_SIZE:
+            raise InputError(f"--seed must be less than {SPLIT_SIZE}")
+        heatmap = options.heatmap or DEMO_HEATMAP
+        scene, asked = draw_question("test", seed)
+        picture, question, box = scene.image, asked.text, asked.target.box
+        check_writable(DEMO_PICTURE)
+    else:
+        if options.seed is not None:
+            raise InputError("--seed draws a scene; with a picture there is nothing to draw")
+        if options.question is None or not options.question.strip():
+            raise InputError('a question is missing: vreflection ask PICTURE "QUESTION"')
+        if options.heatmap is None and (options.per_step or options.source):
+            raise InputError("--per-step and --source say what a heatmap shows: add --heatmap FILE")
+        heatmap, question, box = options.heatmap, options.question, None
+        picture = load_picture(options.picture)
+    if heatmap is not None:
+        check_suffix(heatmap)
+        check_writable(heatmap)
+
+    quiet_transformers()
+    from vreflection_hub_card.inference.checkpoints import checkpoint_folder, load_checkpoint
+
+    folder = checkpoint_folder(options.model)
+    sources = choose_sources(options.source, folder) if heatmap is not None else ()
+    model, processor = load_checkpoint(folder, options.device)
+    if demo:
+        with writing(DEMO_PICTURE):
+            picture.save(DEMO_PICTURE)
+        print(f"Scene {seed}, written to {DEMO_PICTURE}; --seed {seed} draws it again.\n{question}")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    seen = ask_model(model, processor, [{"role": "user", "content": content}], sources, options)
+    if demo:
+        verdict = "right" if seen.answer == asked.answer else f"wrong, it is {asked.answer}"
+        print(f"{seen.answer or 'An empty answer'}   ({verdict})")
+    else:
+        print(seen.answer)
+
+    if not seen.reflections:
+        missing = f"; {heatmap} is not written, try --reflect" if heatmap is not None else ""
+        print(f"The model answered without a reflection{missing}.", file=sys.stderr)
+    elif heatmap is not None:
+        from vreflection_hub_card.inference.drawing import draw_heatmap, save_figure
+
+        figure = draw_heatmap([picture], seen.reflections, question, seen.answer, box, options.per_step)
+        with writing(heatmap):
+            save_figure(figure, heatmap)
+        outlined = ", with the true place outlined" if demo else ""
+        print(f"Where it looked: {heatmap}{outlined}.", file=sys.stdout if demo else sys.stderr)
+
+
+def ask_model(model, processor, messages: list[dict], sources: tuple[str, ...], options: argparse.Namespace):
+    """`look` with the command's options; those that contradict each other or the checkpoint raise an `InputError`."""
+    from vreflection_hub_card.inference.look import look
+
+    try:
+        return look(
+            model,
+            processor,
+            messages,
+            sources,
+            latent_steps=options.latent_steps,
+            latent_feedback=options.latent_feedback,
+            reflect=options.reflect,
+            max_new_tokens=options.max_new_tokens,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def choose_sources(source: str | None, folder: Path) -> tuple[str, ...]:
+    """The sources of attention to draw: all that the checkpoint offers, or exactly those demanded."""
+    from vreflection_hub_card.inference.attention_maps import offered_sources
+    from vreflection_hub_card.inference.checkpoints import checkpoint_config
+
+    offered = offered_sources(checkpoint_config(folder))
+    wanted = {None: offered, "both": ATTENTION_SOURCES}.get(source, (source,))
+    if not set(wanted) <= set(offered):
+        raise InputError(
+            f"{folder}: the checkpoint has no DAC, whose attention is to be drawn; --source llm needs none"
+        )
+    return wanted
+
+
+def check_suffix(path: Path) -> None:
+    """Checks that the name of a figure ends in a format that can be written."""
+    from vreflection_hub_card.inference.drawing import FORMATS
+
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"{path}: the name of a heatmap must end in one of {', '.join(FORMATS)}")

@@ -1,0 +1,46 @@
+"""`vreflection check`: reads all data of a recipe without a model, and reports."""
+
+import argparse
+
+from ..recipe_files import RECIPES, find_file, shipped
+
+
+def add_parser(commands) -> None:
+    """Adds `vreflection check`."""
+    parser = commands.add_parser(
+        "check",
+        help="read all data of a recipe before training on it",
+        usage="vreflection check RECIPE [--decode] [--histogram FILE] [--option value ...]",
+        description="Reads all data of a recipe without a model: missing pictures, wrong boxes, lengths, how full the packs "
+        f"get. Exits with 1 where rows can't be trained on. Recipes that come with the package: {shipped(RECIPES)}.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe of the package")
+    # Parsed in `run`, for they may stand among the recipe's own options.
+    parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """`vreflection check`."""
+    find_file(options.recipe, RECIPES, "recipe")
+    own = argparse.ArgumentParser(prog="vreflection check", add_help=False)
+    own.add_argument("--decode", action="store_true", help="read the pixels of every picture, not only its header")
+    own.add_argument("--histogram", metavar="FILE", help="draw the lengths")
+    known, arguments = own.parse_known_args(options.options)
+
+    from vreflection_hub_card.errors import InputError
+
+    from ..data.check import check, format_report
+    from ..data.sources import load_rows
+    from ..recipe import build_processor, parse
+
+    script, model_args, args = parse([options.recipe, *arguments, "--use_cpu", "true"])  # no model is run
+    try:
+        rows = load_rows(script.sources, streaming=script.streaming, seed=args.seed)
+        report = check(rows, build_processor(script, model_args), args, decode=known.decode)
+    except (ValueError, ImportError) as error:
+        raise InputError(str(error)) from error
+    print(format_report(report))
+    if known.histogram is not None:
+        report.save_histogram(known.histogram)
+    return 1 if report.bad_rows and args.on_bad_row == "error" else 0

@@ -1,0 +1,242 @@
+"""`vreflection evaluate`: GlyphSearch, the paper's benchmarks, and two runs compared."""
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+
+from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS
+from vreflection_hub_card.glyphsearch import DIFFICULTIES
+
+from .arguments import LATENT_FEEDBACK, check_writable, natural, positive, quiet_transformers, writing
+
+
+GLYPHSEARCH_OUTPUT, BENCHMARKS_OUTPUT = Path("glyphsearch.json"), Path("evaluation")
+GLYPHSEARCH_DEFAULTS = {"limit": 500, "batch_size": 50, "split": "test", "difficulty": "default"}
+# What only one kind of task understands.
+GLYPHSEARCH_OPTIONS = ("split", "difficulty")
+BENCHMARK_OPTIONS = (
+    "latent_steps", "reflect", "min_pixels", "max_pixels", "dtype", "attn_implementation", "revision", "data"
+)  # fmt: skip
+# Of `SCORERS`; the authors' second one is in the files.
+PRINTED_SCORERS = ("authors", "strict", "exact")
+EVAL_EXTRA = 'pip install "vreflection[eval]"'
+
+
+def add_parser(commands) -> None:
+    """Adds `vreflection evaluate`."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a checkpoint",
+        description="Measures a checkpoint. GlyphSearch writes one JSON file; the paper's benchmarks, which need lmms-eval "
+        f"({EVAL_EXTRA}), write a folder a run, and a run that was killed goes on when it is called again. For several "
+        "GPUs: torchrun --standalone --nproc-per-node 8 --no-python vreflection evaluate …",
+    )
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a folder or a Hub id (default: the embedded checkpoint)"
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=["glyphsearch", *BENCHMARKS],
+        metavar="TASK",
+        help=f"glyphsearch, or any of {', '.join(BENCHMARKS)} (default: glyphsearch, which measures more than answers)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help=f"items of a task (default: all; of glyphsearch {GLYPHSEARCH_DEFAULTS['limit']})",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help=f"default: 1; for glyphsearch {GLYPHSEARCH_DEFAULTS['batch_size']}",
+    )
+    parser.add_argument("--latent-feedback", choices=LATENT_FEEDBACK, help="default: the checkpoint's")
+    parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: a GPU if there is one)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help=f"default: {GLYPHSEARCH_OUTPUT}, for benchmarks the folder {BENCHMARKS_OUTPUT}",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="measure nothing; compare two runs, given by their folders, item by item (McNemar's test)",
+    )
+    glyphsearch = parser.add_argument_group("glyphsearch")
+    glyphsearch.add_argument("--split", choices=["test", "validation"], help="default: test")
+    glyphsearch.add_argument("--difficulty", choices=DIFFICULTIES, help="default: default")
+    benchmarks = parser.add_argument_group("benchmarks")
+    benchmarks.add_argument(
+        "--latent-steps",
+        nargs="+",
+        type=natural,
+        metavar="S",
+        help="latent steps of a reflection, 0: none; several make a run each (default: the checkpoint's)",
+    )
+    benchmarks.add_argument(
+        "--reflect",
+        action=argparse.BooleanOptionalAction,
+        help="begin with a reflection, or allow none (default: the model decides)",
+    )
+    benchmarks.add_argument(
+        "--min-pixels", type=positive, metavar="N", help="of a picture (default: the checkpoint's)"
+    )
+    benchmarks.add_argument(
+        "--max-pixels", type=positive, metavar="N", help="of a picture (default: the checkpoint's)"
+    )
+    benchmarks.add_argument("--dtype", help="e.g. bfloat16 (default: that of the weights)")
+    benchmarks.add_argument("--attn-implementation", metavar="NAME", help="e.g. flash_attention_2")
+    benchmarks.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    benchmarks.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="where TASK/[SUBSET/]SPLIT*.parquet lie (default: the Hub)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """`vreflection evaluate`."""
+    quiet_transformers()
+    if options.compare:
+        ignored = [
+            name for name, value in vars(options).items() if value is not None and name not in ("compare", "run")
+        ]
+        if ignored:
+            raise InputError(f"--compare measures nothing: leave {ignored[0]} out")
+        return compare_runs(*options.compare)
+    options.tasks = options.tasks or ["glyphsearch"]
+    benchmarks = [name for name in options.tasks if name in BENCHMARKS]
+    if benchmarks and len(benchmarks) < len(options.tasks):
+        raise InputError(
+            "glyphsearch is measured in another way than the other tasks: call the command for each, or ask for "
+            "glyphsearch_answers"
+        )
+    foreign = GLYPHSEARCH_OPTIONS if benchmarks else BENCHMARK_OPTIONS
+    given = [name for name in foreign if getattr(options, name) is not None]
+    if given:
+        raise InputError(f"--{given[0].replace('_', '-')} has no meaning for {options.tasks[0]}")
+    (run_benchmarks if benchmarks else run_glyphsearch)(options)
+
+
+def run_benchmarks(options: argparse.Namespace) -> None:
+    """The paper's benchmarks, on lmms-eval; one run for each number of latent steps."""
+    try:
+        from vreflection_hub_card.evaluation.harness.run import RESULTS, evaluate
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] != "lmms_eval":
+            raise
+        raise InputError(f"the task {options.tasks[0]} needs lmms-eval: {EVAL_EXTRA}") from error
+    tasks = [
+        {"task": name}
+        | ({} if options.data is None or BENCHMARKS[name].rows else {"dataset_path": str(options.data / name)})
+        for name in dict.fromkeys(options.tasks)
+    ]
+    names = ("limit", "latent_feedback", "device", *BENCHMARK_OPTIONS)
+    fixed = {name: getattr(options, name) for name in names if name not in ("latent_steps", "data")}
+    steps = dict.fromkeys(options.latent_steps or [None])
+    output = options.output or BENCHMARKS_OUTPUT
+    for latent_steps in steps:
+        folder = output if len(steps) == 1 else output / f"latent_steps_{latent_steps}"
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        report = evaluate(
+            options.model,
+            tasks,
+            folder,
+            latent_steps=latent_steps,
+            batch_size=options.batch_size or 1,
+            **fixed,
+        )
+        if report is None:  # only the first process speaks
+            continue
+        for name, result in report["tasks"].items():
+            for scorer in filter(result.get, PRINTED_SCORERS):
+                accuracy, unparsed = result[scorer]["accuracy"], result[scorer]["unparsed"]
+                print_accuracy(
+                    f"{name} ({scorer}, {report['options']['latent_steps']} latent steps)",
+                    accuracy,
+                    f"; {unparsed} unparsed",
+                )
+        print(f"All results are in {folder / RESULTS}.")
+
+
+def compare_runs(first: Path, second: Path) -> None:
+    """Prints how two runs differ, item by item, on the tasks that both have."""
+    from vreflection_hub_card.evaluation.comparison import compare, comparison_table
+    from vreflection_hub_card.evaluation.samples import read_samples, read_verdicts
+
+    runs = read_samples(first), read_samples(second)
+    common = [name for name in runs[0] if name in runs[1]]
+    if not common:
+        raise InputError(f"{first} and {second} have no task in common")
+    for scorer in PRINTED_SCORERS:
+        scored = [name for name in common if scorer in runs[0][name][0]["verdicts"]]
+        if not scored:
+            continue
+        try:
+            results = {name: compare(*(read_verdicts(run[name], scorer) for run in runs)) for name in scored}
+        except ValueError as error:
+            raise InputError(f"{first} and {second}: {error}") from error
+        print(f"\n{scorer}:\n\n{comparison_table(results, (str(first), str(second)))}")
+
+
+def run_glyphsearch(options: argparse.Namespace) -> None:
+    """GlyphSearch, which needs no harness."""
+    from vreflection_hub_card.evaluation.glyphsearch_accuracy import evaluate_glyphsearch
+    from vreflection_hub_card.evaluation.interventions import LatentInterventionModel
+    from vreflection_hub_card.evaluation.provenance import describe_machine, describe_model, describe_versions
+    from vreflection_hub_card.inference.checkpoints import checkpoint_folder, load_checkpoint
+
+    output = options.output or GLYPHSEARCH_OUTPUT
+    check_writable(output)
+    folder = checkpoint_folder(options.model)
+    model, processor = load_checkpoint(folder, options.device, LatentInterventionModel)
+    started = datetime.datetime.now(datetime.UTC)
+    try:
+        results = {"glyphsearch": evaluate_glyphsearch(model, processor, **task_options(options))}
+    except ValueError as error:  # options that the checkpoint can't follow
+        raise InputError(str(error)) from error
+    finished = datetime.datetime.now(datetime.UTC)
+    report = {
+        "command": evaluate_command(options, folder.resolve().name),
+        "date": started.isoformat(timespec="seconds"),
+        "seconds": round((finished - started).total_seconds(), 1),
+        "model": describe_model(model, folder, options.model),
+        "versions": describe_versions(),
+        "machine": describe_machine(model.device),
+        "tasks": results,
+    }
+    with writing(output):
+        output.write_text(json.dumps(report, indent=2) + "\n")
+    for name, result in results.items():
+        print_accuracy(name, result["accuracy"]["overall"])
+    print(f"All results are in {output}.")
+
+
+def print_accuracy(name: str, accuracy: dict, more: str = "") -> None:
+    """One line about a proportion."""
+    interval = f"95 % interval {accuracy['low']:.1%} to {accuracy['high']:.1%}"
+    print(f"{name}: {accuracy['successes']} of {accuracy['count']} right, {accuracy['share']:.1%} ({interval}{more})")
+
+
+def task_options(options: argparse.Namespace) -> dict:
+    """The options of GlyphSearch."""
+    names = ("limit", "split", "difficulty", "batch_size", "latent_feedback")
+    given = {name: getattr(options, name) for name in names}
+    return {name: GLYPHSEARCH_DEFAULTS.get(name) if value is None else value for name, value in given.items()}
+
+
+def evaluate_command(options: argparse.Namespace, folder: str) -> str:
+    """The command that repeats a run, with every default spelled out and no path of this machine in it."""
+    given = {"--tasks": " ".join(options.tasks)}
+    given |= {"--" + name.replace("_", "-"): value for name, value in task_options(options).items()}
+    flags = [f"{name} {value}" for name, value in given.items() if value is not None]
+    model = [] if options.model is None else [options.model if not Path(options.model).exists() else folder]
+    return " ".join(["vreflection evaluate", *model, *flags])

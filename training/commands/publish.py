@@ -1,0 +1,64 @@
+"""`vreflection publish`: a checkpoint onto the Hub."""
+
+import argparse
+from contextlib import nullcontext
+from pathlib import Path
+
+from .arguments import quiet_transformers
+
+
+def add_parser(commands) -> None:
+    """Adds `vreflection publish`."""
+    parser = commands.add_parser(
+        "publish",
+        help="put a checkpoint on the Hub",
+        description="Checks a checkpoint and publishes it: it must load and reflect in a clean process by "
+        "trust_remote_code, its card must be complete, and no file may be pickle, belong to an optimizer, or hold a local "
+        "path or a token. Then one commit replaces what the repository holds, is loaded from the Hub, and is tagged.",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="the checkpoint's folder")
+    parser.add_argument("repo", metavar="REPO", help="a Hub id; it is made if it doesn't exist")
+    parser.add_argument("--private", action="store_true", help="make it private, if it doesn't exist")
+    parser.add_argument(
+        "--inference-only",
+        action="store_true",
+        help="leave BCM and DAC out, which only training and heatmaps need; the folder stays as it is",
+    )
+    parser.add_argument("--revision", metavar="TAG", help="tag the commit, e.g. v1")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check, and list the files; needs no network and no token"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """`vreflection publish`."""
+    quiet_transformers()
+    from huggingface_hub import HfApi
+
+    from vreflection_hub_card.inference.checkpoints import checkpoint_config
+    from vreflection_hub_card.publishing.checks import check_checkpoint
+    from vreflection_hub_card.publishing.publish import check_names, find_destination, inference_only, publish
+
+    check_names(options.repo, options.revision)
+    checkpoint_config(options.checkpoint)
+    destination = None
+    if not options.dry_run:  # first of all: a wrong token costs no time
+        api = HfApi()
+        destination = find_destination(api, options.repo, options.private, options.revision)
+    name = options.repo if destination is None else destination.repo_id
+    source = inference_only(options.checkpoint, name) if options.inference_only else nullcontext(options.checkpoint)
+    with source as folder:
+        if destination is None:
+            list_files(check_checkpoint(folder), name)
+        else:
+            publish(folder, destination, api)
+            print(f"{api.endpoint}/{name}")
+
+
+def list_files(files: dict[str, Path], repo_id: str) -> None:
+    """Prints what would be uploaded."""
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    for name, size in sizes.items():
+        print(f"{size:>16,}  {name}")
+    print(f"{sum(sizes.values()):>16,}  bytes in {len(sizes)} files would go to {repo_id}; nothing was uploaded.")

@@ -1,0 +1,125 @@
+"""From a recipe and the options after it to a trainer: YAML files, their parser, and what they name."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+from transformers.image_utils import SizeDict
+from trl import ModelConfig, TrlParser
+
+from vreflection_hub_card.errors import InputError
+
+from .recipe_files import RECIPES, find_file
+from .script_arguments import VReflectionScriptArguments
+from .sft_config import VReflectionSFTConfig
+
+
+def recipe_parser() -> TrlParser:
+    """The parser of recipes and of the options that override them."""
+    return TrlParser((VReflectionScriptArguments, ModelConfig, VReflectionSFTConfig), prog="vreflection train RECIPE")
+
+
+def with_recipe(arguments: list[str]) -> list[str]:
+    """The parser's arguments: the recipe's file, then the options after its name."""
+    return ["--config", str(find_file(arguments[0], RECIPES, "recipe")), *arguments[1:]]
+
+
+def parse(arguments: list[str]) -> tuple[VReflectionScriptArguments, ModelConfig, VReflectionSFTConfig]:
+    """Reads a recipe and the options after it.
+
+    Raises:
+        InputError: No such recipe, a wrong value, settings that contradict each other.
+    """
+    try:
+        script, model_args, args = recipe_parser().parse_args_and_config(with_recipe(arguments))
+    except (ValueError, ImportError) as error:
+        raise InputError(str(error)) from error
+    if script.from_scratch == (model_args.model_name_or_path is not None):
+        raise InputError("Set either `model_name_or_path` or `from_scratch: true`.")
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != args.world_size:
+        raise InputError(f"{launched} processes were launched, and each would train alone: is there a usable GPU?")
+    if script.save_dtype is not None and (launched > 1 or model_args.load_in_4bit or model_args.load_in_8bit):
+        raise InputError("`save_dtype` converts in one process, and no quantized model: leave it out.")
+    return script, model_args, args
+
+
+def build_processor(script: VReflectionScriptArguments, model_args: ModelConfig):
+    """Loads the processor alone, with the recipe's pixel limits."""
+    from .loading import build_tiny, load_processor
+
+    if script.from_scratch:
+        processor = build_tiny(0)[1]
+    else:
+        options = script.model_options or {}
+        processor = load_processor(model_args.model_name_or_path, model_args.model_revision, **options)
+    return limit_pixels(processor, script)
+
+
+def limit_pixels(processor, script: VReflectionScriptArguments):
+    """Writes the recipe's pixel limits into the processor, so that they hold wherever it is used."""
+    before = processor.image_processor.size
+    least = before["shortest_edge"] if script.min_pixels is None else script.min_pixels
+    most = before["longest_edge"] if script.max_pixels is None else script.max_pixels
+    if not 0 < least <= most:
+        raise InputError(f"`min_pixels` must be above 0 and not above `max_pixels`, got {least} and {most}.")
+    processor.image_processor.size = SizeDict(shortest_edge=least, longest_edge=most)
+    return processor
+
+
+def build_trainer(script: VReflectionScriptArguments, model_args: ModelConfig, args: VReflectionSFTConfig):
+    """Loads what a recipe names and puts its trainer together."""
+    from .data.sources import load_rows
+    from .loading import build_tiny, load_model_and_processor
+    from .sft_trainer import VReflectionSFTTrainer
+
+    set_seed(args.seed)
+    options = {"dtype": model_args.dtype or "float32", "attn_implementation": model_args.attn_implementation}
+    peft_config = None
+    if model_args.use_peft:
+        from trl import get_peft_config
+
+        from .adapters import get_quantization_config
+
+        peft_config = get_peft_config(model_args)
+        options["quantization_config"] = get_quantization_config(model_args)
+    elif model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError("A quantized model trains with adapters only: set `use_peft: true`.")
+    options = {key: value for key, value in options.items() if value is not None} | (script.model_options or {})
+    if script.from_scratch:
+        model, processor = build_tiny(args.seed, **options)
+    else:
+        options["revision"] = model_args.model_revision
+        model, processor = load_model_and_processor(model_args.model_name_or_path, **options)
+    if script.latent_feedback is not None:
+        model.generation_config.latent_feedback = script.latent_feedback
+    limit_pixels(processor, script)
+    shuffle_buffer = None if args.train_sampling_strategy == "sequential" else script.shuffle_buffer
+    rows = load_rows(script.sources, streaming=script.streaming, seed=args.seed, shuffle_buffer=shuffle_buffer)
+    return VReflectionSFTTrainer(
+        model,
+        args,
+        processing_class=processor,
+        train_dataset=rows,
+        peft_config=peft_config,
+        sources=script.sources,
+        from_scratch=script.from_scratch,
+    )
+
+
+def train(trainer, script: VReflectionScriptArguments) -> bool:
+    """Runs one stage and saves the checkpoint in the trainer's `output_dir`; false if the run was ended before its time."""
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.preemption.requested:
+        return False
+    if script.save_dtype is not None:
+        trainer.model.to(getattr(torch, script.save_dtype))
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(args.output_dir)
+    if trainer.is_world_process_zero():
+        # A finished checkpoint holds no pickle.
+        (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+    return True

@@ -1,0 +1,68 @@
+"""What `vreflection train` loads and saves, besides the trainer's configuration."""
+
+import json
+from dataclasses import dataclass, field
+
+from .data.sources import GLYPHSEARCH
+
+
+@dataclass
+class VReflectionScriptArguments:
+    r"""
+    What `vreflection train` loads and saves, besides the fields of [`~trl.ModelConfig`].
+
+    Args:
+        from_scratch (`bool`, *optional*, defaults to `False`):
+            Whether to train the untrained tiny model instead of a checkpoint.
+        dataset_name (`str`, *optional*):
+            `"glyphsearch"`, `"glyphsearch_curriculum"`, or a `datasets` id, local folder or file with rows in the
+            project's message format.
+        dataset_options (`dict`, *optional*):
+            Further options of that source, see [`load_rows`](data/sources.py).
+        datasets (`list[dict]`, *optional*):
+            Several sources instead of one, each with `path`, `format`, `image_folder`, `weight`, ….
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether rows are read as they are needed; `max_steps` must be given then.
+        shuffle_buffer (`int`, *optional*, defaults to 1000):
+            Rows of a stream among which the next one is drawn, unless `train_sampling_strategy` is `"sequential"`.
+        min_pixels (`int`, *optional*):
+            Fewest pixels that a picture is scaled to; written into the processor. The checkpoint's, if left out.
+        max_pixels (`int`, *optional*):
+            Most pixels that a picture is scaled to, likewise.
+        save_dtype (`str`, *optional*):
+            Dtype of the final checkpoint, if another one than in training.
+        latent_feedback (`str`, *optional*):
+            What `generate` feeds back by default, written into generation_config.json: `"hidden"` or `"dac"`.
+        model_options (`dict`, *optional*):
+            Fields of `VReflectionConfig` and arguments of `from_pretrained`.
+    """
+
+    from_scratch: bool = field(default=False, metadata={"help": "Start from the untrained tiny model."})
+    dataset_name: str | None = field(default=None, metadata={"help": "glyphsearch, or a datasets id, folder or file."})
+    dataset_options: dict | str | None = field(default=None, metadata={"help": "Further options of the data set."})
+    datasets: list | str | None = field(default=None, metadata={"help": "Several sources, as a list of mappings."})
+    streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed."})
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Rows of a stream among which the next is drawn."})
+    min_pixels: int | None = field(default=None, metadata={"help": "Fewest pixels a picture is scaled to."})
+    max_pixels: int | None = field(default=None, metadata={"help": "Most pixels a picture is scaled to."})
+    save_dtype: str | None = field(default=None, metadata={"help": "Dtype of the final checkpoint."})
+    latent_feedback: str | None = field(default=None, metadata={"help": "Default feedback of generate."})
+    model_options: dict | str | None = field(default=None, metadata={"help": "Fields of VReflectionConfig."})
+
+    def __post_init__(self):
+        if (self.dataset_name is None) == (self.datasets is None):
+            raise ValueError("Set either `dataset_name` or `datasets`.")
+        for name in ("dataset_options", "datasets", "model_options"):
+            if isinstance(value := getattr(self, name), str):
+                try:
+                    setattr(self, name, json.loads(value))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"`{name}` must be JSON on the command line, got {value!r} ({error}).") from error
+
+    @property
+    def sources(self) -> list[dict]:
+        """The sources of the data, one or several."""
+        if self.datasets is not None:
+            return self.datasets
+        named = "format" if self.dataset_name in GLYPHSEARCH else "path"
+        return [{named: self.dataset_name, **(self.dataset_options or {})}]

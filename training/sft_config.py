@@ -1,0 +1,200 @@
+"""The configuration of `VReflectionSFTTrainer`: trl's, and the options of V-Reflection."""
+
+from dataclasses import dataclass, field
+
+from transformers.integrations.integration_utils import is_trackio_available
+from trl import SFTConfig
+
+from .losses import ALIGNMENTS, DISTANCES
+
+
+STAGES = ("sft", "1", "2", "joint")
+# What fills the slots: stage 1 Z_T, stage 2 DAC's output (Alg. 1).
+LATENT_INPUTS_OF_STAGE = {"sft": None, "1": "bcm", "2": "dac", "joint": "dac"}
+# Which of the two modules a stage trains.
+TRAINED_MODULES = {"sft": (), "1": ("bcm",), "2": ("dac",), "joint": ("bcm", "dac")}
+LATENT_INPUTS = ("bcm", "dac", "hidden")
+ON_BAD_ROW = ("error", "skip")
+PACK_LENGTH = 16_384
+# Of trl's and transformers' arguments, those that would be ignored, and the values that ask for nothing.
+UNSUPPORTED = {
+    "completion_only_loss": (None, False),
+    "dataset_text_field": ("text",),
+    "label_smoothing_factor": (0.0,),
+    "loss_type": ("nll",),
+    "packing_strategy": ("bfd",),
+    "pad_to_multiple_of": ("auto", None),
+    "padding_free": (False,),
+    "router_aux_loss_coef": (None, 0.0),
+    "shuffle_dataset": (False,),
+    "truncation_mode": ("keep_start",),
+}
+
+
+@dataclass
+class VReflectionSFTConfig(SFTConfig):
+    r"""
+    Configuration of [`VReflectionSFTTrainer`]: trl's [`~trl.SFTConfig`] and the options of V-Reflection.
+
+    Args:
+        stage (`str`, *optional*, defaults to `"1"`):
+            `"sft"`: plain fine-tuning, reflections are left out. `"1"`: the model and BCM, L = CE + λ_BCM L_BCM (Eq. 2).
+            `"2"`: the model and DAC with BCM frozen, L = CE + λ_DAC L_DAC (Eq. 5). `"joint"`: everything at once.
+        lambda_bcm (`float`, *optional*, defaults to `0.1`):
+            Weight of L_BCM.
+        lambda_dac (`float`, *optional*, defaults to `0.1`):
+            Weight of L_DAC.
+        lambda_feat (`float`, *optional*, defaults to `1.0`):
+            Weight of the feature term in L_DAC.
+        lambda_attn (`float`, *optional*, defaults to `1.0`):
+            Weight of the attention term in L_DAC.
+        latent_loss (`str`, *optional*, defaults to `"l1"`):
+            Distance of Eq. 2 and 5: `"l1"` or `"mse"`.
+        alignment (`str`, *optional*, defaults to `"stochastic"`):
+            Who learns in Eq. 2: `"stochastic"`, one side a step; `"symmetric"`, both, each towards a detached other;
+            `"joint"`, both without stop-gradient.
+        bernoulli_p (`float`, *optional*, defaults to `0.5`):
+            Probability that the states learn, with `alignment="stochastic"`.
+        bcm_receives_ce (`bool`, *optional*, defaults to `True`):
+            Whether the cross-entropy trains BCM through the slots that it fills.
+        latent_inputs (`str`, *optional*):
+            What fills the slots: `"bcm"`, `"dac"` or `"hidden"`. Defaults to `"bcm"` in stage 1, else to `"dac"`.
+        attention_temperature (`float`, *optional*, defaults to `1.0`):
+            τ of Eq. 4.
+        attention_epsilon (`float`, *optional*, defaults to `1e-9`):
+            ε of Eq. 4.
+        slot_ce (`bool`, *optional*, defaults to `False`):
+            Whether the cross-entropy also supervises the slot and end tokens, which decoding forces.
+        freeze_vision (`bool`, *optional*, defaults to `True`):
+            Whether the vision encoder and its merger stay as they are.
+        allow_untrained_bcm (`bool`, *optional*, defaults to `False`):
+            Whether stage 2 may run with a BCM that was never trained, or without one: the ablations.
+        sample_packing (`bool`, *optional*, defaults to `False`):
+            Whether several samples share a row, each with its own attention. `per_device_train_batch_size` then counts
+            packs, and `max_length` is the length of a pack.
+        max_samples_per_pack (`int`, *optional*, defaults to `4`):
+            Most samples in a pack.
+        long_sample_length (`int`, *optional*, defaults to `4096`):
+            A sample with more tokens is packed alone.
+        packing_lookahead (`int`, *optional*, defaults to `256`):
+            Samples among which the best fit is looked for.
+        on_bad_row (`str`, *optional*, defaults to `"error"`):
+            What a row does that can't be trained on (a missing picture, a wrong box, too many tokens): `"error"` stops the
+            run; `"skip"` leaves it out, and the run ends with their count and the first ten.
+        sample_every (`int`, *optional*, defaults to `250`):
+            Steps between two pictures of the teacher's and the student's attention, in `samples/` of the output folder;
+            0 draws none.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.SFTConfig`]: `max_length` is `None` (16,384 with
+    > `sample_packing`), and a limit raises instead of cutting; `remove_unused_columns` is `False`, since the collator
+    > reads raw rows; `logging_nan_inf_filter` is `False`; `report_to` is trackio if that is installed.
+    """
+
+    stage: str = field(default="1", metadata={"help": "Training stage.", "choices": STAGES})
+    lambda_bcm: float = field(default=0.1, metadata={"help": "Weight of L_BCM (Eq. 2)."})
+    lambda_dac: float = field(default=0.1, metadata={"help": "Weight of L_DAC (Eq. 5)."})
+    lambda_feat: float = field(default=1.0, metadata={"help": "Weight of the feature term in L_DAC."})
+    lambda_attn: float = field(default=1.0, metadata={"help": "Weight of the attention term in L_DAC."})
+    latent_loss: str = field(default="l1", metadata={"help": "Distance of Eq. 2 and 5.", "choices": DISTANCES})
+    alignment: str = field(default="stochastic", metadata={"help": "Who learns in Eq. 2.", "choices": ALIGNMENTS})
+    bernoulli_p: float = field(default=0.5, metadata={"help": "Probability that the states learn in Eq. 2."})
+    bcm_receives_ce: bool = field(default=True, metadata={"help": "Whether the cross-entropy trains BCM."})
+    latent_inputs: str | None = field(
+        default=None, metadata={"help": "What fills the slots: bcm, dac or hidden. Defaults to the stage's."}
+    )
+    attention_temperature: float = field(default=1.0, metadata={"help": "Temperature of Eq. 4."})
+    attention_epsilon: float = field(default=1e-9, metadata={"help": "Smoothing constant of Eq. 4."})
+    slot_ce: bool = field(default=False, metadata={"help": "Supervise the slot and end tokens as well."})
+    freeze_vision: bool = field(default=True, metadata={"help": "Freeze the vision encoder and its merger."})
+    allow_untrained_bcm: bool = field(
+        default=False, metadata={"help": "Let stage 2 run with an untrained BCM or none: the ablations."}
+    )
+    sample_packing: bool = field(default=False, metadata={"help": "Pack several samples into a row."})
+    max_samples_per_pack: int = field(default=4, metadata={"help": "Most samples in a pack."})
+    long_sample_length: int = field(default=4096, metadata={"help": "A sample with more tokens is packed alone."})
+    packing_lookahead: int = field(default=256, metadata={"help": "Samples among which the best fit is looked for."})
+    on_bad_row: str = field(
+        default="error", metadata={"help": "What a bad row does: stop the run, or be skipped.", "choices": ON_BAD_ROW}
+    )
+    sample_every: int = field(default=250, metadata={"help": "Steps between two pictures of attention; 0: none."})
+    report_to: None | str | list[str] = field(
+        default=None, metadata={"help": "Where to log, besides the terminal: trackio, wandb, tensorboard, none."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest sample, or pack, in tokens; nothing longer is ever cut."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay off: the collator reads raw rows."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
+
+    def __post_init__(self):
+        self.stage = str(self.stage)  # YAML reads 1 as a number
+        choices = {
+            "stage": STAGES,
+            "latent_loss": DISTANCES,
+            "alignment": ALIGNMENTS,
+            "latent_inputs": (None, *LATENT_INPUTS),
+            "on_bad_row": ON_BAD_ROW,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                names = ", ".join(str(choice) for choice in allowed)
+                raise ValueError(f"`{name}` must be one of {names}, got {getattr(self, name)!r}.")
+        for name in ("lambda_bcm", "lambda_dac", "lambda_feat", "lambda_attn"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.bernoulli_p <= 1:
+            raise ValueError(f"`bernoulli_p` must lie in [0, 1], got {self.bernoulli_p}.")
+        for name in ("attention_temperature", "attention_epsilon"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+        for name in ("max_samples_per_pack", "long_sample_length", "packing_lookahead"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.sample_every < 0:
+            raise ValueError(f"`sample_every` must not be negative, got {self.sample_every}.")
+        if self.stage == "sft" and self.latent_inputs is not None:
+            raise ValueError("`stage='sft'` has no slots to fill: leave `latent_inputs` out.")
+        if self.latent_inputs is None:
+            self.latent_inputs = LATENT_INPUTS_OF_STAGE[self.stage]
+        if self.stage == "1" and self.latent_inputs == "dac":
+            raise ValueError("Stage 1 doesn't train DAC: `latent_inputs` must be 'bcm' or 'hidden'.")
+        if self.packing or self.eval_packing:
+            raise ValueError("trl's `packing` knows no pictures: set `sample_packing=True` instead.")
+        if self.sample_packing:
+            self._check_packing()
+        if self.report_to is None:
+            self.report_to = "trackio" if is_trackio_available() else "none"
+        for name, allowed in UNSUPPORTED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"V-Reflection doesn't support `{name}={getattr(self, name)!r}`: leave it out.")
+        if self.remove_unused_columns:
+            raise ValueError("`remove_unused_columns` must be False: the collator reads ids, messages and images.")
+        # The collator renders and tokenizes, pictures included; trl's own preparation knows no reflections.
+        self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        super().__post_init__()
+        if self.hub_token is not None:
+            raise ValueError(
+                "`hub_token` would be written into training_args.bin, which is pushed: leave it out and run `hf auth login`, "
+                "or set HF_TOKEN."
+            )
+        if self.resume_from_checkpoint in ("true", "false", "True", "False"):  # of the command line
+            self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
+        if self.latent_inputs == "hidden" and self.gradient_checkpointing:
+            raise ValueError(
+                "`latent_inputs='hidden'` decodes with a cache, which gradient checkpointing forbids: set "
+                "`gradient_checkpointing=False`."
+            )
+
+    def _check_packing(self):
+        if self.latent_inputs == "hidden":
+            raise ValueError("`latent_inputs='hidden'` decodes sample by sample: set `sample_packing=False`.")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"Packs have no lengths to sort by: `train_sampling_strategy` must be 'random' or 'sequential', got "
+                f"{self.train_sampling_strategy!r}."
+            )
+        if self.max_length is None:
+            self.max_length = PACK_LENGTH
