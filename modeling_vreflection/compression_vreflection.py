@@ -1,7 +1,6 @@
-"""The two training-time modules, BCM and DAC, and what they look at: regions of the merged patch grid.
+"""The two cross-attention modules, BCM (Eq. 1) and DAC (Eq. 3).
 
-Symbols in shapes: G segments of a batch, S latent steps, D hidden size, N features of a box, L merged patches of an
-image (h x w, row by row).
+Symbols in shapes: G segments of a batch, S latent steps, D hidden size, N features of a box, L merged patches of an image.
 """
 
 import torch
@@ -9,15 +8,6 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 
-try:
-    from torchvision.ops import roi_align
-except ImportError:
-    roi_align = None
-
-# Boxes travel as integers in this unit of an image's side, because training engines cast floats to bfloat16.
-BOX_UNIT = 65_536
-ROI_BINS = 7
-ROI_SAMPLING_RATIO = 2
 QUERY_STD = 0.02
 
 
@@ -114,57 +104,8 @@ def pad_features(features: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tens
     return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
 
 
-def box_patches(box: list[int], grid: tuple[int, int]) -> torch.Tensor:
-    """Indices of the merged patches that a box overlaps, at least one.
-
-    Args:
-        box (`list[int]`): x0, y0, x1, y1 in 1/65,536 of the image's sides.
-        grid (`tuple[int, int]`): h and w of the merged grid.
-
-    Returns:
-        `torch.LongTensor` of shape (N,): Indices into the L = h * w patches, row by row.
-    """
-    height, width = grid
-    x0, y0, x1, y1 = box
-
-    def cells(low: int, high: int, size: int) -> torch.Tensor:
-        first = min(low * size // BOX_UNIT, size - 1)
-        return torch.arange(first, max(-(-high * size // BOX_UNIT), first + 1))
-
-    return (cells(y0, y1, height)[:, None] * width + cells(x0, x1, width)).flatten()
-
-
-def pool_region(features: torch.Tensor, box: list[int], grid: tuple[int, int], pooling: str) -> torch.Tensor:
-    """Features of a box: F_local (N, D) from F_global (L, D), N = 49 for `"roi_align"`. See `box_patches`."""
-    if pooling == "patch":
-        return features[box_patches(box, grid).to(features.device)]
-    maps = features.float().T.unflatten(1, grid)  # (D, h, w)
-    return _roi_bins(maps, box).flatten(1).T.to(features.dtype)
-
-
-def project_attention(attention: torch.Tensor, box: list[int], grid: tuple[int, int], pooling: str) -> torch.Tensor:
-    """Projects the attention over a box's features, A_T (S, N), onto the whole grid: Â_T (S, L) of Eq. 4.
-
-    Every row still sums to one: with `"patch"` it is a scatter, with `"roi_align"` the adjoint of its bilinear sampling,
-    whose weights sum to one for each bin. Â_T is a target; no gradient flows through it.
-    """
-    attention = attention.detach()
-    if pooling == "patch":
-        projected = attention.new_zeros(len(attention), grid[0] * grid[1])
-        projected[:, box_patches(box, grid).to(attention.device)] = attention
-        return projected
-    with torch.enable_grad():
-        maps = attention.new_zeros(len(attention), *grid, requires_grad=True)
-        bins = _roi_bins(maps, box)
-        return torch.autograd.grad(bins, maps, attention.view_as(bins))[0].flatten(1)
-
-
-def _roi_bins(maps: torch.Tensor, box: list[int]) -> torch.Tensor:
-    """RoI-Align of maps (C, h, w), float32, over one box: (C, 7, 7)."""
-    if roi_align is None:
-        raise ImportError('`region_pooling="roi_align"` needs torchvision: `pip install torchvision`.')
-    height, width = maps.shape[1:]
-    corners = maps.new_tensor(box) * maps.new_tensor([width, height, width, height]) / BOX_UNIT
-    return roi_align(
-        maps[None], [corners[None]], output_size=ROI_BINS, sampling_ratio=ROI_SAMPLING_RATIO, aligned=True
-    )[0]
+def initialise_queries(module: nn.Module) -> None:
+    """Draws learned queries from N(0, 0.02²), once the stock class has initialised the rest."""
+    queries = getattr(module, "queries", None)
+    if isinstance(queries, nn.Parameter) and not getattr(queries, "_is_hf_initialized", False):
+        nn.init.normal_(queries, std=QUERY_STD)

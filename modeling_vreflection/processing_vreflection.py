@@ -1,6 +1,5 @@
 """From messages with pictures and boxes to model inputs."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +8,7 @@ from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProce
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import AddedToken
 
-from .compression_vreflection import BOX_UNIT
+from .regions_vreflection import quantise_box
 
 
 LATENT_TOKENS = ("<|sovt|>", "<|lvr|>", "<|eovt|>")
@@ -106,9 +105,10 @@ def build_chat_template(latent_tokens: tuple[str, str, str] = LATENT_TOKENS, num
     return CHAT_TEMPLATE.replace("__ESCAPES__", escapes).replace("__SEGMENT__", segment)
 
 
-class VReflectionProcessor(Qwen2_5_VLProcessor):
+class ReflectionProcessorMixin:
     r"""
-    Qwen2.5-VL's image processor and tokenizer, with reflections in the chat template and boxes beside the text. No videos.
+    A backbone's image processor and tokenizer, with reflections in the chat template and boxes besides the text. No videos;
+    comes before the backbone's class.
 
     Messages may hold, in the assistant's answer to the last question, a part
     `{"type": "reflection", "box": [x0, y0, x1, y1], "image_index": 0}`: corners as fractions of the image's sides, origin
@@ -128,7 +128,7 @@ class VReflectionProcessor(Qwen2_5_VLProcessor):
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-        # Past Qwen's own constructor: its video processor alone would need torchvision.
+        # Past the backbone's own constructor: its video processor alone would need torchvision.
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -138,8 +138,8 @@ class VReflectionProcessor(Qwen2_5_VLProcessor):
         latent_tokens: tuple[str, str, str] = LATENT_TOKENS,
         num_latent_tokens: int = 8,
         **kwargs,
-    ) -> "VReflectionProcessor":
-        """Makes a processor from a stock Qwen2.5-VL folder or Hub id; see the model's `from_backbone`."""
+    ) -> "ReflectionProcessorMixin":
+        """Makes a processor from a stock folder or Hub id; see the model's `from_backbone`."""
         # Prompts are padded on the left; given here, the side is saved with the tokenizer.
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, padding_side="left", **kwargs)
         tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in latent_tokens], True)
@@ -151,7 +151,7 @@ class VReflectionProcessor(Qwen2_5_VLProcessor):
         )
 
     def __call__(self, images=None, text=None, boxes: Sequence | None = None, videos=None, audio=None, **kwargs):
-        """Prepares text and images, as Qwen2.5-VL's processor does, and boxes.
+        """Prepares text and images, as the backbone's processor does, and boxes.
 
         Args:
             images: One image or (nested) lists of them.
@@ -237,22 +237,8 @@ def rendered_reflections(messages: list[dict]) -> list[dict]:
     ]
 
 
-def quantise_box(box: Sequence[float] | None, where: str = "The box") -> list[int]:
-    """Checks normalised corners x0, y0, x1, y1 and returns them in 1/65,536, rounded inwards.
-
-    Raises:
-        ValueError: Not four numbers, NaN, outside [0, 1], reversed or without area.
-    """
-    try:
-        x0, y0, x1, y1 = box = [float(corner) for corner in box]
-    except (TypeError, ValueError):
-        raise ValueError(f"{where} must be [x0, y0, x1, y1], got {box}.") from None
-    if not all(0 <= corner <= 1 for corner in box):  # also false for NaN
-        raise ValueError(f"{where} must have corners in [0, 1], as fractions of the image's sides, got {box}.")
-    if x0 >= x1 or y0 >= y1:
-        raise ValueError(f"{where} must have x0 < x1 and y0 < y1, got {box}.")
-    low = [math.ceil(x0 * BOX_UNIT), math.ceil(y0 * BOX_UNIT)]
-    return low + [max(low[0], math.floor(x1 * BOX_UNIT)), max(low[1], math.floor(y1 * BOX_UNIT))]
+class VReflectionProcessor(ReflectionProcessorMixin, Qwen2_5_VLProcessor):
+    """The processor of V-Reflection on Qwen2.5-VL; see [`ReflectionProcessorMixin`]."""
 
 
 VReflectionProcessor.register_for_auto_class("AutoProcessor")

@@ -12,6 +12,7 @@ from trl import ModelConfig
 from trl import get_quantization_config as get_stock_quantization_config
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
+from modeling_vreflection.configuration_vreflection import ReflectionConfigMixin
 from vreflection_hub_card.card import read_training_facts, write_training_facts
 
 from .loading import is_stock, load_model_and_processor
@@ -23,7 +24,7 @@ LANGUAGE_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 VISION_LAYERS = ("attn.qkv", "attn.proj", "merger.mlp.0", "merger.mlp.2")
 VOCABULARY = ("embed_tokens", "lm_head")
 # The fields that decide what BCM and DAC are and do: an adapter means the same only on a base that has them too.
-REFLECTION_FIELDS = tuple(name for name in VReflectionConfig.__annotations__ if not name.endswith("_token_id"))
+REFLECTION_FIELDS = tuple(name for name in ReflectionConfigMixin.__annotations__ if not name.endswith("_token_id"))
 
 
 def complete_peft_config(

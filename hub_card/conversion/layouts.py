@@ -7,7 +7,7 @@ which have no place here.
 
 import re
 
-from modeling_vreflection.modeling_vreflection import KEY_MAPPING
+from modeling_vreflection import VReflectionForConditionalGeneration
 
 
 # The authors' module, ours, and the field of their config.json that announces it.
@@ -33,7 +33,7 @@ def our_names(name: str) -> tuple[str, ...]:
     module, _, leaf = name.partition(".")
     if module in MODULES:
         return tuple(f"model.{MODULES[module][0]}.{ours}" for ours in LEAVES.get(leaf, ()))
-    for pattern, replacement in KEY_MAPPING.items():
+    for pattern, replacement in VReflectionForConditionalGeneration.stock_key_mapping.items():
         name = re.sub(pattern, replacement, name)
     return (name,)
 

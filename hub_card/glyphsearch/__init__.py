@@ -28,6 +28,8 @@ from .questions import (
     scene_row,
 )
 from .scenes import (
+    BACKGROUND,
+    CLUTTER,
     COLOURS,
     DIFFICULTIES,
     GLYPHS,
@@ -45,6 +47,8 @@ from .scenes import (
 
 
 __all__ = [
+    "BACKGROUND",
+    "CLUTTER",
     "COLOURS",
     "DESCRIBE",
     "DIFFICULTIES",

@@ -1,4 +1,6 @@
-"""Architecture of a V-Reflection model: a Qwen2.5-VL, three token ids and the two training-time modules."""
+"""Architecture of a V-Reflection model: a backbone, three token ids and the two cross-attention modules."""
+
+from dataclasses import dataclass
 
 from transformers import Qwen2_5_VLConfig
 from transformers.models.auto.modeling_auto import (
@@ -7,15 +9,6 @@ from transformers.models.auto.modeling_auto import (
 )
 
 
-# What a checkpoint answers to. All model classes get the whole model: whoever loads `AutoModel` wants to call `generate`.
-AUTO_MAP = {
-    "AutoConfig": "configuration_vreflection.VReflectionConfig",
-    "AutoModel": "modeling_vreflection.VReflectionForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_vreflection.VReflectionForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_vreflection.VReflectionForConditionalGeneration",
-    "AutoProcessor": "processing_vreflection.VReflectionProcessor",
-}
-
 CHOICES = {
     "region_pooling": ("patch", "roi_align"),
     "dac_queries": ("states", "static", "random"),
@@ -23,9 +16,10 @@ CHOICES = {
 }
 
 
-class VReflectionConfig(Qwen2_5_VLConfig):
+@dataclass(kw_only=True, repr=False)
+class ReflectionConfigMixin:
     r"""
-    All of [`Qwen2_5_VLConfig`]'s arguments, and:
+    What a reflection adds to a backbone's config; comes before the backbone's class.
 
     Args:
         num_latent_tokens (`int`, *optional*, defaults to 8):
@@ -54,8 +48,6 @@ class VReflectionConfig(Qwen2_5_VLConfig):
             Whether the checkpoint carries DAC, the student. Inference needs it for `latent_feedback="dac"` only.
     """
 
-    model_type = "vreflection"
-
     num_latent_tokens: int = 8
     latent_start_token_id: int | None = None
     latent_token_id: int | None = None
@@ -82,9 +74,9 @@ class VReflectionConfig(Qwen2_5_VLConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """Reads a config; a stock Qwen2.5-VL one counts as ours without tokens and modules of its own."""
+        """Reads a config; a stock one of the backbone counts as ours without tokens and modules of its own."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config.get("model_type") == Qwen2_5_VLConfig.model_type:
+        if config.get("model_type") == cls.backbone_type:
             config = {**config, "model_type": cls.model_type}
         return config, kwargs
 
@@ -92,6 +84,13 @@ class VReflectionConfig(Qwen2_5_VLConfig):
     def latent_token_ids(self) -> tuple[int | None, int | None, int | None]:
         """Ids of the start, slot and end token."""
         return self.latent_start_token_id, self.latent_token_id, self.latent_end_token_id
+
+
+class VReflectionConfig(ReflectionConfigMixin, Qwen2_5_VLConfig):
+    """All of [`Qwen2_5_VLConfig`]'s arguments and those of [`ReflectionConfigMixin`]."""
+
+    model_type = "vreflection"
+    backbone_type = Qwen2_5_VLConfig.model_type
 
 
 VReflectionConfig.register_for_auto_class()

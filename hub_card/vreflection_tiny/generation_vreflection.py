@@ -188,7 +188,13 @@ class SilentReflectionStreamer(BaseStreamer):
 
 
 class ReflectionGenerationMixin:
-    """The hooks of `GenerationMixin` that make a model reflect; comes before the model's own base class."""
+    """The hooks of `GenerationMixin` that make a model reflect (Sec. 3.4); comes before the stock class.
+
+    In one call of `generate`, transformers calls them in this order: `_get_logits_processor` and
+    `_expand_inputs_for_generation` once; then at every step `prepare_inputs_for_generation`, which hands the state of the
+    step before to `forward`, the logits processors, `_update_model_kwargs_for_generation`, which keeps the new state on the
+    cache, and with beams `_reorder_cache`, which moves it along.
+    """
 
     @torch.no_grad()
     def generate(
@@ -343,7 +349,7 @@ class ReflectionGenerationMixin:
 
     def _features_of_rows(self, input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """All image features of each row (B, L, D) and their mask (B, L): what DAC interrogates while decoding."""
-        features = self.model._image_features(
+        features = self.model.image_features(
             model_kwargs.get("pixel_values"),
             model_kwargs.get("image_grid_thw"),
             model_kwargs.get("mm_encoder_outputs"),

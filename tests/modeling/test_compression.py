@@ -8,18 +8,20 @@ import torch
 from randomise import randomise
 from reference import attend, patches_inside
 
-from modeling_vreflection import VReflectionConfig, compression_vreflection
+from modeling_vreflection import VReflectionConfig, regions_vreflection
 from modeling_vreflection.compression_vreflection import (
-    BOX_UNIT,
     BoxGuidedCompression,
     DynamicAutoregressiveCompression,
-    box_patches,
     pad_features,
-    pool_region,
-    project_attention,
 )
 from modeling_vreflection.modeling_vreflection import VReflectionModel
-from modeling_vreflection.processing_vreflection import quantise_box
+from modeling_vreflection.regions_vreflection import (
+    BOX_UNIT,
+    box_patches,
+    pool_region,
+    project_attention,
+    quantise_box,
+)
 
 
 D, STEPS, HEADS = 48, 5, 4
@@ -260,7 +262,7 @@ def test_roi_align_keeps_the_dtype_and_carries_gradients():
 
 
 def test_missing_torchvision_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(compression_vreflection, "roi_align", None)
+    monkeypatch.setattr(regions_vreflection, "roi_align", None)
     with pytest.raises(ImportError, match="region_pooling.*pip install torchvision"):
         pool_region(torch.randn(30, 3), quantise_box(BOXES[0]), (5, 6), "roi_align")
     assert len(pool_region(torch.randn(30, 3), quantise_box(BOXES[1]), (5, 6), "patch")) == 30

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from modeling_vreflection.modeling_vreflection import images_before
+from modeling_vreflection.reflection_vreflection import images_before
 
 
 STEPS = 8

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from reference import END, SLOT, START, answer, ask, encode, picture
 
-from modeling_vreflection.processing_vreflection import quantise_box, rendered_reflections
+from modeling_vreflection.processing_vreflection import rendered_reflections
+from modeling_vreflection.regions_vreflection import quantise_box
 
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"

@@ -52,7 +52,7 @@ def test_the_recipe_parses(name):
 @pytest.mark.parametrize("name", LARGE)
 def test_the_head_says_how_to_run_it(name):
     head = re.match(r"(#.*\n)+", (RECIPES / f"{name}.yaml").read_text()).group()
-    recipe, engine = re.search(r"# Run:  vreflection-train (\S+) --accelerate_config (\S+)\n", head).groups()
+    recipe, engine = re.search(r"# Run:  vreflection train (\S+) --accelerate_config (\S+)\n", head).groups()
     assert recipe == name and (ACCELERATE_CONFIGS / f"{engine}.yaml").is_file()
     assert "# Hardware: " in head and f"`vreflection check {name}`" in head
     for source in yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["datasets"]:

@@ -8,7 +8,8 @@ from uuid import uuid4
 from datasets import Dataset, Features, Value
 
 from modeling_vreflection import VReflectionProcessor
-from modeling_vreflection.processing_vreflection import quantise_box, rendered_reflections
+from modeling_vreflection.processing_vreflection import rendered_reflections
+from modeling_vreflection.regions_vreflection import quantise_box
 from vreflection_hub_card.rows import BadRow, check_past_reflections, row_images, row_messages, row_name
 
 from .images import count_image_tokens, image_size, load_image

@@ -5,7 +5,7 @@ Symbols in shapes: G segments, S latent steps, D hidden size, L merged patches.
 
 import torch
 
-from modeling_vreflection.compression_vreflection import box_patches
+from modeling_vreflection.regions_vreflection import box_patches
 
 
 # At 0.05 the latents of two samples have, on average, a cosine of 0.9975.

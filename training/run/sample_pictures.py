@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from modeling_vreflection.compression_vreflection import BOX_UNIT
+from modeling_vreflection.regions_vreflection import BOX_UNIT
 from vreflection_hub_card.inference.drawing import (
     CAPTION,
     STEPS_A_LINE,

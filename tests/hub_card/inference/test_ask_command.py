@@ -173,7 +173,9 @@ def test_a_folder_that_may_not_be_read(ask, picture_file, capsys, monkeypatch):
     def forbid(folder):
         raise PermissionError(13, "Permission denied", "locked")
 
-    monkeypatch.setattr("vreflection_training.commands.ask.checkpoint_folder", forbid)  # as root nothing is unreadable
+    monkeypatch.setattr(
+        "vreflection_hub_card.inference.checkpoints.checkpoint_folder", forbid
+    )  # as root nothing is unreadable
     fails(capsys, ask(picture_file, "Where?"), "locked: Permission denied")
 
 

@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -70,7 +72,6 @@ def test_the_feedback_lands_in_the_generation_config_and_no_weight_in_the_config
         (["tiny_base", "--datasets", "[]"], "Set either `dataset_name` or `datasets`"),
         (["tiny_base", "--accelerate_config", "zero9"], "No configuration of accelerate 'zero9'.*fsdp2"),
         (["check", "no_such_recipe"], "No recipe 'no_such_recipe'"),
-        (["merge", "adapter"], "required: OUTPUT"),
         (["tiny_stage1", "--from_scratch", "true"], "Set either `model_name_or_path` or `from_scratch: true`"),
     ],
 )
@@ -80,6 +81,18 @@ def test_a_bad_command_line_is_one_clear_line(run, capsys, arguments, message):
     except SystemExit as stop:  # argparse's own refusal
         assert stop.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["ask", "--wrong"], ["nothing"], ["merge", "adapter"], ["evaluate", "--tasks", "none"], ["train", "no_such_recipe"], ["check", "no_such_recipe"]])  # fmt: skip
+def test_help_and_wrong_arguments_import_neither_torch_nor_transformers(arguments):
+    code = (
+        "import sys; from vreflection_training.cli import main\ntry: main(sys.argv[1:])\nfinally: print(*sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    loaded = set(ran.stdout.splitlines()[-1].split())
+    assert "vreflection_training.cli" in loaded and not loaded & {"torch", "transformers", "trl", "datasets"}, (
+        ran.stderr
+    )
 
 
 def test_an_unknown_key_in_a_recipe_is_refused(run, tmp_path, capsys):

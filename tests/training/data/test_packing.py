@@ -118,12 +118,12 @@ def test_without_boxes_the_student_sees_its_own_sample_alone(make_model, process
     model = make_model(has_bcm=False)
     collate = VReflectionDataCollator(processor, model.config)
     # Feeding states back can't run packed, so the maps are compared through what they look at.
-    from modeling_vreflection.modeling_vreflection import find_segments, images_before
+    from modeling_vreflection.reflection_vreflection import find_segments, images_before
 
     batch = collate(PACKS[:1])
     features = [torch.full((size, 1), float(number)) for number, size in enumerate((6, 8, 15))]
-    positions = model.model._packed_positions(
-        batch["input_ids"], batch["position_ids"], batch["mm_token_type_ids"], batch["image_grid_thw"]
+    positions = model.model._with_packed_positions(
+        batch["input_ids"], batch["position_ids"], None, batch["mm_token_type_ids"], batch["image_grid_thw"], False
     )
     inputs = {"input_ids": batch["input_ids"], "position_ids": positions}
     segments = find_segments(batch["input_ids"], model.config)

@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from modeling_vreflection.compression_vreflection import BOX_UNIT
+from modeling_vreflection.regions_vreflection import BOX_UNIT
 from vreflection_training import VReflectionSFTConfig
 from vreflection_training.run.latent_metrics import (
     COLLAPSE_THRESHOLD,

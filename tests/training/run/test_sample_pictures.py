@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 from transformers import Qwen2VLImageProcessor
 
-from modeling_vreflection.compression_vreflection import BOX_UNIT
+from modeling_vreflection.regions_vreflection import BOX_UNIT
 from vreflection_hub_card.glyphsearch import make_scene
 from vreflection_hub_card.inference.drawing import save_figure
 from vreflection_training.run.sample_pictures import draw_sample, picture_from_patches

@@ -1,0 +1,403 @@
+"""Algorithm 1 on any backbone: where reflections lie in a batch, what fills their slots, what is seen at them.
+
+Symbols in shapes: B rows, T tokens, G reflection segments of the batch, S latent steps, D hidden size, L merged patches
+(the largest count among the segments' images; the others are padded with zeros).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .compression_vreflection import (
+    BoxGuidedCompression,
+    DynamicAutoregressiveCompression,
+    initialise_queries,
+    pad_features,
+)
+from .generation_vreflection import CACHE
+from .regions_vreflection import check_boxes, merged_grids, pool_region, project_attention
+
+
+LATENT_INPUTS = ("bcm", "dac", "hidden")
+
+
+@dataclass
+class LatentOutput:
+    """What was seen at the reflection segments, in the order of the segments in the batch.
+
+    Args:
+        latent_states (`torch.Tensor` of shape `(G, S, D)`): H, the states that predict the slots.
+        teacher_latents (`torch.Tensor` of shape `(G, S, D)`): Z_T (Eq. 1). `None` without boxes or BCM.
+        student_latents (`torch.Tensor` of shape `(G, S, D)`): Z_S (Eq. 3). `None` without images or DAC.
+        teacher_attention (`torch.FloatTensor` of shape `(G, S, L)`): Â_T, on the grid of the box's image (Eq. 4);
+            uniform over the box where there is no BCM. `None` without boxes.
+        student_attention (`torch.FloatTensor` of shape `(G, S, L)`): A_S, over the box's image, or without boxes over
+            all images of the row before the segment.
+    """
+
+    latent_states: torch.Tensor | None = None
+    teacher_latents: torch.Tensor | None = None
+    student_latents: torch.Tensor | None = None
+    teacher_attention: torch.FloatTensor | None = None
+    student_attention: torch.FloatTensor | None = None
+
+
+@dataclass
+class VReflectionModelOutputWithPast(LatentOutput, BaseModelOutputWithPast):
+    """The backbone's usual fields, and those of [`LatentOutput`]."""
+
+
+class ReflectionModelMixin:
+    """A backbone with BCM and DAC; comes before the stock backbone class, which embeds, encodes pictures and runs the layers."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        size = (config.text_config.hidden_size, config.compression_num_heads, config.num_latent_tokens)
+        self.bcm = BoxGuidedCompression(*size) if config.has_bcm else None
+        self.dac = DynamicAutoregressiveCompression(*size, config.dac_queries) if config.has_dac else None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        initialise_queries(module)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        boxes: torch.LongTensor | None = None,
+        latent_inputs: str | None = None,
+        bcm_receives_ce: bool = True,
+        latent_state: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """See [`ReflectionCausalLMMixin.forward`]; `latent_state` (B, 1, D) is what `generate` feeds back.
+
+        Returns:
+            `BaseModelOutputWithPast`: where slots are filled, a [`VReflectionModelOutputWithPast`].
+        """
+        if past_key_values is not None:
+            if cache is not None:
+                raise ValueError("`cache` and `past_key_values` are two names of one thing: pass one of them.")
+            cache = past_key_values
+        position_ids = self._with_packed_positions(
+            input_ids, position_ids, attention_mask, mm_token_type_ids, image_grid_thw, use_cache
+        )
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "image_grid_thw": image_grid_thw,
+            "mm_token_type_ids": mm_token_type_ids,
+        }
+        if latent_state is not None:
+            embeds = self.get_input_embeddings()(input_ids)
+            in_slot = (input_ids == self.config.latent_token_id)[..., None]
+            inputs_embeds = torch.where(in_slot, latent_state.to(embeds.dtype), embeds)
+        elif latent_inputs is not None:
+            segments = self._check_reflecting(input_ids, inputs_embeds, cache, boxes, latent_inputs, kwargs)
+            if segments is not None:
+                features = self.image_features(pixel_values, image_grid_thw, mm_encoder_outputs)
+                return self._reflect(inputs, segments, features, boxes, latent_inputs, bcm_receives_ce, kwargs)
+        else:
+            self._check_unfilled(input_ids, boxes)
+        if mm_encoder_outputs is not None:  # transformers before 5.20 doesn't know it
+            inputs["mm_encoder_outputs"] = mm_encoder_outputs
+        return super().forward(
+            **inputs,
+            **{CACHE: cache},
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            **kwargs,
+        )
+
+    # `generate` reads the parameters' names.
+    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor | None = None, **kwargs):
+        """The stock features, without a graph where the vision encoder is frozen.
+
+        Gradient checkpointing lets its input require gradients, and would run it once more, forward and backward, for nothing.
+        """
+        learns = any(parameter.requires_grad for parameter in self.visual.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            return super().get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def image_features(self, pixel_values, image_grid_thw, mm_encoder_outputs=None) -> list[torch.Tensor]:
+        """F_global of every image of the batch: a list of (L_i, D)."""
+        if mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
+            return list(mm_encoder_outputs["image"].pooler_output)
+        if pixel_values is None:
+            return []
+        return list(self.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output)
+
+    def _with_packed_positions(
+        self, input_ids, position_ids, attention_mask, mm_token_type_ids, image_grid_thw, use_cache
+    ) -> torch.LongTensor | None:
+        """Positions (4, B, T) of packed rows, given as (B, T): of the text, which keep samples apart, then in three dimensions."""
+        if position_ids is None or position_ids.ndim != 2 or input_ids is None or attention_mask is not None:
+            return position_ids
+        if mm_token_type_ids is None:
+            if (position_ids.diff() < 0).any():
+                raise ValueError("Packed rows, which `position_ids` that begin anew mean, need `mm_token_type_ids`.")
+            return position_ids
+        if use_cache is not False:
+            raise ValueError("Packed rows need `use_cache=False`: with a cache samples would see one another.")
+        # As if a row were one sample, then less the position at which each sample starts.
+        positions, _ = self.get_rope_index(
+            input_ids, mm_token_type_ids=mm_token_type_ids, image_grid_thw=image_grid_thw
+        )
+        starts = torch.arange(position_ids.shape[1], device=position_ids.device) - position_ids
+        positions = positions - positions.gather(2, starts.expand_as(positions))
+        return torch.cat([position_ids[None], positions])
+
+    def _check_reflecting(self, input_ids, inputs_embeds, cache, boxes, latent_inputs, kwargs) -> tuple | None:
+        """Checks a call with `latent_inputs`; returns its segments, see [`find_segments`], or `None` if there are none."""
+        if latent_inputs not in LATENT_INPUTS:
+            raise ValueError(f"`latent_inputs` must be one of {', '.join(LATENT_INPUTS)}, got {latent_inputs!r}.")
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("`latent_inputs` fills the slots among `input_ids`: pass these, and no `inputs_embeds`.")
+        segments = find_segments(input_ids, self.config)
+        if not len(segments[0]):
+            if boxes is not None and len(boxes):
+                raise ValueError(f"{len(boxes)} boxes, but no reflection segment in `input_ids`.")
+            return None
+        if cache is not None:
+            raise ValueError("Slots are filled in whole sequences: pass no cache with `latent_inputs`.")
+        if kwargs.get("pixel_values_videos") is not None:
+            raise ValueError("A reflection looks at pictures: pass no `pixel_values_videos` with `latent_inputs`.")
+        return segments
+
+    def _check_unfilled(self, input_ids, boxes) -> None:
+        """Checks a call without `latent_inputs`: it may hold neither boxes nor slots."""
+        if boxes is not None and len(boxes):
+            raise ValueError(
+                f"{len(boxes)} boxes, and nothing that uses them: pass `latent_inputs`, one of {', '.join(LATENT_INPUTS)}."
+            )
+        if input_ids is None or input_ids.shape[1] == 1 or torch.compiler.is_compiling():
+            return
+        if self.config.latent_token_id is not None and (input_ids == self.config.latent_token_id).any():
+            raise ValueError(
+                "`input_ids` hold latent slots and nothing fills them: pass `latent_inputs`, one of "
+                f"{', '.join(LATENT_INPUTS)}. Prompts must not hold any; the chat template drops past reflections."
+            )
+
+    def _reflect(
+        self,
+        inputs: dict,
+        segments: tuple[torch.LongTensor, torch.LongTensor],
+        features: list[torch.Tensor],
+        boxes: torch.LongTensor | None,
+        latent_inputs: str,
+        bcm_receives_ce: bool,
+        kwargs: dict,
+    ) -> VReflectionModelOutputWithPast:
+        """Algorithm 1 but for its losses: fills the slots, runs the language model, lets DAC look.
+
+        Lines 1-2, 15-16 and 20 are `_teach`, line 3 is the pass over Z_T, lines 17-18 are DAC, line 19 the pass over Z_S.
+        The losses, lines 4-12 and 19-23, are the trainer's.
+
+        Args:
+            inputs (`dict`): `input_ids`, `attention_mask`, `position_ids`, `image_grid_thw`, `mm_token_type_ids`.
+            segments (`tuple`): See [`find_segments`].
+            features (`list[torch.Tensor]`): F_global of every image of the batch, (L_i, D).
+            boxes, latent_inputs, bcm_receives_ce: See [`ReflectionCausalLMMixin.forward`].
+            kwargs (`dict`): What else the language model is given.
+        """
+        rows, first = segments
+        steps = torch.arange(self.config.num_latent_tokens, device=first.device)
+        slots = (rows[:, None], first[:, None] + steps)
+        embeds = self._embed(inputs["input_ids"], features)
+        inputs = {**inputs, "position_ids": self._positions(inputs, embeds)}
+
+        teacher_latents, teacher_attention = None, None
+        if boxes is not None:
+            teacher_latents, teacher_attention = self._teach(boxes, len(rows), features, inputs["image_grid_thw"])
+        if teacher_latents is None and latent_inputs == "bcm":
+            raise ValueError(f"`latent_inputs='bcm'` needs {'boxes' if self.bcm is not None else 'a model with BCM'}.")
+        if latent_inputs == "dac" and (self.dac is None or boxes is None):
+            raise ValueError(f"`latent_inputs='dac'` needs {'boxes' if self.dac is not None else 'a model with DAC'}.")
+
+        if latent_inputs == "hidden" or teacher_latents is None:
+            outputs = self._roll_out(inputs, embeds, rows, first, kwargs)
+        else:
+            receives = latent_inputs == "bcm" and bcm_receives_ce
+            filled = teacher_latents if receives else teacher_latents.detach()
+            outputs = self._run(inputs, embeds.index_put(slots, filled.to(embeds.dtype)), kwargs)
+        states = outputs.last_hidden_state[slots[0], slots[1] - 1]
+
+        student_latents, student_attention = None, None
+        if self.dac is not None:
+            if boxes is None:
+                global_features = images_before(inputs, segments, features, self.config.image_token_id)
+            else:
+                global_features = [features[image] for image in boxes[:, 0].tolist()]
+            if all(len(feature) for feature in global_features):
+                at_slots = self.config.query_position == "at"
+                queries = outputs.last_hidden_state[slots] if at_slots else states
+                student_latents, student_attention = self.dac(queries, *pad_features(global_features))
+        if latent_inputs == "dac":
+            outputs = self._run(inputs, embeds.index_put(slots, student_latents.to(embeds.dtype)), kwargs)
+        return VReflectionModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            latent_states=states,
+            teacher_latents=teacher_latents,
+            student_latents=student_latents,
+            teacher_attention=teacher_attention,
+            student_attention=student_attention,
+        )
+
+    def _embed(self, input_ids: torch.LongTensor, features: list[torch.Tensor]) -> torch.Tensor:
+        """Embeddings (B, T, D) of the tokens, with the pictures' features in their places."""
+        embeds = self.get_input_embeddings()(input_ids)
+        if not features:
+            return embeds
+        images = torch.cat(features).to(embeds.dtype)
+        mask, _ = self.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=images)
+        return embeds.masked_scatter(mask, images)
+
+    def _positions(self, inputs: dict, embeds: torch.Tensor) -> torch.LongTensor | None:
+        """The given positions, or those of the stock backbone, (3, B, T)."""
+        if inputs["position_ids"] is not None:
+            return inputs["position_ids"]
+        return self.compute_3d_position_ids(
+            input_ids=inputs["input_ids"],
+            image_grid_thw=inputs["image_grid_thw"],
+            video_grid_thw=None,
+            inputs_embeds=embeds,
+            attention_mask=inputs["attention_mask"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+            **{CACHE: None},
+        )
+
+    def _teach(
+        self,
+        boxes: torch.LongTensor,
+        num_segments: int,
+        features: list[torch.Tensor],
+        image_grid_thw: torch.LongTensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Z_T (G, S, D), `None` without BCM, and Â_T (G, S, L): lines 1-2, 15-16 and 20 of Algorithm 1."""
+        pooling = self.config.region_pooling
+        check_boxes(boxes, num_segments, len(features))
+        grids = merged_grids(image_grid_thw, self.config.vision_config.spatial_merge_size)
+        where = [(box, grids[image]) for image, *box in boxes.tolist()]
+        regions = [pool_region(features[image], *at, pooling) for image, at in zip(boxes[:, 0].tolist(), where)]
+        local, mask = pad_features(regions)
+        if self.bcm is None:
+            latents = None
+            uniform = mask / mask.sum(1, keepdim=True)
+            attention = uniform[:, None].expand(-1, self.config.num_latent_tokens, -1)
+        else:
+            latents, attention = self.bcm(local, mask)
+        projected = [
+            project_attention(rows[:, inside], *at, pooling).T for rows, inside, at in zip(attention, mask, where)
+        ]
+        return latents, pad_features(projected)[0].transpose(1, 2)
+
+    def _run(self, inputs: dict, embeds: torch.Tensor, kwargs: dict) -> BaseModelOutputWithPast:
+        """One pass of the language model over whole sequences."""
+        return self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=inputs["attention_mask"],
+            position_ids=inputs["position_ids"],
+            use_cache=False,
+            **kwargs,
+        )
+
+    def _roll_out(
+        self, inputs: dict, embeds: torch.Tensor, rows: torch.Tensor, first: torch.Tensor, kwargs: dict
+    ) -> BaseModelOutputWithPast:
+        """What decoding does (Sec. 3.4): the prompt into a cache, S single steps that feed each state back, then the rest."""
+        if self.training and self.language_model.layers[0].gradient_checkpointing:
+            raise ValueError(
+                "Feeding the states back needs a cache, which gradient checkpointing forbids: set "
+                "`gradient_checkpointing=False`, or another `latent_inputs`."
+            )
+        attention_mask, position_ids = inputs["attention_mask"], inputs["position_ids"]
+        if is_packed(position_ids):
+            raise ValueError("Feeding the states back can't run on packed rows: turn `sample_packing` off.")
+        if len(rows.unique()) < len(rows) or len(first.unique()) > 1:
+            raise ValueError(
+                "Feeding the states back needs one segment a row, all starting in one column (pad the prompts on the "
+                f"left); the segments of rows {rows.tolist()} start at {first.tolist()}."
+            )
+        reflects = torch.zeros(len(embeds), 1, 1, dtype=torch.bool, device=embeds.device)
+        reflects[rows] = True
+        cache = DynamicCache(config=self.config.get_text_config())
+        start, length = int(first[0]), embeds.shape[1]
+        ends = [start, *range(start + 1, start + 1 + self.config.num_latent_tokens), length]
+        states, begin = [], 0
+        for end in ends:
+            chunk = embeds[:, begin:end]
+            if start <= begin < start + self.config.num_latent_tokens:
+                chunk = torch.where(reflects, states[-1][:, -1:], chunk)
+            if begin < end:
+                outputs = self.language_model(
+                    inputs_embeds=chunk,
+                    attention_mask=None if attention_mask is None else attention_mask[:, :end],
+                    position_ids=None if position_ids is None else position_ids[..., begin:end],
+                    **{CACHE: cache},
+                    use_cache=True,
+                    **kwargs,
+                )
+                states.append(outputs.last_hidden_state)
+            begin = end
+        return BaseModelOutputWithPast(last_hidden_state=torch.cat(states, 1))
+
+
+def find_segments(input_ids: torch.LongTensor, config) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Finds the reflection segments in ids (B, T): their rows (G,) and the columns of their first slots (G,)."""
+    in_slot = input_ids == config.latent_token_id
+    begins = in_slot.clone()
+    begins[:, 1:] &= ~in_slot[:, :-1]
+    rows, first = begins.nonzero(as_tuple=True)
+    lengths = in_slot.flatten().cumsum(0).view_as(in_slot)
+    ends = in_slot.clone()
+    ends[:, :-1] &= ~in_slot[:, 1:]
+    lengths = lengths[ends] - lengths[begins] + 1
+    opened = input_ids[rows, first - 1] == config.latent_start_token_id
+    wrong = ((lengths != config.num_latent_tokens) | ~opened | (first == 0)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"A segment is a start token and {config.num_latent_tokens} slots; segments {wrong} in rows "
+            f"{rows[wrong].tolist()} have {lengths[wrong].tolist()} slots, or no start token before them."
+        )
+    return rows, first
+
+
+def is_packed(position_ids: torch.LongTensor | None) -> bool:
+    """Whether positions are (4, B, T): transformers' form of rows that hold several samples."""
+    return position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4
+
+
+def images_before(
+    inputs: dict, segments: tuple, features: list[torch.Tensor], image_token_id: int
+) -> list[torch.Tensor]:
+    """F_global where there is no box: the features of all images of the segment's sample before it, (L, D) each."""
+    rows, first = segments
+    is_image = inputs["input_ids"] == image_token_id
+    seen = is_image.flatten().cumsum(0).view_as(is_image) - is_image.long()  # image tokens before each token
+    positions = inputs["position_ids"]
+    starts = first - positions[0, rows, first] if is_packed(positions) else torch.zeros_like(first)
+    table = torch.cat(features) if features else torch.empty(0, 0)
+    return [
+        table[seen[row, start] : seen[row, column]]
+        for row, start, column in zip(rows.tolist(), starts.tolist(), first.tolist())
+    ]

@@ -1,0 +1,211 @@
+"""The whole model over any backbone: its forward pass with the vocabulary projection, making it, loading, saving."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .compression_vreflection import initialise_queries
+from .processing_vreflection import LATENT_TOKENS
+from .reflection_vreflection import LatentOutput
+
+
+# Arguments of `from_pretrained` that say where a checkpoint lies; its tokenizer and processor lie there, too.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
+
+
+@dataclass
+class VReflectionCausalLMOutputWithPast(LatentOutput, CausalLMOutputWithPast):
+    """The usual fields, those of [`LatentOutput`], and `last_hidden_state` (B, T, D)."""
+
+    last_hidden_state: torch.Tensor | None = None
+
+
+OUTPUT_FIELDS = frozenset(field.name for field in fields(VReflectionCausalLMOutputWithPast))
+
+
+class ReflectionCausalLMMixin:
+    """A whole model with reflections; comes before the stock class.
+
+    Attributes:
+        processor_class (`type`): The processor that goes with the model.
+        hub_classes (`dict[str, str]`): The `auto_map` of a checkpoint. All of its model classes are the whole model: whoever
+            loads `AutoModel` wants to call `generate`.
+        stock_key_mapping (`dict[str, str]`): Weights' names in older stock checkpoints, as regular expressions, and in ours.
+    """
+
+    processor_class: type
+    hub_classes: dict[str, str]
+    stock_key_mapping: dict[str, str]
+    # The loss divides by `num_items_in_batch`: exact over accumulation steps.
+    accepts_loss_kwargs = True
+    # `has_bcm=False` and `has_dac=False` leave the modules of a checkpoint where they are.
+    _keys_to_ignore_on_load_unexpected = [r"^model\.(bcm|dac)\."]
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        initialise_queries(module)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
+        boxes: torch.LongTensor | None = None,
+        latent_inputs: str | None = None,
+        bcm_receives_ce: bool = True,
+        latent_state: torch.Tensor | None = None,
+        skip_logits: bool = False,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> VReflectionCausalLMOutputWithPast:
+        """The stock forward pass, with reflection segments where `input_ids` hold them.
+
+        Args:
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Where rows hold several samples each, every
+                token's position in its own sample, with `mm_token_type_ids`, `attention_mask=None` and
+                `use_cache=False`: attention stays within samples.
+            boxes (`torch.LongTensor` of shape `(G, 5)`, *optional*): One row a segment, in the order of `input_ids`:
+                the image's index in `image_grid_thw`, then x0, y0, x1, y1 in 1/65,536 of its sides. The processor makes
+                them.
+            latent_inputs (`str`, *optional*): What fills the slots. `"bcm"`: Z_T, one pass. `"dac"`: Z_S; a first pass
+                over Z_T gives the states that query DAC. `"hidden"`: the states themselves, step by step, as decoding
+                does. Required where there are slots.
+            bcm_receives_ce (`bool`, *optional*, defaults to `True`): Whether gradients flow into BCM through the slots.
+            latent_state (`torch.Tensor` of shape `(B, 1, D)`, *optional*): What `generate` feeds to rows in a slot.
+            skip_logits (`bool`, *optional*, defaults to `False`): Return zeros, which cost nothing, for logits that
+                nobody will read: `generate` sets it where the next token of every row is forced.
+            past_key_values (`Cache`, *optional*): `cache`, as transformers before 5.24 calls it.
+
+        Raises:
+            ValueError: Slots that nothing fills; segments of the wrong length; another number of boxes than segments;
+                a box outside its image; a `latent_inputs` that the model or the batch doesn't allow; both names of the
+                cache; videos, embeddings or a cache beside segments.
+        """
+        videos = {
+            "pixel_values_videos": pixel_values_videos,
+            "video_grid_thw": video_grid_thw,
+            "second_per_grid_ts": second_per_grid_ts,
+        }
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            boxes=boxes,
+            latent_inputs=latent_inputs,
+            bcm_receives_ce=bcm_receives_ce,
+            latent_state=latent_state,
+            past_key_values=past_key_values,
+            return_dict=True,
+            **{name: value for name, value in videos.items() if value is not None},
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        vocab_size = self.config.text_config.vocab_size
+        if skip_logits:
+            logits = hidden.new_zeros(()).expand(len(hidden), 1, vocab_size)
+        else:
+            logits = self.lm_head(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        # The stock backbone also returns `rope_deltas` before transformers 5.20, what the vision encoder saw from 5.24 on.
+        known = {name: value for name, value in outputs.items() if name in OUTPUT_FIELDS}
+        return VReflectionCausalLMOutputWithPast(loss=loss, logits=logits, **known)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Loads a V-Reflection checkpoint, or a stock one of its backbone, of any age.
+
+        From a stock checkpoint every backbone weight loads, BCM and DAC are initialised, and ids after the tokenizer's
+        last are given to the three tokens, whose rows start at the mean embedding. [`from_backbone`] also makes the
+        processor that goes with it.
+        """
+        kwargs.setdefault("key_mapping", cls.stock_key_mapping)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.latent_token_id is None:
+            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+            tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub)
+            model.add_latent_tokens(len(tokenizer))
+        return loaded
+
+    @classmethod
+    def from_backbone(
+        cls, pretrained_model_name_or_path, latent_tokens: tuple[str, str, str] = LATENT_TOKENS, **kwargs
+    ) -> tuple:
+        """Makes a V-Reflection model and its processor from a stock folder or Hub id of its backbone.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): The stock checkpoint.
+            latent_tokens (`tuple[str, str, str]`, *optional*): Names of the start, slot and end token.
+            kwargs: Arguments of [`~PreTrainedModel.from_pretrained`], and fields of the model's config.
+
+        Returns:
+            `tuple`: The model and its processor.
+        """
+        model = cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        processor = cls.processor_class.from_backbone(
+            pretrained_model_name_or_path, latent_tokens, model.config.num_latent_tokens, **hub
+        )
+        ids = tuple(processor.tokenizer.convert_tokens_to_ids(latent_tokens))
+        if ids != model.config.latent_token_ids:
+            raise ValueError(
+                f"The tokenizer gave the latent tokens the ids {ids}, the model {model.config.latent_token_ids}."
+            )
+        return model, processor
+
+    def add_latent_tokens(self, first_id: int):
+        """Gives three ids from `first_id` on to the start, slot and end token.
+
+        Rows of a padded vocabulary are reused; where there are too few, the embeddings grow. The new rows start at the
+        mean of the rows before them.
+
+        Args:
+            first_id (`int`): The number of tokens in the tokenizer.
+        """
+        ids = range(first_id, first_id + 3)
+        if ids[-1] >= self.get_input_embeddings().num_embeddings:
+            self.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
+        with torch.no_grad():
+            for module in {self.get_input_embeddings(), self.get_output_embeddings()}:
+                module.weight[ids[0] : ids[-1] + 1] = module.weight[:first_id].float().mean(0).to(module.weight.dtype)
+        self.config.latent_start_token_id, self.config.latent_token_id, self.config.latent_end_token_id = ids
+        # Only an explicit generation config keeps entries that transformers doesn't know.
+        self.generation_config = GenerationConfig(
+            **{**self.generation_config.to_diff_dict(), "_from_model_config": False},
+            latent_steps=self.config.num_latent_tokens,
+            latent_feedback="hidden",
+        )
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Saves the checkpoint with the code that loads it. The keys stay as they are in the model, so that resuming finds them."""
+        kwargs.setdefault("save_original_format", False)
+        self.config.auto_map = dict(self.hub_classes)
+        return super().save_pretrained(save_directory, *args, **kwargs)
