@@ -1,4 +1,4 @@
-"""`transformers serve` as README starts it, asked over HTTP by OpenAI's client: latents are on, and nobody gets another's."""
+"""`transformers serve` as README starts it, over HTTP: latents are on, nobody gets another's, and no request runs code."""
 
 import base64
 import io
@@ -13,10 +13,12 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationConfig
+from transformers.cli.serve import Serve
 
 from vreflection_hub_card.evaluation.interventions import LatentInterventionModel
 from vreflection_hub_card.glyphsearch import draw_question, make_scene, scene_seed
@@ -30,43 +32,68 @@ SEEDS = range(300, 308)
 NEW_TOKENS = 40
 LATENT_TOKENS = 10  # start, eight slots, end
 ROOT = Path(__file__).parents[2]
+MODEL = "hub_card/vreflection_tiny"
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    """A client of one server, which loads whatever folder a request names."""
+    """A client of the server that README starts, in a process of its own: pinned to `MODEL`."""
     log = tmp_path_factory.mktemp("serve") / "log"
     (log.parent / "hub_card").symlink_to(ROOT / "hub_card")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--trust-remote-code"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(log.parent / "hf")}
+    port = free_port()
+    code = re.search(r'^python -c "(.*Serve.*)"$', (ROOT / "README.md").read_text(), re.MULTILINE)[1]
+    code = code.replace(f"Serve('{MODEL}'", f"Serve('{MODEL}', port={port}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(log.parent / "hf")}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            cwd=log.parent,
-            env=environment,
-            stdout=output,
-            stderr=output,
+            [sys.executable, "-c", code], cwd=log.parent, env=environment, stdout=output, stderr=output
         )
     try:
-        deadline = time.monotonic() + 120
-        while not healthy(port):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        wait_until_healthy(port, lambda: process.poll() is None, log.read_text)
+        yield client_of(port)
     finally:
-        process.terminate()
+        process.kill()
         process.wait(30)
 
 
-def healthy(port):
+@contextmanager
+def serving(model=None):
+    """A client of a server in this process, started with `--trust-remote-code`; without `model` the open form."""
+    port = free_port()
+    server = Serve(model, trust_remote_code=True, port=port, log_level="error", non_blocking=True)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-            return True
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
+        wait_until_healthy(port)
+        yield client_of(port)
+    finally:
+        server.kill_server()
+
+
+@pytest.fixture(scope="module")
+def open_client():
+    """A client of the open form, which loads whatever folder a request names."""
+    with serving() as client:
+        yield client
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def client_of(port):
+    return openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
+
+
+def wait_until_healthy(port, runs=lambda: True, log=str):
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            assert runs() and time.monotonic() < deadline, log()
+            time.sleep(0.1)
 
 
 def ask(client, folder, seed, **options):
@@ -113,7 +140,7 @@ def inputs_of(processor, seeds):
 
 def test_the_embedded_checkpoint_answers_with_latents(client, generate):
     for seed in SEEDS:
-        completion = ask(client, EMBEDDED, seed, max_tokens=NEW_TOKENS)
+        completion = ask(client, MODEL, seed, max_tokens=NEW_TOKENS)
         text, count = generate(EMBEDDED, seed)
         assert said(completion) == text == draw_question("test", seed)[1].answer
         assert completion.usage.completion_tokens == count > LATENT_TOKENS
@@ -129,25 +156,25 @@ def test_the_readme_example_runs(client, tmp_path):
 
 
 def test_an_answer_streams_without_the_latents(client):
-    pieces = [chunk.choices[0].delta.content or "" for chunk in ask(client, EMBEDDED, 300, stream=True)]
+    pieces = [chunk.choices[0].delta.content or "" for chunk in ask(client, MODEL, 300, stream=True)]
     assert "".join(pieces) == draw_question("test", 300)[1].answer
 
 
-def test_without_latents_it_answers_something_else(client, generate, tmp_path_factory):
+def test_without_latents_it_answers_something_else(open_client, generate, tmp_path_factory):
     folder = tmp_path_factory.mktemp("without") / "latents"
     shutil.copytree(EMBEDDED, folder)
     file = folder / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"latent_steps": 0}))
     for seed in SEEDS[:3]:
-        completion = ask(client, folder, seed, max_tokens=NEW_TOKENS)
+        completion = ask(open_client, folder, seed, max_tokens=NEW_TOKENS)
         text, count = generate(EMBEDDED, seed, latent_steps=0)
-        assert said(completion) == text != said(ask(client, EMBEDDED, seed, max_tokens=NEW_TOKENS))
+        assert said(completion) == text != said(ask(open_client, EMBEDDED, seed, max_tokens=NEW_TOKENS))
         assert completion.usage.completion_tokens == count < LATENT_TOKENS
 
 
 def test_a_request_sets_its_own_latent_steps(client, generate):
     config = {"latent_steps": 3, "max_new_tokens": NEW_TOKENS, "eos_token_id": [379, 380]}
-    completion = ask(client, EMBEDDED, 300, extra_body={"generation_config": json.dumps(config)})
+    completion = ask(client, MODEL, 300, extra_body={"generation_config": json.dumps(config)})
     assert completion.usage.completion_tokens == generate(EMBEDDED, 300, latent_steps=3)[1] == 3 + 2 + 2
 
 
@@ -165,7 +192,7 @@ def depending_folder(tiny_folder, ids, tmp_path_factory):
     return folder
 
 
-def test_eight_at_once_keep_their_latents(client, generate, depending_folder):
+def test_eight_at_once_keep_their_latents(open_client, generate, depending_folder):
     folder = depending_folder
     alone = [generate(folder, seed, do_sample=False)[0] for seed in SEEDS]
     # With another's latents every one of these answers would be another one.
@@ -179,14 +206,109 @@ def test_eight_at_once_keep_their_latents(client, generate, depending_folder):
     mixed = processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert not set(mixed) & set(alone)
 
-    ask(client, folder, SEEDS[0], max_tokens=NEW_TOKENS)
+    ask(open_client, folder, SEEDS[0], max_tokens=NEW_TOKENS)
     with ThreadPoolExecutor(len(SEEDS)) as pool:
-        together = list(pool.map(lambda seed: said(ask(client, folder, seed, max_tokens=NEW_TOKENS)), SEEDS))
+        together = list(pool.map(lambda seed: said(ask(open_client, folder, seed, max_tokens=NEW_TOKENS)), SEEDS))
     assert together == alone
 
 
 def test_eight_at_once_are_answered_like_one(client, generate):
     with ThreadPoolExecutor(len(SEEDS)) as pool:
-        answers = list(pool.map(lambda seed: said(ask(client, EMBEDDED, seed, max_tokens=NEW_TOKENS)), SEEDS))
+        answers = list(pool.map(lambda seed: said(ask(client, MODEL, seed, max_tokens=NEW_TOKENS)), SEEDS))
     assert answers == [draw_question("test", seed)[1].answer for seed in SEEDS]
     assert len(set(answers)) > 4
+
+
+def write_intruder(folder):
+    """Makes a checkpoint's folder whose code, if anybody runs it, writes a file `ran` into it."""
+    (folder / "custom_generate").mkdir(parents=True)
+    for file in ("code.py", "custom_generate/generate.py"):
+        (folder / file).write_text(f"open({str(folder / 'ran')!r}, 'w').close()\n")
+    classes = {name: "code.Class" for name in ("AutoConfig", "AutoModel", "AutoModelForMultimodalLM", "AutoProcessor")}
+    config = {"model_type": "intruder", "architectures": ["Class"], "auto_map": classes}
+    for file in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        (folder / file).write_text(json.dumps(config))
+    return folder
+
+
+def post(client, path, body, content_type="application/json"):
+    """Sends a raw request; returns the status and the text of the answer."""
+    url = str(client.base_url).removesuffix("/v1/") + path
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        request = urllib.request.Request(url, data, {"Content-Type": content_type})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def load(client, folder):
+    return post(client, "/load_model", {"model": str(folder)})
+
+
+def transcribe(client, folder):
+    fields = f"""--X\r\nContent-Disposition: form-data; name="model"\r\n\r\n{folder}\r
+--X\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nRIFF\r\n--X--\r\n"""
+    return post(client, "/v1/audio/transcriptions", fields.encode(), "multipart/form-data; boundary=X")
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+PROMPTS = {"/v1/chat/completions": CHAT, "/v1/completions": {"prompt": "Hello"}, "/v1/responses": {"input": "Hello"}}
+
+
+@pytest.mark.parametrize("path", PROMPTS)
+def test_the_pinned_form_refuses_another_model(client, tmp_path, path):
+    intruder = write_intruder(tmp_path / "intruder")
+    status, answer = post(client, path, {"model": str(intruder), **PROMPTS[path]})
+    assert status == 400 and f"pinned to '{MODEL}'" in answer
+    assert not (intruder / "ran").exists()
+
+
+def test_the_pinned_form_runs_no_code(client, tmp_path):
+    intruder = write_intruder(tmp_path / "intruder")
+    assert '"status": "error"' in load(client, intruder)[1]
+    assert transcribe(client, intruder)[0] == 500
+    code = {"custom_generate": str(intruder), "trust_remote_code": True}
+    for fields, expected in (
+        ({"generation_config": json.dumps(code)}, 200),
+        ({"chat_template_kwargs": code}, 500),  # the processor knows no such arguments
+        # What a template reads would be in the prompt: it must fail.
+        ({"chat_template_kwargs": {"chat_template": "{{ ''.__class__.__mro__ }}"}}, 500),
+        ({"chat_template_kwargs": {"chat_template": f"{{% include '{intruder}/config.json' %}}"}}, 500),
+        ({"adapter": str(intruder)}, 422),
+    ):
+        assert post(client, "/v1/chat/completions", CHAT | fields)[0] == expected, fields
+    assert not (intruder / "ran").exists()
+
+
+@pytest.fixture
+def modules_cache(tmp_path, monkeypatch):
+    """Where transformers copies a checkpoint's code before it runs it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def test_the_open_form_runs_code(open_client, modules_cache, tmp_path):
+    intruder = write_intruder(tmp_path / "intruder")
+    post(open_client, "/v1/chat/completions", {"model": str(intruder), **CHAT})
+    assert (intruder / "ran").exists()
+
+
+def test_a_pin_alone_stops_no_code(modules_cache, tmp_path):
+    with serving(str(EMBEDDED)) as client:
+        for send in (load, transcribe):
+            intruder = write_intruder(tmp_path / send.__name__)
+            send(client, intruder)
+            assert (intruder / "ran").exists()
+
+
+def test_a_request_may_name_a_picture_by_its_path(client, tmp_path):
+    """What README warns of: transformers has no option against it."""
+    scene, asked = draw_question("test", 300)
+    scene.image.save(tmp_path / "scene.png")
+    content = [
+        {"type": "image_url", "image_url": {"url": str(tmp_path / "scene.png")}},
+        {"type": "text", "text": asked.text},
+    ]
+    messages = [{"role": "user", "content": content}]
+    assert said(client.chat.completions.create(model=MODEL, messages=messages)) == asked.answer
