@@ -1,7 +1,9 @@
 """Reading any picture file into the plain RGB that the model's processor wants."""
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -15,34 +17,42 @@ MAX_ASPECT_RATIO = 200
 DAMAGE = (OSError, SyntaxError, EOFError, ValueError, struct.error)
 
 
-def load_picture(path: str | Path) -> Image.Image:
+def load_picture(
+    source: str | Path | BinaryIO, name: str | None = None, formats: Sequence[str] | None = None
+) -> Image.Image:
     """Reads a picture, of an animation the first frame.
 
     Its EXIF rotation is applied, transparency is laid on white, and greyscale, palette, 16-bit and CMYK pictures become
     RGB.
 
+    Args:
+        source (`str`, `Path` or `BinaryIO`): Its path, or the file, open for reading.
+        name (`str`, *optional*): What messages call it, the path by default.
+        formats (`Sequence[str]`, *optional*): Pillow's names of the formats that are read, all by default.
+
     Raises:
         InputError: A missing, unreadable, damaged or overlong picture; a file that is none.
     """
+    name = name or source
     try:
-        with Image.open(path) as file:
+        with Image.open(source, formats=formats) as file:
             file.load()
             picture = to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
+        raise InputError(f"{name}: no such file") from error
     except IsADirectoryError as error:
-        raise InputError(f"{path}: is a folder, not a picture") from error
+        raise InputError(f"{name}: is a folder, not a picture") from error
     except PermissionError as error:
-        raise InputError(f"{path}: may not be read") from error
+        raise InputError(f"{name}: may not be read") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path}: not a picture, or of a kind that Pillow can't read") from error
+        raise InputError(f"{name}: not a picture, or of a kind that Pillow can't read") from error
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: too many pixels; scale it down first") from error
+        raise InputError(f"{name}: too many pixels; scale it down first") from error
     except DAMAGE as error:
-        raise InputError(f"{path}: damaged or incomplete ({error})") from error
+        raise InputError(f"{name}: damaged or incomplete ({error})") from error
     if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
         raise InputError(
-            f"{path}: {picture.width} x {picture.height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the other"
+            f"{name}: {picture.width} x {picture.height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the other"
         )
     return picture
 

@@ -18,21 +18,28 @@ DPI = 72
 
 @dataclass(frozen=True)
 class Frame:
-    """One latent step as a picture.
+    """One latent step, drawn when it is looked at: drawn frames of many visitors would fill the memory.
 
     Args:
-        image (`Image.Image`): The map over the picture.
+        picture (`Image.Image`): The picture, RGB, as large as the frame; all frames of an answer share it.
+        attention (`np.ndarray`): The map (h, w).
         name (`str`): Which step of which reflection.
         most (`float`): The share of attention that has the brightest colour, the same in all frames of an answer.
     """
 
-    image: Image.Image
+    picture: Image.Image
+    attention: np.ndarray
     name: str
     most: float
 
+    @property
+    def image(self) -> Image.Image:
+        """The map over the picture."""
+        return draw_frame(self.picture, self.attention, self.most)
+
 
 def draw_frames(picture: Image.Image, maps: list[np.ndarray]) -> list[Frame]:
-    """Draws the steps of an answer.
+    """Makes the frames of an answer, one for each step.
 
     Args:
         picture (`Image.Image`): The picture, RGB.
@@ -45,7 +52,7 @@ def draw_frames(picture: Image.Image, maps: list[np.ndarray]) -> list[Frame]:
     for number, steps in enumerate(maps, 1):
         which = f"Reflection {number}, step" if len(maps) > 1 else "Step"
         for index, attention in enumerate(steps, 1):
-            frames.append(Frame(draw_frame(picture, attention, most), f"{which} {index} of {len(steps)}", most))
+            frames.append(Frame(picture, attention, f"{which} {index} of {len(steps)}", most))
     return frames
 
 
