@@ -2,11 +2,15 @@
 
 import json
 import re
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from huggingface_hub.utils.sha import git_hash
+
 from ..card import TRAINING_FACTS
 from ..errors import InputError
+from ..evaluation.provenance import sha256
 
 
 CARD, INDEX, WEIGHTS = "README.md", "model.safetensors.index.json", "model.safetensors"
@@ -42,6 +46,41 @@ OPTIMISER = re.compile(
 )
 ADAPTER = re.compile(r"adapter_.*")
 NAMED = 8
+SMALL = 10 * 2**20  # bytes; the Hub takes no larger file but as LFS or Xet
+
+
+@dataclass(frozen=True)
+class HashedFile:
+    """A file, and what was in it when its checks began.
+
+    Args:
+        path (`Path`): Where it lies.
+        size (`int`): Its bytes.
+        mtime_ns (`int`): When it was written, in nanoseconds.
+        sha256 (`str`): The hash by which the Hub names a large file.
+        blob_id (`str`, *optional*): The hash by which git names a small file; `None` for large ones.
+    """
+
+    path: Path
+    size: int
+    mtime_ns: int
+    sha256: str
+    blob_id: str | None
+
+    @classmethod
+    def read(cls, path: Path) -> "HashedFile":
+        """Hashes a file."""
+        stat = path.stat()
+        blob_id = git_hash(path.read_bytes()) if stat.st_size <= SMALL else None
+        return cls(path, stat.st_size, stat.st_mtime_ns, sha256(path), blob_id)
+
+    def is_unchanged(self) -> bool:
+        """Whether nobody has written to it since, as far as its size and time say."""
+        try:
+            stat = self.path.stat()
+        except OSError:
+            return False
+        return (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime_ns)
 
 
 def find_files(folder: Path) -> dict[str, Path]:

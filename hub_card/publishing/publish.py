@@ -1,4 +1,4 @@
-"""A checked folder onto the Hub: one commit, a look at what arrived, a tag."""
+"""A checkpoint's folder onto the Hub: checks, one commit, a look at what arrived, a tag."""
 
 import re
 import shutil
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -21,15 +22,18 @@ from huggingface_hub.utils import (
 from ..card import TRAINING_FACTS, check_card, write_card
 from ..conversion.convert import convert
 from ..errors import InputError
-from .checks import check_checkpoint
-from .clean_process import try_checkpoint
-from .files import CARD, find_files
-from .hub_errors import NO_TOKEN, one_line
+from ..inference.checkpoints import checkpoint_config
+from .files import CARD, SMALL, HashedFile, find_files
+from .hub_errors import LOGIN, explain, hide_token, hub_errors
+from .leaks import check_leaks
+from .smoke_test import LONGEST, smoke_test
+from .timeouts import set_timeouts
 
 
 TAG = re.compile(r"[A-Za-z0-9][\w.-]*")
 BRANCH = "main"
-HUBS_OWN = ".gitattributes"  # which files are large; the Hub writes it
+HUB_FILES = {".gitattributes"}  # which files are large; the Hub writes it
+SLOWEST = 10**6  # bytes of weights a second: what is slower in the smoke test counts as hanging
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,56 @@ class Destination:
     tag: str | None = None
 
 
+def check_checkpoint(folder: Path) -> dict[str, HashedFile]:
+    """Checks all that can be checked without the Hub.
+
+    Returns:
+        `dict[str, HashedFile]`: The files to publish as they were before their checks, by their names in the repository.
+
+    Raises:
+        InputError: No checkpoint; files that aren't published; local paths or secrets in one; a card that isn't complete;
+            a checkpoint that doesn't load, or doesn't reflect, in a clean process.
+    """
+    checkpoint_config(folder)
+    files = {name: HashedFile.read(path) for name, path in find_files(folder).items()}
+    check_leaks({name: file.path for name, file in files.items()}, folder)
+    check_card(folder)
+    smoke_test(folder, seconds=longest_test(files))
+    check_unchanged(files)
+    return files
+
+
+def check_unchanged(files: dict[str, HashedFile], sent: dict[str, str] | None = None) -> None:
+    """Checks that files are what they were when their checks began.
+
+    Args:
+        files (`dict[str, HashedFile]`): The files.
+        sent (`dict[str, str]`, *optional*): SHA-256 of what was read for the upload.
+
+    Raises:
+        InputError: A file isn't.
+    """
+    for name, file in files.items():
+        if not file.is_unchanged() or (sent is not None and sent[name] != file.sha256):
+            raise InputError(f"{file.path} has changed since its checks began; nothing was changed on the Hub")
+
+
+def longest_test(files: dict[str, HashedFile]) -> float:
+    """How many seconds a smoke test may take."""
+    return LONGEST + sum(file.size for file in files.values()) / SLOWEST
+
+
 def find_destination(api: HfApi, repo_id: str, private: bool, tag: str | None) -> Destination:
-    """Asks the Hub who publishes and what is there; changes nothing.
+    """Asks the Hub who publishes and what is there; changes nothing. Sets the client's time-outs, see `set_timeouts`.
 
     Raises:
         InputError: No token, or a wrong one; a tag that exists; a public repository that is to be private; no network.
     """
     check_names(repo_id, tag)
     if get_token() is None:
-        raise InputError(NO_TOKEN)
-    with one_line(repo_id):
+        raise InputError(f"no Hub token: {LOGIN}")
+    set_timeouts()
+    with hub_errors(repo_id):
         name = api.whoami()["name"]
         if "/" not in repo_id:
             repo_id = f"{name}/{repo_id}"
@@ -78,18 +122,18 @@ def check_names(repo_id: str, tag: str | None) -> None:
     Raises:
         InputError: They may not.
     """
-    with one_line(repo_id):
+    with hub_errors(repo_id):
         validate_repo_id(repo_id)
     if tag is not None and (not TAG.fullmatch(tag) or tag.endswith((".", ".lock")) or ".." in tag or tag == BRANCH):
         raise InputError(f"{tag!r} can't be the name of a tag: take letters, digits, dots, dashes and underscores")
 
 
 def publish(folder: Path, destination: Destination, api: HfApi, tell: Callable[[str], None] = print) -> str:
-    """Checks a folder and publishes it.
+    """Checks a folder and publishes it; sets the client's time-outs, see `set_timeouts`.
 
     The commit holds all files, and removes those that the folder doesn't have: readers see the old revision or the new one.
-    Where anything fails before it, the repository is as it was. The tag comes last, after the checkpoint was loaded from the
-    Hub, so that the same call can be repeated wherever it was interrupted.
+    What is sent is what was checked. Where anything fails before it, the repository is as it was. The tag comes last, after
+    the checkpoint was loaded from the Hub, so that the same call can be repeated wherever it was interrupted.
 
     Args:
         folder (`Path`): The checkpoint.
@@ -101,8 +145,9 @@ def publish(folder: Path, destination: Destination, api: HfApi, tell: Callable[[
         `str`: The commit.
 
     Raises:
-        InputError: See `check_checkpoint`, `upload`, `read_back`; a tag that the Hub doesn't take.
+        InputError: See `check_checkpoint`, `upload`, `read_back` and `set_tag`.
     """
+    set_timeouts()
     files = check_checkpoint(folder)
     tell(f"Checked: {len(files)} files.")
     commit = upload(files, destination, api)
@@ -110,49 +155,158 @@ def publish(folder: Path, destination: Destination, api: HfApi, tell: Callable[[
     read_back(destination.repo_id, commit, files, api)
     tell("Loaded from the Hub.")
     if destination.tag is not None:
-        with one_line(destination.repo_id, f"{commit} is uploaded, and not tagged"):
-            api.create_tag(destination.repo_id, tag=destination.tag, revision=commit)
+        set_tag(destination, commit, api)
         tell(f"Tagged: {destination.tag}.")
     return commit
 
 
-def upload(files: dict[str, Path], destination: Destination, api: HfApi) -> str:
+def upload(files: dict[str, HashedFile], destination: Destination, api: HfApi) -> str:
     """Makes the repository if need be, and one commit of all files; the client retries what can be retried.
 
     Returns:
         `str`: The commit; the last one, if nothing has changed since.
 
     Raises:
-        InputError: The Hub refuses, can't be reached, or has got a commit of somebody else meanwhile.
+        InputError: The Hub refuses, can't be reached, or has got a commit of somebody else meanwhile; a file has changed
+            since it was checked.
     """
     repo_id = destination.repo_id
-    with one_line(repo_id), progress_bars():
-        api.create_repo(repo_id, private=destination.private or None, exist_ok=True)
-        parent = api.model_info(repo_id, revision=BRANCH).sha
-        old = set(api.list_repo_files(repo_id, revision=parent))
-        operations = [CommitOperationDelete(name) for name in sorted(old - set(files) - {HUBS_OWN})]
-        operations += [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-        tag = f" {destination.tag}" if destination.tag else ""
+    check_unchanged(files)
+    with hub_errors(repo_id):
+        ModelCard(files[CARD].path.read_text(encoding="utf-8")).validate()
+    parent = make_repository(destination, api)
+    try:
+        # Small files are read now, once. The client hashes large ones as it uploads them, and the commit names the hash.
+        additions = [
+            CommitOperationAdd(name, file.path.read_bytes() if file.size <= SMALL else str(file.path))
+            for name, file in files.items()
+        ]
+        with hub_errors(repo_id), progress_bars():
+            old = set(api.list_repo_files(repo_id, revision=parent))
+            api.preupload_lfs_files(repo_id, additions, revision=BRANCH, free_memory=False)
+    except (InputError, OSError):
+        check_unchanged(files)  # this says more than the client, or the Hub, does about half a file
+        raise
+    check_unchanged(files, {addition.path_in_repo: addition.upload_info.sha256.hex() for addition in additions})
+    operations = [*additions, *(CommitOperationDelete(name) for name in sorted(old - set(files) - HUB_FILES))]
+    tag = f" {destination.tag}" if destination.tag else ""
+    try:
         return api.create_commit(
             repo_id, operations, commit_message=f"Publish{tag} with vreflection", parent_commit=parent
         ).oid
+    except Exception as error:  # whatever it is, the Hub may have made the commit
+        return find_commit(error, parent, files, repo_id, api)
 
 
-def read_back(repo_id: str, commit: str, files: dict[str, Path], api: HfApi) -> None:
-    """Loads what was published as a stranger does; with the token only where strangers can't.
+def make_repository(destination: Destination, api: HfApi) -> str:
+    """Makes the repository if it doesn't exist.
+
+    Returns:
+        `str`: The head of its branch.
 
     Raises:
-        InputError: Files are missing, or the checkpoint doesn't load.
+        InputError: It doesn't exist afterwards; it is public and should be private.
     """
-    with one_line(repo_id, f"{commit} is uploaded, and not looked at yet"):
-        about = api.model_info(repo_id, revision=commit)
-        missing = sorted(set(files) - set(api.list_repo_files(repo_id, revision=commit)))
-    if missing:
-        raise InputError(f"{repo_id} at {commit}: {missing[0]} is missing there, and the commit has no tag")
+    repo_id = destination.repo_id
+    failure = None
     try:
-        try_checkpoint(repo_id, commit, get_token() if about.private or about.gated else None)
+        api.create_repo(repo_id, private=destination.private or None, exist_ok=True)
+    except Exception as error:  # the Hub may have made it all the same
+        failure = error
+    try:
+        about = api.model_info(repo_id, revision=BRANCH)
+    except RepositoryNotFoundError as error:
+        raise InputError(f"{repo_id}: {explain(failure or error)}; nothing was changed") from error
+    except Exception as error:
+        state = "whether the repository was made can't be found out, nothing was uploaded"
+        raise InputError(f"{repo_id}: {explain(failure or error)}; {state}") from error
+    if destination.private and not about.private:
+        raise InputError(f"{repo_id} is public: make it private in its settings; nothing was uploaded")
+    return about.sha
+
+
+def find_commit(error: Exception, parent: str, files: dict[str, HashedFile], repo_id: str, api: HfApi) -> str:
+    """Finds out whether a commit was made though the client raised an error, by the head of the branch.
+
+    Returns:
+        `str`: The commit, if it was made.
+
+    Raises:
+        InputError: It wasn't, or this can't be found out.
+    """
+    reason = f"{repo_id}: {explain(error)}"
+    try:
+        head = api.model_info(repo_id, revision=BRANCH).sha
+        if head != parent and not find_differences(repo_id, head, files, api):
+            return head
+    except Exception as second:
+        history = f"{api.endpoint}/{repo_id}/commits/{BRANCH}"
+        raise InputError(
+            f"{reason}; whether the commit was made can't be found out ({explain(second)}): look at {history}"
+        ) from error
+    if head != parent:
+        raise InputError(
+            f"{reason}; {BRANCH} is at {head} now, which isn't this checkpoint: somebody else has committed meanwhile"
+        ) from error
+    answered = isinstance(error, HfHubHTTPError) and error.response.status_code not in (408, 504)
+    state = "nothing was changed" if answered else f"{BRANCH} has no new commit, but the Hub may still be making it"
+    raise InputError(f"{reason}; {state}: run the command again later") from error
+
+
+def find_differences(repo_id: str, commit: str, files: dict[str, HashedFile], api: HfApi) -> list[str]:
+    """Lists files that are missing on the Hub, are others than those that were checked, or don't belong there."""
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+    there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    wrong = set(there) - set(files) - HUB_FILES
+    for name, file in files.items():
+        entry = there.get(name)
+        if entry is None or (entry.lfs.sha256 != file.sha256 if entry.lfs else entry.blob_id != file.blob_id):
+            wrong.add(name)
+    return sorted(wrong)
+
+
+def read_back(repo_id: str, commit: str, files: dict[str, HashedFile], api: HfApi) -> None:
+    """Compares what was published with what was checked, and loads it as others do; with the token only if it isn't public.
+
+    Raises:
+        InputError: Files are missing or others, or the checkpoint doesn't load.
+    """
+    with hub_errors(repo_id, f"the Hub says that it made the commit {commit}, which was not read back and has no tag"):
+        about = api.model_info(repo_id, revision=commit)
+        wrong = find_differences(repo_id, commit, files, api)
+    if wrong:
+        names = ", ".join(wrong)
+        raise InputError(
+            f"{repo_id} at {commit}: not what was checked ({names}); {BRANCH} is at this commit, and it has no tag"
+        )
+    sha256s = {name: file.sha256 for name, file in files.items()}
+    token = get_token() if about.private or about.gated else None
+    try:
+        smoke_test(repo_id, commit, token, sha256s, seconds=longest_test(files))
     except InputError as error:
-        raise InputError(f"{error}; {BRANCH} is at this commit, {commit}, and it has no tag") from error
+        raise InputError(
+            f"{hide_token(str(error))}; {BRANCH} is at this commit, {commit}, and it has no tag"
+        ) from error
+
+
+def set_tag(destination: Destination, commit: str, api: HfApi) -> None:
+    """Tags a commit, and sees the tag at this commit.
+
+    Raises:
+        InputError: It isn't there, or can't be seen.
+    """
+    repo_id, tag = destination.repo_id, destination.tag
+    failure = None
+    try:
+        api.create_tag(repo_id, tag=tag, revision=commit)
+    except Exception as error:  # the Hub may have set it all the same
+        failure = error
+    with hub_errors(repo_id, f"{commit} is uploaded, and whether it has the tag {tag} can't be found out"):
+        tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+    if tags.get(tag) != commit:
+        reason = explain(failure) if failure else "the Hub says that it set the tag"
+        where = f"{tag} is at {tags[tag]}" if tag in tags else "there is no such tag"
+        raise InputError(f"{repo_id}: {reason}; {where}: {commit} is uploaded, and not tagged") from failure
 
 
 @contextmanager

@@ -37,8 +37,13 @@ def run(options: argparse.Namespace) -> None:
     from huggingface_hub import HfApi
 
     from vreflection_hub_card.inference.checkpoints import checkpoint_config
-    from vreflection_hub_card.publishing.checks import check_checkpoint
-    from vreflection_hub_card.publishing.publish import check_names, find_destination, inference_only, publish
+    from vreflection_hub_card.publishing.publish import (
+        check_checkpoint,
+        check_names,
+        find_destination,
+        inference_only,
+        publish,
+    )
 
     check_names(options.repo, options.revision)
     checkpoint_config(options.checkpoint)
@@ -56,9 +61,9 @@ def run(options: argparse.Namespace) -> None:
             print(f"{api.endpoint}/{name}")
 
 
-def list_files(files: dict[str, Path], repo_id: str) -> None:
-    """Prints what would be uploaded."""
-    sizes = {name: path.stat().st_size for name, path in files.items()}
+def list_files(files: dict, repo_id: str) -> None:
+    """Prints what would be uploaded, see `HashedFile`."""
+    sizes = {name: file.size for name, file in files.items()}
     for name, size in sizes.items():
         print(f"{size:>16,}  {name}")
     print(f"{sum(sizes.values()):>16,}  bytes in {len(sizes)} files would go to {repo_id}; nothing was uploaded.")

@@ -42,7 +42,8 @@ def hub(hub_server, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     monkeypatch.setenv("HF_TOKEN", hub_server.add_user("ann", ("lab",)))
     yield hub_server
-    hub_server.faults.clear()
+    hub_server.calm()
+    hub_server.repos.clear()
 
 
 @pytest.fixture(scope="session")

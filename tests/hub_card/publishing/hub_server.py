@@ -1,8 +1,9 @@
 """A small Hub on 127.0.0.1, for the real `huggingface_hub` client: what it commits is atomic, as on the Hub.
 
-Repositories lie in memory. Tests give out tokens (`add_user`), make routes fail (`fail`), cut uploads (`cut_upload`), hold
-them (`hold_upload`), and look at what there is (`repos`, `requests`). Clients need `HF_ENDPOINT` set to the server's `url`,
-and `HF_HUB_DISABLE_XET=1`.
+Repositories lie in memory. Tests give out tokens (`add_user`), look at what there is (`repos`, `requests`), and say what goes
+wrong: routes that fail (`fail`), that stop answering (`stall`), whose reply is lost or another after they did their work
+(`lose_reply`, `forge_reply`), or that do something else before it (`before`); uploads that are cut or held (`cut_upload`,
+`hold_upload`). Clients need `HF_ENDPOINT` set to the server's `url`, and `HF_HUB_DISABLE_XET=1`.
 """
 
 import base64
@@ -22,6 +23,11 @@ import yaml
 LFS_SUFFIXES = (".safetensors", ".png", ".bin", ".pt", ".pth")
 LFS_SIZE = 10 * 2**20
 CHUNK = 2**16
+COMMON = {
+    "route",
+    "times",
+    "skip",
+}  # of a fault: which requests it is for, how many of them, and after how many others
 
 
 @dataclass
@@ -106,6 +112,13 @@ class HubServer(ThreadingHTTPServer):
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.faults: list[dict] = []
+        self.stalled = threading.Event()
+
+    def calm(self):
+        """Nothing goes wrong any more; stalled requests end."""
+        self.faults.clear()
+        self.stalled.set()
+        self.stalled = threading.Event()
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -127,9 +140,37 @@ class HubServer(ThreadingHTTPServer):
         repo.commit("main", {".gitattributes": File(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", False)})
         return repo
 
-    def fail(self, route: str, status: int = 500, times: int = 1, page: bytes | None = None):
+    def fail(self, route: str, status: int = 500, times: int = 1, page: bytes | None = None, skip: int = 0):
         """The next requests whose "METHOD /path" matches the pattern fail, as the Hub does or with a page of a proxy."""
-        self.faults.append({"route": re.compile(route), "times": times, "status": status, "page": page})
+        self.faults.append({"route": re.compile(route), "times": times, "status": status, "page": page, "skip": skip})
+
+    def stall(self, route: str, after: int = 0, times: int = 1):
+        """The next replies of a route stop after some bytes of their content, or before their headers."""
+        self.faults.append({"route": re.compile(route), "times": times, "stall": after})
+
+    def stall_upload(self, times: int = 1):
+        """The next uploads of large files are not read to their end."""
+        self.faults.append({"route": re.compile("^PUT /lfs/"), "times": times, "stall_body": True})
+
+    def lose_reply(self, route: str, times: int = 1):
+        """The next requests of a route do what they should, and their connections end without a reply."""
+        self.faults.append({"route": re.compile(route), "times": times, "lost": True})
+
+    def forge_reply(self, route: str, content, status: int = 200, times: int = 1):
+        """The next requests of a route do what they should, and get another reply."""
+        self.faults.append({"route": re.compile(route), "times": times, "forged": (content, status)})
+
+    def before(self, route: str, action, times: int = 1):
+        """Calls a function when the next requests of a route have arrived; `False` lets them do nothing, and reply `{}`."""
+        self.faults.append({"route": re.compile(route), "times": times, "action": action})
+
+    def after(self, route: str, action):
+        """Calls a function when the next request of a route has done its work, before the reply."""
+        self.faults.append({"route": re.compile(route), "times": 1, "after": action})
+
+    def during_upload(self, action):
+        """Calls a function when the first bytes of the next large file have arrived."""
+        self.faults.append({"route": re.compile("^PUT /lfs/"), "times": 1, "during": action})
 
     def cut_upload(self, after: int, times: int = 1):
         """The next uploads of large files lose their connection after some bytes."""
@@ -142,12 +183,18 @@ class HubServer(ThreadingHTTPServer):
         return reached, go_on
 
     def take_fault(self, request: str) -> dict:
+        """What goes wrong with a request; several faults may, but one of a kind at a time."""
+        taken = {}
         with self.lock:
             for fault in self.faults:
-                if fault["times"] and fault["route"].search(request):
+                if not fault["route"].search(request) or set(fault) & set(taken) - COMMON:
+                    continue
+                if fault.get("skip"):
+                    fault["skip"] -= 1
+                elif fault["times"]:
                     fault["times"] -= 1
-                    return fault
-        return {}
+                    taken |= fault
+        return taken
 
     def handle_error(self, request, client_address):
         pass  # a client that was killed hangs up
@@ -167,8 +214,10 @@ class Handler(BaseHTTPRequestHandler):
         self.fault = self.server.take_fault(request)
         try:
             self.body = self.read_body()
+            if "action" in self.fault and self.fault["action"]() is False:
+                return self.send({})
             if self.fault.get("page"):
-                return self.reply(self.fault["page"], self.fault["status"], {"Content-Type": "text/html"})
+                return self.send(self.fault["page"], self.fault["status"], {"Content-Type": "text/html"})
             if "status" in self.fault:
                 raise Refusal(self.fault["status"], "This route was told to fail")
             self.user = self.authenticate()
@@ -176,11 +225,13 @@ class Handler(BaseHTTPRequestHandler):
             for pattern, route in ROUTES:
                 if match := re.fullmatch(pattern, f"{method} {url.path}"):
                     with self.server.lock:
-                        return route(self, **{key: unquote(value) for key, value in match.groupdict("").items()})
+                        route(self, **{key: unquote(value) for key, value in match.groupdict("").items()})
+                        self.fault.get("after", bool)()
+                    return self.send(*self.replied)
             raise Refusal(404, f"No route for {request}")
         except Refusal as refusal:
             headers = {"X-Error-Message": str(refusal)} | ({"X-Error-Code": refusal.code} if refusal.code else {})
-            self.reply({"error": str(refusal)}, refusal.status, headers)
+            self.send({"error": str(refusal)}, refusal.status, headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
 
@@ -188,6 +239,10 @@ class Handler(BaseHTTPRequestHandler):
         body = bytearray()
         for part in self.body_parts():
             body += part
+            self.fault.pop("during", bool)()
+            if self.fault.get("stall_body"):
+                self.server.stalled.wait()
+                raise ConnectionAbortedError
             if len(body) >= self.fault.get("cut", float("inf")):
                 self.connection.shutdown(socket.SHUT_RDWR)
                 raise ConnectionAbortedError
@@ -220,6 +275,18 @@ class Handler(BaseHTTPRequestHandler):
         return self.server.users[token]
 
     def reply(self, content, status: int = 200, headers: dict | None = None):
+        """What a route answers; it is sent when the lock is free again."""
+        self.replied = content, status, headers
+
+    def send(self, content, status: int = 200, headers: dict | None = None):
+        if self.fault.get("lost"):
+            self.connection.shutdown(socket.SHUT_RDWR)
+            raise ConnectionAbortedError
+        content, status = self.fault.get("forged", (content, status))
+        stall = self.fault.get("stall")
+        if stall == 0:
+            self.server.stalled.wait()
+            raise ConnectionAbortedError
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         headers = {"Content-Type": "application/json", "Content-Length": str(len(content))} | (headers or {})
         self.send_response(status)
@@ -227,7 +294,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[:stall])
+            if stall is not None:
+                self.wfile.flush()
+                self.server.stalled.wait()
+                raise ConnectionAbortedError
 
     def log_message(self, *args):
         pass

@@ -16,7 +16,7 @@ from safetensors.torch import load
 
 from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.publishing import publish as publishing
-from vreflection_hub_card.publishing.files import find_files
+from vreflection_hub_card.publishing.files import HashedFile, find_files
 from vreflection_hub_card.publishing.publish import Destination, upload
 from vreflection_training.cli import main
 
@@ -41,6 +41,10 @@ def visit(repo_id, revision, environment, folder):
 
 def contents(repo, revision="main"):
     return {name: file.content for name, file in repo.commits[repo.find(revision)].items()}
+
+
+def hashed(folder):
+    return {name: HashedFile.read(path) for name, path in find_files(folder).items()}
 
 
 def on_disk(folder):
@@ -82,8 +86,8 @@ def test_a_checkpoint_is_published_and_loads(hub_server, hub_environment, ready,
 @pytest.fixture
 def quick(monkeypatch):
     """Skips the two processes that load the checkpoint: these tests are about the Hub."""
-    monkeypatch.setattr(publishing, "check_checkpoint", find_files)
-    monkeypatch.setattr(publishing, "try_checkpoint", lambda *arguments: "")
+    monkeypatch.setattr(publishing, "check_checkpoint", hashed)
+    monkeypatch.setattr(publishing, "smoke_test", lambda *arguments, **options: "")
 
 
 @pytest.fixture
@@ -183,13 +187,13 @@ def test_no_token_wrong_token_no_network(hub, publish, monkeypatch):
 
 def test_namespaces_that_are_not_ones_own(hub, publish):
     code, line = publish("nobody/x")
-    assert code == 2 and "may not write to nobody" in line and ("model", "nobody/x") not in hub.repos
+    assert code == 2 and "may not write there" in line and ("model", "nobody/x") not in hub.repos
     repo = hub.add_repo("carl/theirs")
     head = repo.head
     code, line = publish("carl/theirs")
-    assert code == 2 and "may not write to carl" in line and repo.head == head
+    assert code == 2 and "may not write there" in line and repo.head == head
     hub.add_repo("carl/secret", private=True)
-    assert "may not write to carl" in publish("carl/secret")[1]
+    assert "may not write there" in publish("carl/secret")[1]
     hub.fail("POST /api/repos/create", 404)
     assert "no such namespace" in publish("ann/x")[1]
 
@@ -200,7 +204,7 @@ def test_the_client_repeats_what_failed_once(hub, quick, checkpoint, route):
     repo = hub.add_repo(name)
     hub.blobs.clear()
     hub.fail(route, 503)
-    commit = upload(find_files(checkpoint), Destination(name), HfApi())
+    commit = upload(hashed(checkpoint), Destination(name), HfApi())
     assert repo.head == commit and set(contents(repo)) == set(on_disk(checkpoint)) | {".gitattributes"}
     assert not hub.faults[-1]["times"]
 
@@ -209,7 +213,7 @@ def test_a_connection_that_is_cut_is_taken_up_again(hub, quick, checkpoint):
     repo = hub.add_repo("ann/cut")
     hub.blobs.clear()
     hub.cut_upload(after=2**20)
-    commit = upload(find_files(checkpoint), Destination("ann/cut"), HfApi())
+    commit = upload(hashed(checkpoint), Destination("ann/cut"), HfApi())
     assert contents(repo, commit)["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
     assert not hub.faults[-1]["times"]
 
@@ -218,10 +222,9 @@ def test_a_connection_that_is_cut_is_taken_up_again(hub, quick, checkpoint):
     "route, status, said",
     [
         ("whoami", 500, "fails with 500"),
-        ("POST /api/repos/create", 500, "fails with 500"),
         ("/commit/", 500, "fails with 500"),
         ("^PUT /lfs/", 507, "fails with 507"),  # the client repeats no such error, and wraps it
-        ("validate-yaml", 502, "can't be understood"),
+        ("validate-yaml", 502, "fails with 502"),
     ],
 )
 def test_a_hub_that_fails_leaves_the_old_revision(hub, publish, route, status, said):
@@ -236,6 +239,13 @@ def test_a_hub_that_fails_leaves_the_old_revision(hub, publish, route, status, s
     assert repo.history()[1] == head and repo.tags == {"v1": repo.head}
 
 
+def test_a_repository_that_is_not_made(hub, publish):
+    hub.fail("POST /api/repos/create", 500)
+    code, line = publish("ann/unmade")
+    assert code == 2 and "fails with 500" in line and "nothing was changed" in line
+    assert ("model", "ann/unmade") not in hub.repos
+
+
 def test_a_failure_after_the_commit_can_be_repeated(hub, publish, monkeypatch):
     repo = hub.add_repo("ann/late")
     hub.fail("/tag/", 500)
@@ -245,10 +255,10 @@ def test_a_failure_after_the_commit_can_be_repeated(hub, publish, monkeypatch):
     assert publish("ann/late", "--revision", "v1") == (0, "")
     assert repo.head == head and repo.tags == {"v1": head}
 
-    def fails(*arguments):
+    def fails(*arguments, **options):
         raise InputError("it can't be used")
 
-    monkeypatch.setattr(publishing, "try_checkpoint", fails)
+    monkeypatch.setattr(publishing, "smoke_test", fails)
     code, line = publish("ann/late", "--revision", "v2")
     assert code == 2 and head in line and "it has no tag" in line and "v2" not in repo.tags
 
@@ -281,7 +291,7 @@ UPLOAD = """\
 import sys
 from pathlib import Path
 from huggingface_hub import HfApi
-from vreflection_hub_card.publishing.files import find_files
+from vreflection_hub_card.publishing.files import HashedFile, find_files
 from vreflection_hub_card.publishing.publish import Destination, upload
 upload(find_files(Path(sys.argv[1])), Destination(sys.argv[2]), HfApi())
 """
@@ -310,6 +320,6 @@ def test_an_upload_that_is_killed_can_be_repeated(hub, quick, hub_environment, c
         process.kill()
         go_on.set()
     assert repo.head == head and not hub.blobs
-    commit = upload(find_files(checkpoint), Destination(name), HfApi())
+    commit = upload(hashed(checkpoint), Destination(name), HfApi())
     assert repo.head == commit and repo.history() == [commit, head]
     assert contents(repo)["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()

@@ -12,11 +12,11 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from vreflection_hub_card.errors import InputError
-from vreflection_hub_card.publishing import checks
-from vreflection_hub_card.publishing.clean_process import try_checkpoint
+from vreflection_hub_card.publishing import publish as publishing
 from vreflection_hub_card.publishing.files import find_files
 from vreflection_hub_card.publishing.leaks import check_leaks
 from vreflection_training.cli import main
+from vreflection_hub_card.publishing.smoke_test import smoke_test
 
 
 TOKEN = "hf_" + "k9" * 17  # made up
@@ -193,7 +193,7 @@ def break_checkpoint(folder, how):
 def test_a_clean_process_refuses(checkpoint, how, reason):
     break_checkpoint(checkpoint, how)
     with pytest.raises(InputError, match="trust_remote_code alone") as error:
-        try_checkpoint(checkpoint)
+        smoke_test(checkpoint)
     assert reason in str(error.value) and "\n" not in str(error.value)
 
 
@@ -227,7 +227,9 @@ def test_impossible_names(ready, capsys, repo, options, fragment):
 
 @pytest.mark.parametrize("how", ["nothing", "no card", "stub card", "file"])
 def test_folders_that_are_not_fit(checkpoint, capsys, monkeypatch, how):
-    monkeypatch.setattr(checks, "try_checkpoint", lambda folder: pytest.fail("the slow check came before a quick one"))
+    monkeypatch.setattr(
+        publishing, "smoke_test", lambda *_, **__: pytest.fail("the slow check came before a quick one")
+    )
     if how == "nothing":
         shutil.rmtree(checkpoint)
     elif how == "no card":

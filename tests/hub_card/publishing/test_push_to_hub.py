@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vreflection_hub_card.inference.checkpoints import EMBEDDED
-from vreflection_hub_card.publishing.clean_process import try_checkpoint
+from vreflection_hub_card.publishing.smoke_test import smoke_test
 from vreflection_training import VReflectionSFTConfig
 
 
@@ -19,7 +19,7 @@ def test_what_is_pushed_loads(hub, hub_environment, tmp_path):
     assert ran.returncode == 0, ran.stderr
     for name in ("ann/pushed", "lab/trained"):
         repo = hub.repos["model", name]
-        try_checkpoint(name, repo.head)
+        smoke_test(name, repo.head)
         stored = b"".join(file.content for file in repo.commits[repo.head].values())
         assert os.environ["HF_TOKEN"].encode() not in stored
     # Revisions in between, which a killed run leaves as the last one, have what the last one has.
