@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import get_local_safetensors_metadata
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from transformers import GenerationConfig
 
 from modeling_vreflection import VReflectionConfig
@@ -99,31 +100,20 @@ def read_weights(folder: Path) -> Weights | None:
     """Counts parameters by the headers of a folder's safetensors files; without such files returns `None`.
 
     Raises:
-        InputError: A damaged file; quantized weights, whose parameters can't be counted.
+        InputError: A damaged or missing file; quantized weights, whose parameters can't be counted.
     """
-    counts, dtypes = {"bcm": 0, "dac": 0, "rest": 0}, set()
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        try:
-            with safe_open(file, "pt") as weights:
-                for name in weights.keys():
-                    stored = weights.get_slice(name)
-                    dtypes.add(stored.get_dtype())
-                    module = name.removeprefix("model.").partition(".")[0]
-                    counts[module if module in counts else "rest"] += size(stored.get_shape())
-        except SafetensorError as error:
-            raise InputError(f"{file}: damaged ({first_line(error)})") from error
-    if not files:
+    try:
+        files = get_local_safetensors_metadata(folder).files_metadata
+    except NotASafetensorsRepoError:
         return None
+    except (SafetensorsParsingError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}: its weights are damaged or incomplete ({first_line(error)})") from error
+    tensors = {name: tensor for file in files.values() for name, tensor in file.tensors.items()}
+    dtypes = {tensor.dtype for tensor in tensors.values()}
     if packed := sorted(dtypes - set(DTYPES)):
         raise InputError(f"{folder}: weights of type {', '.join(packed)} are packed and can't be counted")
-    total = sum(counts.values())
-    return Weights(total, counts["bcm"], counts["dac"], tuple(DTYPES[dtype] for dtype in sorted(dtypes)))
-
-
-def size(shape: list[int]) -> int:
-    """The number of elements of a tensor."""
-    result = 1
-    for length in shape:
-        result *= length
-    return result
+    total, bcm, dac = (
+        sum(tensor.parameter_count for name, tensor in tensors.items() if name.startswith(prefix))
+        for prefix in ("", "model.bcm.", "model.dac.")
+    )
+    return Weights(total, bcm, dac, tuple(DTYPES[dtype] for dtype in sorted(dtypes)))

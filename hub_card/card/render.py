@@ -14,11 +14,11 @@ from ..glyphsearch import draw_question
 from .check import CARD, EVAL_RESULTS, is_hub_id
 from .checkpoint import Checkpoint, read_checkpoint
 from .facts import check_training_facts, hub_datasets, only_drawn, options_table, read_training_facts, training_table
-from .licence import Licence, choose_licence
 from .results import GLYPHSEARCH, eval_entries, model_index, read_results, results_text
 
 
 TEMPLATE = Path(__file__).parent / "card.md"
+OWN_LICENSE = "apache-2.0"  # of weights that began as nothing
 TAGS = ("v-reflection", "qwen2_5_vl", "latent-reasoning", "custom_code")
 MERGED = "merged"  # what the snippets call an adapter's merged folder
 # A picture and a question for the snippets.
@@ -33,6 +33,8 @@ def write_card(
     facts: dict[str, Any] | None = None,
     base_model: str | None = None,
     license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
     datasets: Sequence[str] = (),
     tags: Sequence[str] = (),
     study: str | Path | None = None,
@@ -47,7 +49,10 @@ def write_card(
         results (`Sequence[str | Path]`): Result files of `vreflection evaluate`, of this checkpoint's weights.
         facts (`dict`, *optional*): How it was trained; by default what `training_facts.json` in the folder says.
         base_model (`str`, *optional*): The Hub id of the base model, where those facts know none.
-        license (`str`, *optional*): The licence, an id of the Hub's list; by default what follows from the base model.
+        license (`str`, *optional*): The license, an id of the Hub's list or `other`. Without it the card names none where
+            there is a base model, whose license `vreflection publish` asks the Hub for.
+        license_name (`str`, *optional*): With `other`, its name.
+        license_link (`str`, *optional*): With `other`, where its text is.
         datasets (`Sequence[str]`): Hub ids of data it was trained on, beside those that the facts name.
         tags (`Sequence[str]`): More tags.
         study (`str` or `Path`, *optional*): The tables of `vreflection-train study`, its `tables.md`.
@@ -56,7 +61,7 @@ def write_card(
         `Path`: The card's file.
 
     Raises:
-        InputError: No checkpoint; results that aren't its own; a base model or licence that isn't known, or doesn't fit.
+        InputError: No checkpoint; results that aren't its own; a base model that doesn't fit; `other` without name or link.
     """
     folder = Path(folder)
     checkpoint = read_checkpoint(folder)
@@ -65,7 +70,8 @@ def write_card(
     for id in (value for value in (repo_id, base_model, *datasets) if value is not None):
         if not is_hub_id(id):
             raise InputError(f"{id!r} is no id on the Hub")
-    licence = choose_licence(base_model, facts is not None and facts["from_scratch"], license)
+    if (license == "other") != bool(license_name and license_link):
+        raise InputError("a license called other needs a name and a link, and no other license has them")
     hashes = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))} if results else {}
     reports = read_results([Path(path) for path in results], hashes)
     card = render_card(
@@ -73,7 +79,9 @@ def write_card(
         checkpoint,
         facts,
         base_model=base_model,
-        licence=licence,
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
         repo_id=repo_id,
         reports=reports,
         hashes=hashes,
@@ -119,7 +127,9 @@ def render_card(
     facts: dict[str, Any] | None = None,
     *,
     base_model: str | None = None,
-    licence: Licence | None = None,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
     repo_id: str | None = None,
     reports: Sequence[dict] = (),
     hashes: dict[str, str] | None = None,
@@ -134,7 +144,9 @@ def render_card(
         checkpoint (`Checkpoint`): What it is.
         facts (`dict`, *optional*): How it was trained, see `read_training_facts`.
         base_model (`str`, *optional*): Hub id of the base model.
-        licence (`Licence`, *optional*): Without it the card is a draft, which `check_card` refuses.
+        license (`str`, *optional*): The license; apache-2.0 where the weights began as nothing.
+        license_name (`str`, *optional*): Its name, if it is `other`.
+        license_link (`str`, *optional*): Its text, likewise.
         repo_id (`str`, *optional*): Its own Hub id.
         reports (`Sequence[dict]`): Results, see `read_results`.
         hashes (`dict[str, str]`, *optional*): SHA-256 of the weights' files; needed with results.
@@ -143,11 +155,13 @@ def render_card(
         study (`str`, *optional*): Tables of the study.
     """
     reports = list(reports)
+    if facts and facts["from_scratch"]:
+        license = license or OWN_LICENSE
     title = repo_id.rpartition("/")[2] if repo_id else name
     data = ModelCardData(
-        license=licence and licence.id,
-        license_name=licence and licence.name,
-        license_link=licence and licence.link,
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
         language=["en"],
         library_name="peft" if checkpoint.adapter else "transformers",
         pipeline_tag="image-text-to-text",
@@ -187,7 +201,8 @@ def render_card(
         hashes=hashes or {},
         glyphsearch=GLYPHSEARCH in tasks,
         benchmarks=bool(tasks & set(BENCHMARKS)),
-        licence=licence,
+        license=license_name or license,
+        license_link=license_link,
         seed=EXAMPLE_SEED,
         picture=picture,
         question=question,

@@ -40,11 +40,19 @@ ALLOWED = (
 PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 # What git and a download leave in a folder beside the repository's files.
 NOT_FILES = (".git", ".cache")
-PICKLE = re.compile(r".*\.(bin|ckpt|pickle|pkl|pt|pth)")
-OPTIMISER = re.compile(
-    r"(optimizer|scheduler|scaler|rng_state|training_args|trainer_state|global_step|zero_to_fp32|latest).*"
+# Why files have no place in a published checkpoint, the worst first: patterns of names, and what to do.
+REFUSED = (
+    (
+        r"checkpoint-.*|(.*/)?(optimizer|scheduler|scaler|rng_state|training_args|trainer_state|global_step|zero_to_fp32|latest)[^/]*",
+        "the state of a training run: publish the folder of the finished run, or delete them",
+    ),
+    (
+        r".*\.(bin|ckpt|pickle|pkl|pt|pth)",
+        "pickle, which runs code when it is read: only safetensors are published; delete them",
+    ),
+    (r"(.*/)?adapter_[^/]*", "an adapter: make a checkpoint of it first, vreflection merge ADAPTER OUTPUT"),
+    (r".*", "no part of a published checkpoint: move them elsewhere (pictures stay if README.md shows them)"),
 )
-ADAPTER = re.compile(r"adapter_.*")
 NAMED = 8
 SMALL = 10 * 2**20  # bytes; the Hub takes no larger file but as LFS or Xet
 
@@ -116,22 +124,9 @@ def is_allowed(name: str, card: str) -> bool:
 
 
 def explain(foreign: list[str]) -> str:
-    """Says what files have no place in a published checkpoint, the worst of them first, and what to do."""
-    bases = {name: name.rpartition("/")[2] for name in foreign}
-    state = [name for name in foreign if OPTIMISER.fullmatch(bases[name]) or name.startswith("checkpoint-")]
-    pickles = [name for name in foreign if PICKLE.fullmatch(bases[name]) and name not in state]
-    adapters = [name for name in foreign if ADAPTER.fullmatch(bases[name])]
-    if state:
-        listing, why = state, "the state of a training run: publish the folder of the finished run, or delete them"
-    elif pickles:
-        listing, why = pickles, "pickle, which runs code when it is read: only safetensors are published; delete them"
-    elif adapters:
-        listing, why = adapters, "an adapter: make a checkpoint of it first, vreflection merge ADAPTER OUTPUT"
-    else:
-        listing, why = (
-            foreign,
-            "no part of a published checkpoint: move them elsewhere (pictures stay if README.md shows them)",
-        )
+    """Says which files have no place in a published checkpoint, the worst of them first, and what to do."""
+    listings = [([name for name in foreign if re.fullmatch(pattern, name)], why) for pattern, why in REFUSED]
+    listing, why = next(found for found in listings if found[0])
     more = f" and {len(listing) - NAMED} more" if len(listing) > NAMED else ""
     return f"{', '.join(listing[:NAMED])}{more}: {why}"
 

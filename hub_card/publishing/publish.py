@@ -8,16 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    tqdm,
-    validate_repo_id,
-)
+from huggingface_hub.utils import tqdm, validate_repo_id
 
 from ..card import TRAINING_FACTS, check_card, write_card
 from ..conversion.convert import convert
@@ -26,6 +20,7 @@ from ..inference.checkpoints import checkpoint_config
 from .files import CARD, SMALL, HashedFile, find_files
 from .hub_errors import LOGIN, explain, hide_token, hub_errors
 from .leaks import check_leaks
+from .license import check_license
 from .smoke_test import LONGEST, smoke_test
 from .timeouts import set_timeouts
 
@@ -148,6 +143,7 @@ def publish(folder: Path, destination: Destination, api: HfApi, tell: Callable[[
         InputError: See `check_checkpoint`, `upload`, `read_back` and `set_tag`.
     """
     set_timeouts()
+    check_license(folder, api, tell)
     files = check_checkpoint(folder)
     tell(f"Checked: {len(files)} files.")
     commit = upload(files, destination, api)
@@ -172,8 +168,6 @@ def upload(files: dict[str, HashedFile], destination: Destination, api: HfApi) -
     """
     repo_id = destination.repo_id
     check_unchanged(files)
-    with hub_errors(repo_id):
-        ModelCard(files[CARD].path.read_text(encoding="utf-8")).validate()
     parent = make_repository(destination, api)
     try:
         # Small files are read now, once. The client hashes large ones as it uploads them, and the commit names the hash.
@@ -181,10 +175,12 @@ def upload(files: dict[str, HashedFile], destination: Destination, api: HfApi) -
             CommitOperationAdd(name, file.path.read_bytes() if file.size <= SMALL else str(file.path))
             for name, file in files.items()
         ]
-        with hub_errors(repo_id), progress_bars():
+        with hub_errors(repo_id):
             old = set(api.list_repo_files(repo_id, revision=parent))
             api.preupload_lfs_files(repo_id, additions, revision=BRANCH, free_memory=False)
     except (InputError, OSError):
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # the client leaves its bars open, and the error would be on their line
         check_unchanged(files)  # this says more than the client, or the Hub, does about half a file
         raise
     check_unchanged(files, {addition.path_in_repo: addition.upload_info.sha256.hex() for addition in additions})
@@ -328,7 +324,9 @@ def inference_only(folder: Path, repo_id: str, tell: Callable[[str], None] = pri
             copy,
             repo_id,
             base_model=base,
-            license=card.license if card.license != "other" else card.get("license_name"),
+            license=card.license,
+            license_name=card.get("license_name"),
+            license_link=card.get("license_link"),
             datasets=card.datasets or (),
             tags=card.tags or (),
         )
@@ -337,17 +335,3 @@ def inference_only(folder: Path, repo_id: str, tell: Callable[[str], None] = pri
             note += ", without the results, which were measured on the whole weights"
         tell(f"BCM and DAC are left out; {note}.")
         yield copy
-
-
-@contextmanager
-def progress_bars() -> Iterator[None]:
-    """Shows the client's own bars, which the command turns off for everything else."""
-    were_disabled = are_progress_bars_disabled()
-    enable_progress_bars()
-    try:
-        yield
-    finally:
-        for bar in list(getattr(tqdm, "_instances", ())):  # the client leaves them open where an upload fails
-            bar.close()
-        if were_disabled:
-            disable_progress_bars()

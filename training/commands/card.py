@@ -27,7 +27,9 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--study", metavar="FILE", help="tables.md of vreflection-train study")
     parser.add_argument("--base-model", metavar="ID", help="Hub id of the base model, where training didn't record it")
-    parser.add_argument("--license", metavar="ID", help="where it doesn't follow from the base model")
+    parser.add_argument("--license", metavar="ID", help="by default publish takes the base model's, from the Hub")
+    parser.add_argument("--license-name", metavar="NAME", help="with --license other, its name")
+    parser.add_argument("--license-link", metavar="URL", help="with --license other, where its text is")
     parser.add_argument(
         "--datasets", nargs="+", default=[], metavar="ID", help="Hub ids of data, beside the recorded ones"
     )
@@ -46,6 +48,8 @@ def run(options: argparse.Namespace) -> None:
         options.results,
         base_model=options.base_model,
         license=options.license,
+        license_name=options.license_name,
+        license_link=options.license_link,
         datasets=options.datasets,
         tags=options.tags,
         study=options.study,

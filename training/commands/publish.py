@@ -35,6 +35,7 @@ def run(options: argparse.Namespace) -> None:
     """`vreflection publish`."""
     quiet_transformers()
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import enable_progress_bars
 
     from vreflection_hub_card.inference.checkpoints import checkpoint_config
     from vreflection_hub_card.publishing.publish import (
@@ -57,6 +58,7 @@ def run(options: argparse.Namespace) -> None:
         if destination is None:
             list_files(check_checkpoint(folder), name)
         else:
+            enable_progress_bars()  # `vreflection` turns them off; an upload takes long
             publish(folder, destination, api)
             print(f"{api.endpoint}/{name}")
 

@@ -11,7 +11,6 @@ from huggingface_hub import ModelCard
 from vreflection_hub_card.card import read_training_facts, render_card
 from vreflection_hub_card.card.check import is_hub_id
 from vreflection_hub_card.card.checkpoint import Checkpoint, read_weights
-from vreflection_hub_card.card.licence import known_licence
 from vreflection_hub_card.evaluation.provenance import describe_machine, describe_versions
 
 from ..data.sources import GLYPHSEARCH
@@ -160,7 +159,7 @@ def trainer_facts(trainer) -> dict[str, Any]:
 def trainer_card(
     trainer, model_name: str | None, dataset_name: str | None, tags: str | Sequence[str] | None
 ) -> ModelCard:
-    """The card of a trainer's model. Without a licence that is known, it is a draft."""
+    """The card of a trainer's model; which license follows from the base model, publishing asks the Hub."""
     facts, adapter = trainer_facts(trainer), hasattr(trainer.model, "peft_config")
     model = trainer.model.get_base_model() if adapter else trainer.model
     folder = Path(trainer.args.output_dir)
@@ -174,7 +173,6 @@ def trainer_card(
         checkpoint,
         facts,
         base_model=facts["base_model"],
-        licence=known_licence(facts["base_model"], facts["from_scratch"]),
         repo_id=trainer.args.hub_model_id,
         datasets=datasets,
         tags=[*tags, *trainer._tag_names],

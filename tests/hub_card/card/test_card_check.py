@@ -29,13 +29,13 @@ def test_a_model_from_nothing_on_drawn_data_needs_neither_base_nor_data_set(fold
     write_card(folder)
     assert check_card(folder).data.license == "apache-2.0"
     (folder / TRAINING_FACTS).unlink()
-    with pytest.raises(InputError, match="has no base_model; .* no base_model_relation; .* no datasets$"):
+    with pytest.raises(InputError, match="has no base_model, base_model_relation, datasets$"):
         check_card(folder)
 
 
 @pytest.mark.parametrize(
     "field",
-    ["license", "language", "library_name", "pipeline_tag", "base_model_relation", "datasets", "metrics", "tags"],
+    ["language", "library_name", "pipeline_tag", "base_model_relation", "datasets", "metrics", "tags"],
 )
 def test_a_missing_field_is_named(published, field):
     path = published / "README.md"
@@ -53,17 +53,15 @@ def test_a_missing_field_is_named(published, field):
         ("## Training", "## Training\n\n[More Information Needed]", r"the placeholder '\[More Information Needed\]'"),
         ("## Training", "## Training\n\nTODO", "the placeholder 'TODO'"),
         ("## Training", "## Training\n\n{{ training }}", "the placeholder '{{ training }}'"),
-        ("## Training", "## Training\n\nhf_" + "a" * 34, "looks like a Hub token"),
-        ("## Training", "## Training\n\nFOLDER", "a path of this machine"),
         ("base_model: Qwen/", "base_model: /home/me/Qwen/", "is no id on the Hub"),
         ("relation: finetune", "relation: merge", "base_model_relation is 'merge'"),
         ("value: 1.0", "value: perfect", "is no number"),
         ("  - task:", "  - tusk:", "front matter can't be read"),
-        ("---\n", "", "has no license"),
+        ("---\n", "", "has no .*base_model, .*license"),
     ],
 )
 def test_what_no_card_may_hold_is_named(published, old, new, message):
-    edit(published / "README.md", old, new.replace("FOLDER", str(published.resolve())))
+    edit(published / "README.md", old, new)
     with pytest.raises(InputError, match=message):
         check_card(published)
 
@@ -102,7 +100,9 @@ def test_no_card_and_no_licence(folder, facts):
     with pytest.raises(InputError, match="there is no model card"):
         check_card(folder)
     write_training_facts(folder, facts | {"base_model": "someone/else"})
+    write_card(folder)
+    assert check_card(folder).data.license is None  # publishing takes the base model's
     write_card(folder, license="mit")
     edit(folder / "README.md", "license: mit\n", "license: other\n")
-    with pytest.raises(InputError, match="no license_name; .*no license_link"):
+    with pytest.raises(InputError, match="no license_name, license_link"):
         check_card(folder)

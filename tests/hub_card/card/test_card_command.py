@@ -15,14 +15,18 @@ def test_a_card_with_what_the_command_says(tmp_path, capsys):
     shutil.copytree(EMBEDDED, folder)
     (folder / TRAINING_FACTS).unlink()
     assert main(["card", str(folder)]) == 2
-    assert "base model" in capsys.readouterr().err
+    assert "base_model" in capsys.readouterr().err
     base = "Qwen/Qwen2.5-VL-7B-Instruct"
     given = ["--repo", "ann/mine", "--base-model", base, "--datasets", "ann/rows", "--tags", "reports"]
     assert main(["card", str(folder), *given]) == 0
     data = check_card(folder).data
-    assert (data.base_model, data.license, data.model_name) == (base, "apache-2.0", "mine")
+    assert (data.base_model, data.license, data.model_name) == (base, None, "mine")
     assert data.datasets == ["ann/rows"] and "reports" in data.tags
     assert 'from_pretrained("ann/mine"' in (folder / "README.md").read_text()
+    license = ["--license", "other", "--license-name", "mine", "--license-link", "https://example.org/mine"]
+    assert main(["card", str(folder), *given, *license]) == 0
+    assert check_card(folder).data.license_name == "mine"
+    assert "[mine](https://example.org/mine)" in (folder / "README.md").read_text()
 
 
 def test_results_of_other_weights(tmp_path, capsys):

@@ -366,6 +366,8 @@ class Handler(BaseHTTPRequestHandler):
         oid = self.revision(repo, revision)
         siblings = [{"rfilename": path} for path in sorted(repo.commits[oid])]
         about = {"_id": "0", "id": id, "modelId": id, "sha": oid, "private": repo.private, "gated": False}
+        if "README.md" in repo.commits[oid]:
+            about["cardData"] = yaml.safe_load(repo.commits[oid]["README.md"].content.decode().split("---\n")[1])
         self.reply(about | {"tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
 
     def preupload(self, types, id, revision):

@@ -293,7 +293,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from vreflection_hub_card.publishing.files import HashedFile, find_files
 from vreflection_hub_card.publishing.publish import Destination, upload
-upload(find_files(Path(sys.argv[1])), Destination(sys.argv[2]), HfApi())
+files = {name: HashedFile.read(path) for name, path in find_files(Path(sys.argv[1])).items()}
+upload(files, Destination(sys.argv[2]), HfApi())
 """
 
 

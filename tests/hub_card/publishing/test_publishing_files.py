@@ -112,14 +112,12 @@ def test_shards_are_those_of_the_index(checkpoint):
         ("/tmp/x1", "the local path /tmp/x1"),
         ("/Users/ann/x", "the local path /Users/ann"),
         ("C:\\Users\\ann", "the local path"),
-        (TOKEN, "a Hugging Face token"),
-        ("AKIA" + "Q7" * 8, "an AWS key"),
-        ("ghp_" + "a1" * 18, "a GitHub token"),
-        ("-----BEGIN RSA PRIVATE KEY-----", "a private key"),
+        (TOKEN, "a secret of this machine"),
     ],
 )
 @pytest.mark.parametrize("where", ["README.md", "config.json", "model.safetensors", "look.png"])
-def test_paths_and_secrets_are_found_and_not_repeated(checkpoint, text, reason, where):
+def test_paths_and_secrets_are_found_and_not_repeated(checkpoint, monkeypatch, text, reason, where):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     path = checkpoint / where
     if where == "README.md":
         path.write_text(path.read_text() + text)
@@ -150,7 +148,7 @@ def test_the_own_home_folder_and_secrets_are_found_wherever_they_are(checkpoint,
             check(checkpoint)
 
 
-@pytest.mark.parametrize("text", ["https://example.org/home/page", "the tokens /home and /tmp/", "hf_hub", "a/tmp/b", "sk-learn"])  # fmt: skip
+@pytest.mark.parametrize("text", ["https://example.org/home/page", "the tokens /home and /tmp/", "hf_hub", "a/tmp/b"])
 def test_what_is_no_leak(checkpoint, text):
     with (checkpoint / "README.md").open("a") as card:
         card.write(f"\n{text}\n")

@@ -1,0 +1,70 @@
+"""The license of what is published follows from the base model's, as the Hub knows it."""
+
+import pytest
+from hub_server import File
+from huggingface_hub import HfApi
+
+from vreflection_hub_card.card import TRAINING_FACTS, check_card, write_card
+from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.publishing.license import check_license
+
+
+RESEARCH = {"license": "other", "license_name": "research", "license_link": "https://example.org/LICENSE"}
+BASE = "big/base"
+
+
+@pytest.fixture
+def check(hub, checkpoint):
+    """Checks a card over a base model of some license; returns the card afterwards, and what was told."""
+
+    def run(theirs, own):
+        if theirs is not None:
+            front = "".join(f"{name}: {value}\n" for name, value in theirs.items())
+            hub.add_repo(BASE).commit("main", {"README.md": File(f"---\n{front}tags: [x]\n---\n".encode(), False)})
+        (checkpoint / TRAINING_FACTS).unlink()
+        write_card(checkpoint, "ann/tiny", base_model=BASE, datasets=["ann/rows"], **own)
+        told = []
+        check_license(checkpoint, HfApi(), told.append)
+        return check_card(checkpoint).data, told
+
+    return run
+
+
+def fields(data):
+    return {name: value for name in RESEARCH if (value := data.get(name)) is not None}
+
+
+@pytest.mark.parametrize("theirs", [{"license": "apache-2.0"}, RESEARCH])
+def test_a_card_without_a_license_gets_the_base_models(check, theirs):
+    data, told = check(theirs, {})
+    assert fields(data) == theirs and data.base_model == BASE
+    assert len(told) == 1 and theirs.get("license_name", "apache-2.0") in told[0] and BASE in told[0]
+
+
+@pytest.mark.parametrize(
+    "theirs, own",
+    [({"license": "apache-2.0"}, {"license": "mit"}), (RESEARCH, RESEARCH), (None, {"license": "mit"}), ({}, {"license": "mit"})],
+)  # fmt: skip
+def test_a_license_that_fits_stays(check, theirs, own):
+    data, told = check(theirs, own)
+    assert fields(data) == own and not told
+
+
+@pytest.mark.parametrize(
+    "theirs, own, message",
+    [
+        (RESEARCH, {"license": "apache-2.0"}, "under the license research, .* can't be under apache-2.0"),
+        ({"license": "cc-by-nc-4.0"}, {"license": "mit"}, "can't be under mit"),
+        (None, {}, "names no license, and neither does its base model"),
+        ({}, {}, "names no license, and neither does its base model"),
+    ],
+)
+def test_a_license_that_does_not_fit_is_refused(check, theirs, own, message):
+    with pytest.raises(InputError, match=message):
+        check(theirs, own)
+
+
+def test_front_matter_that_the_hub_refuses(hub, checkpoint):
+    hub.fail("validate-yaml", 400)
+    with pytest.raises(InputError, match="README.md: .*told to fail"):
+        check_license(checkpoint, HfApi())
