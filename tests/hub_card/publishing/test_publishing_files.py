@@ -15,8 +15,8 @@ from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.publishing import publish as publishing
 from vreflection_hub_card.publishing.files import find_files
 from vreflection_hub_card.publishing.leaks import check_leaks
-from vreflection_training.cli import main
 from vreflection_hub_card.publishing.smoke_test import smoke_test
+from vreflection_training.cli import main
 
 
 TOKEN = "hf_" + "k9" * 17  # made up
