@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..evaluation.benchmarks import BENCHMARKS
 from ..evaluation.provenance import sha256
 from ..glyphsearch import draw_question
-from .check import CARD, EVAL_RESULTS, is_hub_id
+from .card_check import CARD, EVAL_RESULTS, is_hub_id
 from .checkpoint import Checkpoint, read_checkpoint
 from .facts import check_training_facts, hub_datasets, only_drawn, options_table, read_training_facts, training_table
 from .results import GLYPHSEARCH, eval_entries, model_index, read_results, results_text

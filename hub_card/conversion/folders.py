@@ -21,7 +21,7 @@ def check_free(out: Path) -> None:
 
 
 @contextmanager
-def appearing(out: Path) -> Iterator[Path]:
+def atomic_directory(out: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `out`, which takes its place in the end; a failure removes it.
 
     What an earlier, killed run left there is replaced.

@@ -1,26 +1,27 @@
 """Which files a published checkpoint consists of; any other stops the publication, so that nothing is left out in silence."""
 
-import json
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from huggingface_hub import get_local_safetensors_metadata
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from huggingface_hub.utils.sha import git_hash
 
 from ..card import TRAINING_FACTS
 from ..errors import InputError
 from ..evaluation.provenance import sha256
+from ..inference.checkpoints import first_line
 
 
-CARD, INDEX, WEIGHTS = "README.md", "model.safetensors.index.json", "model.safetensors"
-SHARDS = "model-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].safetensors"
+CARD = "README.md"
 ALLOWED = (
     "config.json",
     "generation_config.json",
-    WEIGHTS,
-    SHARDS,
-    INDEX,
+    "model.safetensors",
+    "model-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].safetensors",
+    "model.safetensors.index.json",
     "*_vreflection.py",
     "chat_template.jinja",
     "processor_config.json",
@@ -132,21 +133,23 @@ def explain(foreign: list[str]) -> str:
 
 
 def check_shards(folder: Path, names: set[str]) -> None:
-    """Checks that the files of weights are those that the index names.
+    """Checks that the files of weights are those that are loaded.
 
     Raises:
-        InputError: Weights in two forms, missing shards, or shards of an earlier save.
+        InputError: No weights, missing or damaged shards, or shards of an earlier save.
     """
-    weights = {name for name in names if name.endswith(".safetensors")}
-    wanted = {WEIGHTS}
-    if INDEX in names:
-        try:
-            wanted = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder}: {INDEX} can't be read") from error
-    if missing := sorted(wanted - weights):
-        raise InputError(f"{folder}: {missing[0]} is missing")
-    if extra := sorted(weights - wanted):
+    try:
+        needed = set(get_local_safetensors_metadata(folder).files_metadata)
+    except (
+        NotASafetensorsRepoError,
+        SafetensorsParsingError,
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise InputError(f"{folder}: its weights are missing, incomplete or damaged ({first_line(error)})") from error
+    if extra := sorted(name for name in names if name.endswith(".safetensors") and name not in needed):
         raise InputError(
             f"{folder}: {', '.join(extra[:NAMED])}: left from an earlier save, nothing refers to it; delete it"
         )

@@ -13,6 +13,7 @@ from ..inference.checkpoints import first_line
 # httpx's base class of all that can go wrong on the way; which httpx it is depends on the client's version.
 TransportError = HfHubHTTPError.__mro__[1]
 LOGIN = "run `hf auth login`, or set HF_TOKEN to one that may write"
+LONGEST = 500  # characters
 BY_STATUS = {
     401: f"the Hub doesn't accept the token: {LOGIN}",
     403: "the token may not write there: is the name right?",
@@ -34,10 +35,10 @@ def hub_errors(repo_id: str, state: str = "nothing was changed") -> Iterator[Non
 
 
 def explain(error: BaseException) -> str:
-    """The reason in one line; never with the token in it."""
+    """The reason in one line that isn't too long; never with the token in it."""
     while not isinstance(error, TransportError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # the client wraps what goes wrong in a thread
-    return hide_token(reason(error))
+    return hide_token(reason(error))[:LONGEST]
 
 
 def reason(error: BaseException) -> str:

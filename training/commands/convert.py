@@ -29,7 +29,7 @@ def add_parser(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """`vreflection convert`."""
     quiet_transformers()
-    from vreflection_hub_card.conversion.convert import LayoutError, convert
+    from vreflection_hub_card.conversion.converter import LayoutError, convert
     from vreflection_hub_card.conversion.folders import check_free
     from vreflection_hub_card.inference.checkpoints import checkpoint_folder
 

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     from huggingface_hub.utils import enable_progress_bars
 
     from vreflection_hub_card.inference.checkpoints import checkpoint_config
-    from vreflection_hub_card.publishing.publish import (
+    from vreflection_hub_card.publishing.upload import (
         check_checkpoint,
         check_names,
         find_destination,

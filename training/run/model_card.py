@@ -9,7 +9,7 @@ import trl
 from huggingface_hub import ModelCard
 
 from vreflection_hub_card.card import read_training_facts, render_card
-from vreflection_hub_card.card.check import is_hub_id
+from vreflection_hub_card.card.card_check import is_hub_id
 from vreflection_hub_card.card.checkpoint import Checkpoint, read_weights
 from vreflection_hub_card.evaluation.provenance import describe_machine, describe_versions
 

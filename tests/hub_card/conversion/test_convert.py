@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
-from vreflection_hub_card.conversion.convert import convert
+from vreflection_hub_card.conversion.converter import convert
 from vreflection_hub_card.conversion.layouts import our_names
 from vreflection_hub_card.glyphsearch import make_scene
 from vreflection_hub_card.inference.checkpoints import EMBEDDED, load_checkpoint

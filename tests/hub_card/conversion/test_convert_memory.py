@@ -9,7 +9,7 @@ import torch
 from released_checkpoints import save_shards, write
 from safetensors.torch import load_file, save_file
 
-from vreflection_hub_card.conversion.convert import convert
+from vreflection_hub_card.conversion.converter import convert
 from vreflection_hub_card.conversion.shards import Stored, Weight, write_shards
 
 

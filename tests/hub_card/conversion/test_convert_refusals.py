@@ -284,7 +284,9 @@ def test_a_full_disk_leaves_nothing(released, tmp_path, capsys):
 
 
 def test_a_disk_that_is_too_small_is_seen_before(released, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vreflection_hub_card.conversion.convert.disk_usage", lambda _: DiskUsage(2**30, 2**30, 2**20))
+    monkeypatch.setattr(
+        "vreflection_hub_card.conversion.converter.disk_usage", lambda _: DiskUsage(2**30, 2**30, 2**20)
+    )
     assert "0.0 GiB are free" in refuse_plain(released, tmp_path / "out", capsys)
     assert not list(tmp_path.iterdir())
 
@@ -298,7 +300,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from vreflection_hub_card.conversion import shards
-from vreflection_hub_card.conversion.convert import convert
+from vreflection_hub_card.conversion.converter import convert
 
 save, written = shards.save_file, []
 

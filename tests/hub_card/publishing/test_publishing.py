@@ -15,9 +15,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load
 
 from vreflection_hub_card.errors import InputError
-from vreflection_hub_card.publishing import publish as publishing
+from vreflection_hub_card.publishing import upload as publishing
 from vreflection_hub_card.publishing.files import HashedFile, find_files
-from vreflection_hub_card.publishing.publish import Destination, upload
+from vreflection_hub_card.publishing.upload import Destination, upload
 from vreflection_training.cli import main
 
 
@@ -292,7 +292,7 @@ import sys
 from pathlib import Path
 from huggingface_hub import HfApi
 from vreflection_hub_card.publishing.files import HashedFile, find_files
-from vreflection_hub_card.publishing.publish import Destination, upload
+from vreflection_hub_card.publishing.upload import Destination, upload
 files = {name: HashedFile.read(path) for name, path in find_files(Path(sys.argv[1])).items()}
 upload(files, Destination(sys.argv[2]), HfApi())
 """

@@ -8,9 +8,9 @@ from huggingface_hub import HfApi
 from test_publishing import contents, hashed, on_disk
 
 from vreflection_hub_card.errors import InputError
-from vreflection_hub_card.publishing import publish as publishing
-from vreflection_hub_card.publishing.publish import Destination, upload
+from vreflection_hub_card.publishing import upload as publishing
 from vreflection_hub_card.publishing.smoke_test import smoke_test
+from vreflection_hub_card.publishing.upload import Destination, upload
 from vreflection_training.cli import main
 
 

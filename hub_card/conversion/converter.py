@@ -12,10 +12,10 @@ from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGen
 
 from ..errors import InputError
 from ..inference.checkpoints import first_line
-from .folders import appearing, check_free
+from .folders import atomic_directory, check_free
 from .layouts import holds_module, our_names, stored_shape
 from .shards import Stored, Weight, are_equal, read_headers, write_shards
-from .sources import Target, check_checkpoint, describe
+from .target import Target, check_checkpoint, describe
 
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
@@ -79,7 +79,7 @@ def convert(
         raise LayoutError(f"{source}: {len(problems)} weights don't fit, nothing was written", problems)
     size = sum(torch.Size(weight.shape).numel() * weight.stored.dtype.itemsize for weight in weights.values())
     try:
-        with appearing(out) as folder:
+        with atomic_directory(out) as folder:
             if size > (free := disk_usage(folder).free):
                 raise InputError(
                     f"{out}: {size / GIB:.1f} GiB of weights, and only {free / GIB:.1f} GiB are free there"

@@ -14,7 +14,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm, validate_repo_id
 
 from ..card import TRAINING_FACTS, check_card, write_card
-from ..conversion.convert import convert
+from ..conversion.converter import convert
 from ..errors import InputError
 from ..inference.checkpoints import checkpoint_config
 from .files import CARD, SMALL, HashedFile, find_files
@@ -178,7 +178,7 @@ def upload(files: dict[str, HashedFile], destination: Destination, api: HfApi) -
         with hub_errors(repo_id):
             old = set(api.list_repo_files(repo_id, revision=parent))
             api.preupload_lfs_files(repo_id, additions, revision=BRANCH, free_memory=False)
-    except (InputError, OSError):
+    except (OSError, ValueError):
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # the client leaves its bars open, and the error would be on their line
         check_unchanged(files)  # this says more than the client, or the Hub, does about half a file
