@@ -271,7 +271,7 @@ def test_somebody_elses_commit_is_not_lost(hub, publish, monkeypatch):
             repo.commit("main", dict(repo.commits[repo.head]))
             return super().create_commit(*arguments, **options)
 
-    monkeypatch.setattr("vreflection_training.commands.publish.HfApi", SlowApi)
+    monkeypatch.setattr("huggingface_hub.HfApi", SlowApi)
     code, line = publish("ann/shared")
     assert code == 2 and "somebody else has committed" in line
     assert set(contents(repo)) == {".gitattributes"} and len(repo.history()) == 2
