@@ -71,7 +71,7 @@ def write_card(
         if not is_hub_id(id):
             raise InputError(f"{id!r} is no id on the Hub")
     if (license == "other") != bool(license_name and license_link):
-        raise InputError("a license called other needs a name and a link, and no other license has them")
+        raise InputError("license other needs a name and a link, which no other license has")
     hashes = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))} if results else {}
     reports = read_results([Path(path) for path in results], hashes)
     card = render_card(
