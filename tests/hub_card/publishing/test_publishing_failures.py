@@ -210,6 +210,13 @@ def test_a_commit_that_is_only_said(hub, publish):
     assert code == 2 and "0" * 40 in line and "not read back" in line and "Tagged" not in out
 
 
+def test_a_parent_that_is_not_named(hub, publish):
+    repo = hub.add_repo("ann/orphan")
+    hub.forge_reply("GET /api/models/ann/orphan/revision/main", {"id": "ann/orphan", "private": False})
+    code, _, line = publish("ann/orphan")
+    assert code == 2 and "names no commit" in line and len(repo.history()) == 1  # it would commit over anybody's
+
+
 @pytest.mark.parametrize("elsewhere", [True, False])
 def test_a_tag_that_is_only_said(hub, publish, elsewhere):
     repo = hub.add_repo("ann/tagged")
