@@ -219,7 +219,9 @@ def make_repository(destination: Destination, api: HfApi) -> str:
     if destination.private and not about.private:
         raise InputError(f"{repo_id} is public: make it private in its settings; nothing was uploaded")
     if about.sha is None:
-        raise InputError(f"{repo_id}: the Hub names no commit of {BRANCH}, which the next one needs; nothing was uploaded")
+        raise InputError(
+            f"{repo_id}: the Hub names no commit of {BRANCH}, which the next one needs; nothing was uploaded"
+        )
     return about.sha
 
 
