@@ -1,1 +1,1 @@
-"""Publishing a checkpoint: checks of the folder, one commit on the Hub, and a look at what arrived."""
+"""Publishing a checkpoint: checks of the folder, one commit on the Hub, a read-back, a tag."""

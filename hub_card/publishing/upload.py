@@ -1,4 +1,4 @@
-"""A checkpoint's folder onto the Hub: checks, one commit, a look at what arrived, a tag."""
+"""Publishes a checkpoint's folder on the Hub: checks, one commit, a read-back, a tag."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""What the Hub does to a publication: it hangs, loses its replies, says what isn't so; and files that change meanwhile."""
+"""Publishing where the Hub hangs, loses its replies or sends false ones, and where files change meanwhile."""
 
 import os
 import time
