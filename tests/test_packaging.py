@@ -1,5 +1,6 @@
 """What is installed is what is here."""
 
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -18,3 +19,11 @@ def test_every_package_is_installed():
         for path in (ROOT / folder).rglob("__init__.py")
     }
     assert named == found
+
+
+def test_no_package_needs_the_experiments():
+    folders = ("modeling_vreflection", "hub_card", "training")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert files and not [
+        path for path in files if re.search(r"^\s*(from|import) experiments", path.read_text(), re.M)
+    ]

@@ -55,7 +55,7 @@ def write_card(
         license_link (`str`, *optional*): With `other`, where its text is.
         datasets (`Sequence[str]`): Hub ids of data it was trained on, beside those that the facts name.
         tags (`Sequence[str]`): More tags.
-        study (`str` or `Path`, *optional*): The tables of `vreflection-train study`, its `tables.md`.
+        study (`str` or `Path`, *optional*): The tables of `experiments/study`, a `tables.md`.
 
     Returns:
         `Path`: The card's file.
@@ -105,7 +105,7 @@ def read_study(path: str | Path | None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: can't be read as a study's tables ({error})") from error
     if not text.startswith("| arm |"):
-        raise InputError(f"{path}: holds no tables of `vreflection-train study`; its tables.md does")
+        raise InputError(f"{path}: holds no tables of the study; a tables.md of experiments/study does")
     return text
 
 

@@ -1,12 +1,4 @@
-"""Renders a result file as Markdown, so that no number in a document is written by hand.
-
-`python -m vreflection_hub_card.evaluation.report RESULT.json DOCUMENT.md` puts the table between the document's markers.
-"""
-
-import json
-import re
-import sys
-from pathlib import Path
+"""Renders a result file as Markdown, so that no number in a document is written by hand."""
 
 from .interventions import INTERVENTIONS
 
@@ -58,30 +50,3 @@ def with_interval(proportion: dict) -> str:
 def percent(share: float) -> str:
     """A share as a percentage with one decimal."""
     return f"{100 * share:.1f} %"
-
-
-def fill_block(document: str, name: str, text: str) -> str:
-    """The document with the text between the markers of that name.
-
-    Raises:
-        ValueError: A document without the markers.
-    """
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if begin not in document or end not in document:
-        raise ValueError(f"The document has no {begin} and {end} to put the table between.")
-    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n\n{text}\n\n{end}", document, flags=re.DOTALL)
-
-
-def insert_table(document: str, report: dict) -> str:
-    """The document with the report's table between the markers for its difficulty.
-
-    Raises:
-        ValueError: A document without the markers.
-    """
-    name = f"glyphsearch {report['tasks']['glyphsearch']['data']['difficulty']}"
-    return fill_block(document, name, glyphsearch_table(report))
-
-
-if __name__ == "__main__":
-    result_file, document_file = map(Path, sys.argv[1:])
-    document_file.write_text(insert_table(document_file.read_text(), json.loads(result_file.read_text())))

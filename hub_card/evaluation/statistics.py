@@ -1,14 +1,12 @@
-"""Proportions, differences and medians with their uncertainty."""
+"""Proportions and differences with their uncertainty."""
 
 import math
-import statistics
 from collections.abc import Sequence
 
 import numpy as np
 
 
 Z_95 = 1.959963984540054
-CONFIDENCE = 0.95
 
 
 def wilson_interval(successes: int, count: int, z: float = Z_95) -> tuple[float, float]:
@@ -55,43 +53,16 @@ def paired_bootstrap(pairs: Sequence[tuple[str, str]], repeats: int = 5000, seed
         raise ValueError(f"Paired outcomes must have one length, got {sorted(lengths) or 'none'}.")
     rng = np.random.default_rng(seed)
     first, second = (np.array([list(pair[side]) for pair in pairs]) for side in (0, 1))  # (runs, items)
-    asked = (first != "-") & (second != "-")
+    asked = ((first != "-") & (second != "-")).astype(float)
     change = np.where(asked, (second == "1").astype(float) - (first == "1"), 0.0)
     draws = []
     for _ in range(repeats):
-        drawn = np.ix_(*(rng.integers(size, size=size) for size in change.shape))
-        draws.append(change[drawn].sum() / max(1, asked[drawn].sum()))
+        # How often each run and each item was drawn.
+        runs, items = (np.bincount(rng.integers(size, size=size), minlength=size) for size in change.shape)
+        draws.append(runs @ change @ items / max(1, runs @ asked @ items))
     low, high = np.percentile(draws, [2.5, 97.5])
     return {
         "difference": round(float(change.sum() / asked.sum()), 4),
         "low": round(float(low), 4),
         "high": round(float(high), 4),
-    }
-
-
-def spread(values: list[float]) -> dict:
-    """The median and the quartiles."""
-    low, median, high = (float(value) for value in np.percentile(values, (25, 50, 75)))
-    return {"median": median, "quartile_1": low, "quartile_3": high, "values": values}
-
-
-def median_interval(values: list[float]) -> dict:
-    """The median with an interval between two of the values, which holds whatever their distribution is.
-
-    The k-th smallest and the k-th largest of n values enclose the median but for the probability that fewer than k lie on
-    one side of it. The narrowest interval with 95 % is taken; with fewer than 6 values, the widest, and `coverage` says
-    what it is worth.
-    """
-    ordered, count = sorted(values), len(values)
-    coverages = [
-        1 - 2 * sum(math.comb(count, index) for index in range(rank)) / 2**count
-        for rank in range(1, (count + 1) // 2 + 1)
-    ]
-    rank = max((rank for rank, coverage in enumerate(coverages, 1) if coverage >= CONFIDENCE), default=1)
-    return {
-        "median": statistics.median(values),
-        "low": ordered[rank - 1],
-        "high": ordered[-rank],
-        "coverage": coverages[rank - 1],
-        "values": values,
     }

@@ -23,7 +23,7 @@ PAPER = [f"qwen2_5_vl_{size}_{stage}" for size in ("7b", "3b") for stage in ("sf
 LORA = "qwen2_5_vl_7b_stage1_lora"
 RELEASED = ["released_code", "released_code_stage2"]
 LARGE = [*PAPER, LORA, *RELEASED]
-TINY = ["tiny_base", "tiny_stage1", "tiny_stage2", "study_part"]
+TINY = ["tiny_base", "tiny_stage1", "tiny_stage2"]
 # What a machine without a GPU can't do.
 ON_CPU = "--use_cpu true --bf16 false --dtype float32 --attn_implementation sdpa".split()
 SHORT = (

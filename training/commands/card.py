@@ -25,7 +25,7 @@ def add_parser(commands) -> None:
         metavar="FILE",
         help="result files of vreflection evaluate, of these weights",
     )
-    parser.add_argument("--study", metavar="FILE", help="tables.md of vreflection-train study")
+    parser.add_argument("--study", metavar="FILE", help="tables.md of experiments/study")
     parser.add_argument("--base-model", metavar="ID", help="Hub id of the base model, where training didn't record it")
     parser.add_argument("--license", metavar="ID", help="by default publish takes the base model's, from the Hub")
     parser.add_argument("--license-name", metavar="NAME", help="with --license other, its name")

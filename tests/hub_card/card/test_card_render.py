@@ -254,7 +254,7 @@ EMBEDDED_CARD = EMBEDDED / "README.md"
 
 
 def test_the_embedded_checkpoints_card_is_up_to_date(folder, results):
-    study = EMBEDDED.parent / "study" / "quick" / "tables.md"
+    study = EMBEDDED.parents[1] / "experiments" / "study" / "results" / "quick" / "tables.md"
     expected = write_card(folder.rename(folder.with_name(EMBEDDED.name)), results=results, study=study)
     assert EMBEDDED_CARD.read_text() == expected.read_text()
     check_card(EMBEDDED)

@@ -4,24 +4,17 @@ from pathlib import Path
 import pytest
 
 from vreflection_hub_card.evaluation.provenance import sha256
-from vreflection_hub_card.evaluation.report import glyphsearch_table, insert_table, percent
+from vreflection_hub_card.evaluation.report import glyphsearch_table
 
 
 ROOT = Path(__file__).parents[3]
 RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "hub_card" / "results").glob("*.json")}
-README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["vreflection_tiny", "vreflection_tiny_mixed"])
-def test_the_readme_quotes_the_committed_results_of_the_embedded_checkpoint(name):
-    assert insert_table(README, RESULTS[name]) == README
+def test_the_results_are_those_of_the_embedded_weights(name):
     weights = ROOT / "hub_card" / "vreflection_tiny" / "model.safetensors"
     assert RESULTS[name]["model"]["sha256"] == {"model.safetensors": sha256(weights)}
-
-
-def test_the_readme_quotes_the_base_that_did_not_learn():
-    share = RESULTS["tiny_base_amd"]["tasks"]["glyphsearch"]["accuracy"]["overall"]["share"]
-    assert f"[{percent(share)}](hub_card/results/tiny_base_amd.json)" in README
 
 
 def test_the_embedded_checkpoint_reaches_the_goals():
@@ -38,11 +31,3 @@ def report():
 def test_what_was_never_counted_has_no_share(report):
     report["tasks"]["glyphsearch"]["interventions"]["shuffled"]["accuracy"]["overall"] = {"successes": 0, "count": 0}
     assert "| Accuracy with another sample's latents | none counted |" in glyphsearch_table(report)
-
-
-def test_a_table_replaces_the_one_between_its_markers(report):
-    begin, end = "<!-- glyphsearch default -->", "<!-- /glyphsearch default -->"
-    got = insert_table(f"a\n{begin}\nold {end}\nb", report)
-    assert got == f"a\n{begin}\n\n{glyphsearch_table(report)}\n\n{end}\nb"
-    with pytest.raises(ValueError, match="no <!-- glyphsearch default -->"):
-        insert_table("a", report)

@@ -1,12 +1,9 @@
-"""The paired bootstrap, and the interval of a median."""
-
-import math
-import random
+"""The paired bootstrap."""
 
 import numpy as np
 import pytest
 
-from vreflection_hub_card.evaluation.statistics import median_interval, paired_bootstrap, spread
+from vreflection_hub_card.evaluation.statistics import paired_bootstrap
 
 
 def test_the_interval_is_that_of_the_normal_limit():
@@ -41,29 +38,3 @@ def test_items_that_were_not_asked_count_on_neither_side():
 def test_outcomes_that_are_no_pairs(pairs):
     with pytest.raises(ValueError, match="one length"):
         paired_bootstrap(pairs)
-
-
-@pytest.mark.parametrize(
-    "count, low, high, coverage",
-    [(9, 2, 8, 1 - 20 / 512), (8, 1, 8, 1 - 2 / 256), (6, 1, 6, 1 - 2 / 64), (3, 1, 3, 0.75), (1, 1, 1, 0.0)],
-)
-def test_interval_of_the_median(count, low, high, coverage):
-    values = [float(value) for value in range(1, count + 1)]
-    random.Random(0).shuffle(values)
-    found = median_interval(values)
-    assert (found["median"], found["low"], found["high"]) == ((count + 1) / 2, low, high)
-    assert found["coverage"] == pytest.approx(coverage)
-
-
-def test_interval_covers_the_median_as_often_as_it_says():
-    rng = random.Random(0)
-    hits = 0
-    for _ in range(2000):
-        found = median_interval([rng.expovariate(1) for _ in range(9)])
-        hits += found["low"] <= math.log(2) <= found["high"]
-    assert hits / 2000 == pytest.approx(found["coverage"], abs=0.015)
-
-
-def test_quartiles():
-    found = spread([5.0, 1.0, 2.0, 4.0, 3.0])
-    assert (found["quartile_1"], found["median"], found["quartile_3"]) == (2, 3, 4)

@@ -1,1 +1,0 @@
-"""What reflecting costs at inference, beside the stock Qwen2.5-VL: `vreflection efficiency`."""

@@ -1,1 +1,0 @@
-"""What reflections cost in training, measured: `vreflection-train cost`."""
