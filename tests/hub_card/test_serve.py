@@ -1,4 +1,4 @@
-"""`transformers serve` as README starts it, over HTTP: latents are on, nobody gets another's, and no request runs code."""
+"""`transformers serve` as docs/serving.md starts it, over HTTP: latents are on, nobody gets another's, and no request runs code."""
 
 import base64
 import io
@@ -37,11 +37,11 @@ MODEL = "hub_card/vreflection_tiny"
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    """A client of the server that README starts, in a process of its own: pinned to `MODEL`."""
+    """A client of the server that docs/serving.md starts, in a process of its own: pinned to `MODEL`."""
     log = tmp_path_factory.mktemp("serve") / "log"
     (log.parent / "hub_card").symlink_to(ROOT / "hub_card")
     port = free_port()
-    code = re.search(r'^python -c "(.*Serve.*)"$', (ROOT / "README.md").read_text(), re.MULTILINE)[1]
+    code = re.search(r'^python -c "(.*Serve.*)"$', (ROOT / "docs" / "serving.md").read_text(), re.MULTILINE)[1]
     code = code.replace(f"Serve('{MODEL}'", f"Serve('{MODEL}', port={port}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(log.parent / "hf")}
     with log.open("wb") as output:
@@ -147,8 +147,8 @@ def test_the_embedded_checkpoint_answers_with_latents(client, generate):
         assert completion.choices[0].finish_reason == "stop"
 
 
-def test_the_readme_example_runs(client, tmp_path):
-    code = re.search(r"```python\n(import base64.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+def test_the_documented_example_runs(client, tmp_path):
+    code = re.search(r"```python\n(import base64.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)[1]
     make_scene(scene_seed("test", 0)).image.save(tmp_path / "scene.png")
     code = code.replace("http://localhost:8000/v1", str(client.base_url))
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -303,7 +303,7 @@ def test_a_pin_alone_stops_no_code(modules_cache, tmp_path):
 
 
 def test_a_request_may_name_a_picture_by_its_path(client, tmp_path):
-    """What README warns of: transformers has no option against it."""
+    """What docs/serving.md warns of: transformers has no option against it."""
     scene, asked = draw_question("test", 300)
     scene.image.save(tmp_path / "scene.png")
     content = [

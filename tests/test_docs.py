@@ -1,0 +1,70 @@
+"""The documentation builds without a warning, its notebook runs, and its examples work."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from vreflection_training.cli import main
+
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def test_the_docs_build_and_the_notebook_runs(tmp_path):
+    pytest.importorskip("myst_nb")
+    pytest.importorskip("furo")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-b", "html", DOCS, tmp_path / "html"]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    notebook = (tmp_path / "html" / "ask_and_train.html").read_text()
+    assert "8 steps" in notebook and notebook.count("<img") >= 2
+    api = (tmp_path / "html" / "api.html").read_text()
+    assert 'id="vreflection_training.losses.bcm_alignment_loss"' in api
+    # What is left of a docstring's Markdown.
+    assert not re.findall(r"\[<code|```|\[!NOTE\]", api)
+
+
+def test_the_notebook_holds_no_outputs():
+    cells = json.loads((DOCS / "ask_and_train.ipynb").read_text())["cells"]
+    assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
+
+
+def test_the_tutorials_row_and_recipe_pass_the_check(tmp_path, monkeypatch, capsys):
+    tutorial = (DOCS / "tutorial.md").read_text()
+    (tmp_path / "rows.json").write_text(re.search(r"```json\n(.*?)```", tutorial, re.DOTALL)[1])
+    (tmp_path / "kitchen_stage1.yaml").write_text(re.search(r"```yaml\n(.*?)```", tutorial, re.DOTALL)[1])
+    (tmp_path / "hub_card").symlink_to(ROOT / "hub_card")
+    Image.new("RGB", (224, 168), "white").save(tmp_path / "kitchen.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "kitchen_stage1.yaml"]) == 0
+    assert re.search(r"^rows +1$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_version_heads_the_changelog():
+    from modeling_vreflection import __version__
+
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == __version__
+
+
+def test_the_citation_names_the_papers_authors_as_the_readme_does():
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    bibtex = (ROOT / "README.md").read_text()
+    assert paper["title"] in bibtex
+    assert " and ".join(f"{a['family-names']}, {a['given-names']}" for a in paper["authors"]) in bibtex
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_commands_and_recipes_of_the_docs_exist(page):
+    text = page.read_text()
+    recipes = set(
+        re.findall(r"`vreflection (?:train|check) (\w+)|^vreflection (?:train|check) (\w+)", text, re.MULTILINE)
+    )
+    recipes = {one or other for one, other in recipes} - {"RECIPE", "kitchen_stage1"}
+    assert not [name for name in recipes if not (ROOT / "training" / "recipes" / f"{name}.yaml").is_file()]
