@@ -22,7 +22,7 @@ NOTES = """
 **The plain backbone** is the same model, asked the same without any latent step.
 """
 
-# Measured in README, "What is measured".
+# Measured in docs/results.md.
 EMBEDDED_NOTES = """
 **This checkpoint** has a few million parameters and knows nothing but scenes like the examples. Averaged over the latent
 steps, its attention nearly always peaks on the shape that the question names. Yet its answers do not depend on the latents:
