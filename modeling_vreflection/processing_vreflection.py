@@ -1,8 +1,16 @@
 """From messages with pictures and boxes to model inputs."""
 
-from collections.abc import Sequence
+import base64
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
@@ -93,6 +101,11 @@ CHAT_TEMPLATE = """\
 # U+2060, invisible: put into a token's name where text holds it, so that it isn't the token.
 WORD_JOINER = "\u2060"
 
+# The image processor refuses longer strips.
+MAX_ASPECT_RATIO = 200
+# What Pillow's decoders raise for files that are damaged or end too early.
+DAMAGE = (OSError, SyntaxError, EOFError, ValueError, RuntimeError, LookupError, struct.error)
+
 
 def build_chat_template(latent_tokens: tuple[str, str, str] = LATENT_TOKENS, num_latent_tokens: int = 8) -> str:
     """The Jinja template for these token names and this number of slots.
@@ -154,7 +167,8 @@ class ReflectionProcessorMixin:
         """Prepares text and images, as the backbone's processor does, and boxes.
 
         Args:
-            images: One image or (nested) lists of them.
+            images: One image or (nested) lists of them: whatever `open_picture` opens, addresses that transformers
+                downloads, arrays and tensors.
             text (`str` or `list[str]`): Rendered conversations.
             boxes (`list`, *optional*): For a text, or for each of several, a list with one item a reflection segment:
                 `[x0, y0, x1, y1]` in [0, 1], or a message's reflection part, whose `image_index` counts within the text.
@@ -164,7 +178,7 @@ class ReflectionProcessorMixin:
             corners in 1/65,536 of its sides, rounded inwards so that a box that ends on a patch's edge stays there.
 
         Raises:
-            ValueError: A box that is no box, naming sample and box; another number of boxes than segments; videos, audio,
+            ValueError: A picture that can't be opened, by name; a box that is no box, naming sample and box; another number of boxes than segments; videos, audio,
                 and arguments that neither the tokenizer nor the image processor has.
         """
         refuse_other_media(videos=videos, audio=audio)
@@ -176,7 +190,7 @@ class ReflectionProcessorMixin:
         if boxes is not None:
             texts, boxes = ([text], [boxes]) if isinstance(text, str) else (text, boxes)
             quantised = self._quantise(texts, boxes)
-        inputs = super().__call__(images=images, text=text, **kwargs)
+        inputs = super().__call__(images=open_pictures(images), text=text, **kwargs)
         if quantised is not None:
             inputs["boxes"] = torch.tensor(quantised, dtype=torch.long).reshape(-1, 5)
         return inputs
@@ -239,6 +253,143 @@ def rendered_reflections(messages: list[dict]) -> list[dict]:
 
 class VReflectionProcessor(ReflectionProcessorMixin, Qwen2_5_VLProcessor):
     """The processor of V-Reflection on Qwen2.5-VL; see [`ReflectionProcessorMixin`]."""
+
+
+class PictureError(ValueError):
+    """A picture that can't be opened; the message names it and says what is wrong."""
+
+
+class PictureNotFoundError(PictureError, FileNotFoundError):
+    """There is no such file."""
+
+
+def open_picture(
+    source: Any, name: str | None = None, formats: Sequence[str] | None = None, max_pixels: int | None = None
+) -> Image.Image:
+    """Opens a picture as plain RGB, of an animation the first frame.
+
+    EXIF's rotation is applied, transparency is laid on white, 16 bits are scaled to 8, and pictures whose values have no
+    fixed range (modes `I` and `F`) are stretched from their darkest to their brightest.
+
+    Args:
+        source (`str`, `Path`, `bytes`, `BinaryIO`, `dict` or `Image.Image`): A path, a data URL, base64, a file's content,
+            an open file, a picture of the `datasets` library (`{"path": ..., "bytes": ...}`), or a PIL image.
+        name (`str`, *optional*): What errors call it; without it the path, if there is one.
+        formats (`Sequence[str]`, *optional*): Pillow's names of the formats to accept; all by default.
+        max_pixels (`int`, *optional*): Refuses larger pictures before any pixel is decoded.
+
+    Returns:
+        `Image.Image`: A new picture of mode `RGB`, without metadata.
+
+    Raises:
+        PictureError: A folder, a file that may not be read, is no picture, is damaged or holds values that aren't finite;
+            too many pixels; one side more than 200 times the other. A missing file is a `PictureNotFoundError`.
+    """
+    with read_header(source, name, formats) as (file, name):
+        size = f"{file.width} x {file.height} pixels"
+        if max_pixels is not None and file.width * file.height > max_pixels:
+            raise PictureError(
+                f"{name}: {size}, at most {max_pixels / 1e6:g} million are accepted; scale it down first"
+            )
+        if max(file.size) > MAX_ASPECT_RATIO * min(file.size):
+            raise PictureError(f"{name}: {size}; one side may be at most {MAX_ASPECT_RATIO} times the other")
+        picture_orientation(file)  # before the pixels, as for the size: a tag that comes after them is ignored
+        file.load()
+        picture = convert_to_rgb(ImageOps.exif_transpose(file), name)
+    picture.info.clear()  # nobody may rotate it again
+    return picture
+
+
+def picture_size(source: Any) -> tuple[int, int]:
+    """Width and height of what `open_picture` gives; only the header is read. Raises the same errors."""
+    with read_header(source) as (file, _):
+        sideways = picture_orientation(file) in (5, 6, 7, 8)
+        return (file.height, file.width) if sideways else file.size
+
+
+def picture_orientation(file: Image.Image) -> int:
+    """EXIF's orientation, 1 where there is none."""
+    # The method of the base class: the one for PNG decodes the whole file to look for a tag behind the pixels.
+    return Image.Image.getexif(file).get(ExifTags.Base.Orientation, 1)
+
+
+def open_pictures(images: Any) -> Any:
+    """Opens what a processor is given; web addresses, arrays and tensors are left to transformers."""
+    if isinstance(images, (list, tuple)):
+        return [open_pictures(image) for image in images]
+    is_address = isinstance(images, str) and images.startswith(("http://", "https://"))
+    is_source = isinstance(images, (str, Path, bytes, dict, Image.Image)) or hasattr(images, "read")
+    return open_picture(images) if is_source and not is_address else images
+
+
+@contextmanager
+def read_header(
+    source: Any, name: str | None = None, formats: Sequence[str] | None = None
+) -> Iterator[tuple[Image.Image, str]]:
+    """Opens a picture without reading its pixels, and names it; errors in the block become `PictureError`s."""
+    if isinstance(source, dict):
+        path, content = source.get("path"), source.get("bytes")
+        name, source = name or path, path if content is None else content
+    elif isinstance(source, str) and not os.path.exists(source):
+        name, source = decode_base64(source, name)
+    name = name or (source if isinstance(source, (str, Path)) else getattr(source, "filename", None)) or "the picture"
+    if not isinstance(source, (str, Path, bytes, Image.Image)) and not hasattr(source, "read"):
+        raise PictureError(f"{name}: a picture is a path, its content, a dict with `path` or `bytes`, or a PIL image")
+    try:
+        if isinstance(source, Image.Image):
+            yield source, name
+        else:
+            with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as file:
+                yield file, name
+    except PictureError:
+        raise
+    except FileNotFoundError as error:
+        raise PictureNotFoundError(f"{name}: no such file") from error
+    except IsADirectoryError as error:
+        raise PictureError(f"{name}: is a folder, not a picture") from error
+    except PermissionError as error:
+        raise PictureError(f"{name}: may not be read") from error
+    except UnidentifiedImageError as error:
+        raise PictureError(f"{name}: not a picture, or of a kind that Pillow can't read") from error
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"{name}: too many pixels; scale it down first") from error
+    except DAMAGE as error:
+        raise PictureError(f"{name}: damaged or unreadable ({error})") from error
+
+
+def decode_base64(text: str, name: str | None = None) -> tuple[str | None, str | bytes]:
+    """The name and the bytes of a data URL, or of base64 alone, as transformers takes it; a path stays as it is."""
+    try:
+        if text.startswith("data:"):
+            return name or "the picture in the data URL", base64.b64decode(text.partition(",")[2])
+        return name or f"{text[:60]} (no such file, read as base64)", base64.b64decode(text, validate=True)
+    except ValueError as error:
+        if text.startswith("data:"):
+            raise PictureError(f"{name or text[:60]}: not base64 ({error})") from error
+        return name, text
+
+
+def convert_to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    """Converts a picture of any mode; see `open_picture`."""
+    if picture.mode.startswith("I;16"):
+        return stretch(picture.convert("I"), name, (0, 65_535))
+    if picture.mode in ("I", "F"):
+        return stretch(picture, name)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def stretch(picture: Image.Image, name: str, values_range: tuple[int, int] | None = None) -> Image.Image:
+    """An RGB picture from one of mode `I` or `F`: black at the range's first value, white at its last."""
+    dtype = torch.float32 if picture.mode == "F" else torch.int32
+    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=dtype).double()
+    if not values.isfinite().all():
+        raise PictureError(f"{name}: holds values that aren't finite (NaN or infinity)")
+    low, high = values_range or (values.min(), values.max())
+    grey = ((values - low) / max(high - low, 1e-12) * 255).round().to(torch.uint8)
+    return Image.frombytes("L", picture.size, bytes(grey.tolist())).convert("RGB")
 
 
 VReflectionProcessor.register_for_auto_class("AutoProcessor")

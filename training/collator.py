@@ -143,7 +143,8 @@ class VReflectionDataCollator:
             return_dict=True,
             return_tensors="pt",
             return_assistant_tokens_mask=True,
-            processor_kwargs={"padding": True, "padding_side": "right"},
+            # `load_image` has resized the pictures
+            processor_kwargs={"padding": True, "padding_side": "right", "do_resize": False},
         )
         return dict(encoded)
 

@@ -7,19 +7,18 @@ Counts are of the whole data set, so that an item can't get lost unseen.
 import base64
 import binascii
 import hashlib
-import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from modeling_vreflection.processing_vreflection import PictureError, open_picture, picture_size
 
 from ..errors import InputError
 from ..glyphsearch import GLYPHS, draw_question
-from ..pictures import DAMAGE, to_rgb
 from .prompts import LETTERS, lettered, mmvp_question, with_options
 
 
@@ -32,7 +31,7 @@ class Item:
         question (`str`): The text after the pictures with the options in it, without the protocol's instruction.
         options (`tuple[str, ...]`): The options' texts, without letters.
         answer (`str`): The right letter; of GlyphSearch, the right glyph.
-        images (`tuple[Image.Image, ...]`): The pictures, opened but perhaps not decoded yet: see `pictures`.
+        images (`tuple`): What `open_picture` makes the pictures of; their headers have been read.
         groups (`dict[str, str]`): For each kind of sub-score, the group that the item counts for.
     """
 
@@ -40,7 +39,7 @@ class Item:
     question: str
     options: tuple[str, ...]
     answer: str
-    images: tuple[Image.Image, ...]
+    images: tuple[Any, ...]
     groups: dict[str, str] = field(default_factory=dict)
 
     def pictures(self) -> list[Image.Image]:
@@ -50,9 +49,9 @@ class Item:
             InputError: A damaged picture.
         """
         try:
-            return [to_rgb(image) for image in self.images]
-        except DAMAGE as error:
-            raise InputError(f"item {self.id}: a picture is damaged or incomplete ({error})") from error
+            return [open_picture(image) for image in self.images]
+        except PictureError as error:
+            raise InputError(f"item {self.id}: a picture can't be opened ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Benchmark:
         split (`str`): The split.
         subsets (`tuple[str, ...]`): Configurations to load; empty where there is only one.
         counts (`dict[str, int]`): Items of each subset, or of `""` without subsets.
-        item (`Callable[[dict], Item]`): Reads a row. The image of MMVP and V* may be a file's path, see `read_image`.
+        item (`Callable[[dict], Item]`): Reads a row. An image may be whatever `open_picture` opens.
         complete (`dict[str, int]`): Kinds of groups that are right only as a whole, with their size.
         config (`str`, *optional*): The only configuration, where it has a name that must be given.
         protocol (`str`): How items are asked, a key of `PROTOCOLS`.
@@ -237,37 +236,31 @@ def one_of(value: str, known: tuple[str, ...], name: str) -> str:
     return value
 
 
-def read_image(value: Any, name: str) -> Image.Image:
-    """Opens a picture: a Pillow image, a file's path, or `{"bytes": …, "path": …}` as `datasets` keeps it undecoded.
+def read_image(value: Any, name: str) -> Any:
+    """Checks, by its header, that `open_picture` can open a picture, and returns it still encoded.
 
     Raises:
         InputError: A missing picture, or what is none.
     """
-    if isinstance(value, Image.Image):
-        return value
-    if isinstance(value, dict):
-        value = io.BytesIO(value["bytes"]) if value.get("bytes") else value.get("path")
-    if not value:
+    if not value or (isinstance(value, dict) and not any(value.values())):
         raise InputError(f"item {name}: its image is missing")
-    if isinstance(value, str | Path) and not Path(value).is_file():
-        raise InputError(f"item {name}: its image is missing, there is no file {value}")
     try:
-        return Image.open(value)
-    except (UnidentifiedImageError, Image.DecompressionBombError, *DAMAGE) as error:
-        raise InputError(f"item {name}: its image can't be read ({error})") from error
+        picture_size(value)
+    except PictureError as error:
+        raise InputError(f"item {name}: its image can't be opened ({error})") from error
+    return value
 
 
-def read_encoded_image(value: str | None, name: str) -> Image.Image:
-    """Opens a picture given as base64.
+def read_encoded_image(value: str | None, name: str) -> bytes:
+    """The content of a picture given as base64, checked likewise.
 
     Raises:
         InputError: A missing picture, or what is none.
     """
     try:
-        decoded = base64.b64decode(value or "", validate=True)
+        return read_image(base64.b64decode(value or "", validate=True), name)
     except binascii.Error as error:
         raise InputError(f"item {name}: its image is not base64 ({error})") from error
-    return read_image({"bytes": decoded}, name)
 
 
 def _hrbench(size: str) -> Benchmark:

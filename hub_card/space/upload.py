@@ -2,17 +2,17 @@
 
 import os
 from stat import S_ISREG
-from typing import BinaryIO
 
 from PIL import Image
 
+from modeling_vreflection.processing_vreflection import PictureError, open_picture
+
 from ..errors import InputError
-from ..pictures import DAMAGE, load_picture
 
 
 MAX_BYTES = 20 * 2**20
 # A small file can hold a picture that fills the memory.
-MAX_MEGAPIXELS = 40
+MAX_PIXELS = 40_000_000
 # Pillow reads many more, some of them by starting other programs.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 # Said of every file that isn't the visitor's, whether it exists or not.
@@ -41,21 +41,7 @@ def open_upload(path: str, name: str) -> Image.Image:
             raise InputError(
                 f"{name} has {stat.st_size / 2**20:.0f} MB; this page takes up to {MAX_BYTES / 2**20:.0f}."
             )
-        check_pixels(file, name)
-        return load_picture(file, name, FORMATS)
-
-
-def check_pixels(file: BinaryIO, name: str) -> None:
-    """Reads the size from the file's head, before any pixel is decoded."""
-    try:
-        with Image.open(file, formats=FORMATS) as picture:
-            width, height = picture.size
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{name} has too many pixels; this page takes up to {MAX_MEGAPIXELS} megapixels.") from error
-    except DAMAGE:  # `load_picture` says what is wrong
-        return
-    if width * height > MAX_MEGAPIXELS * 1e6:
-        raise InputError(
-            f"{name} has {width} x {height} pixels, {width * height / 1e6:.0f} megapixels; this page takes up to "
-            f"{MAX_MEGAPIXELS}. Scale it down first."
-        )
+        try:
+            return open_picture(file, name, FORMATS, MAX_PIXELS)
+        except PictureError as error:
+            raise InputError(str(error)) from error

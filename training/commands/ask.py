@@ -55,7 +55,6 @@ def add_parser(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """`vreflection ask`."""
     from vreflection_hub_card.glyphsearch import SPLIT_SIZE, draw_question
-    from vreflection_hub_card.pictures import load_picture
 
     demo = options.picture is None
     if demo:
@@ -74,12 +73,13 @@ def run(options: argparse.Namespace) -> None:
         if options.heatmap is None and (options.per_step or options.source):
             raise InputError("--per-step and --source say what a heatmap shows: add --heatmap FILE")
         heatmap, question, box = options.heatmap, options.question, None
-        picture = load_picture(options.picture)
     if heatmap is not None:
         check_suffix(heatmap)
         check_writable(heatmap)
 
     quiet_transformers()
+    if not demo:
+        picture = read_picture(options.picture)
     from vreflection_hub_card.inference.checkpoints import checkpoint_folder, load_checkpoint
 
     folder = checkpoint_folder(options.model)
@@ -108,6 +108,16 @@ def run(options: argparse.Namespace) -> None:
             save_figure(figure, heatmap)
         outlined = ", with the true place outlined" if demo else ""
         print(f"Where it looked: {heatmap}{outlined}.", file=sys.stdout if demo else sys.stderr)
+
+
+def read_picture(path: str):
+    """Opens the picture; raises an `InputError` that says why it can't be."""
+    from modeling_vreflection.processing_vreflection import PictureError, open_picture
+
+    try:
+        return open_picture(path)
+    except PictureError as error:
+        raise InputError(str(error)) from error
 
 
 def ask_model(model, processor, messages: list[dict], sources: tuple[str, ...], options: argparse.Namespace):

@@ -17,7 +17,7 @@ def test_mmvp(tmp_path, name):
     rows = [f"{name},Question,Options,Correct Answer", "1,Open?,(a) Yes (b) No,(a)", "2,Open?,(a) Yes (b) No,(b)"]
     (tmp_path / "Questions.csv").write_text("\n".join(rows) + "\n")
     items = [BENCHMARKS["mmvp"].item(row) for row in load_beside_pictures(BENCHMARKS["mmvp"], tmp_path)]
-    assert [(item.id, item.answer, item.images[0].size) for item in items] == [
+    assert [(item.id, item.answer, item.pictures()[0].size) for item in items] == [
         ("1", "A", (28, 28)),
         ("2", "B", (56, 56)),
     ]
@@ -30,4 +30,4 @@ def test_vstar(tmp_path):
     (tmp_path / "test_questions.jsonl").write_text(json.dumps(row | {"label": "B", "question_id": "7"}) + "\n")
     (row,) = load_beside_pictures(BENCHMARKS["vstar"], tmp_path)
     item = BENCHMARKS["vstar"].item(row)
-    assert (item.id, item.answer, item.images[0].size) == ("7", "B", (56, 56))
+    assert (item.id, item.answer, item.pictures()[0].size) == ("7", "B", (56, 56))
