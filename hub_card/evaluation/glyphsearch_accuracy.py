@@ -1,6 +1,6 @@
-"""GlyphSearch as a task: unseen scenes, and whether the model answers right, reflects, and looks at the right place.
+"""GlyphSearch as a benchmark: does the model answer right on unseen scenes, reflect, and look at the right place?
 
-And whether the latents matter: the same questions without latents, and with others than the model's own.
+And do the latents matter? The same questions are asked without latents, and with others than the model's own.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,15 @@ from modeling_vreflection import VReflectionProcessor
 
 from ..glyphsearch import GLYPHS, Question, Scene, draw_question, scene_seed
 from ..inference.attention_maps import GREEDY, Reflection, generate_and_look, offered_sources
+from ..inference.encoding import encode_prompts, user_turn
 from .interventions import EXCHANGED, INTERVENTIONS, LatentInterventionModel, replace_latents
 from .statistics import proportion
 
 
 # An answer is a glyph and the end of the turn; a model that hasn't learned to stop isn't followed further.
 ANSWER_TOKENS = 8
-USUAL, WITHOUT_LATENTS = "usual", "without_latents"
+# Ways of asking, beside those of `INTERVENTIONS`, by their names in result files: as the model decodes by itself.
+UNCHANGED, WITHOUT_LATENTS = "usual", "without_latents"
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,17 @@ class Sample:
 
     Args:
         question (`Question`): The question.
-        answers (`dict[str, str]`): What was answered: as usual, without latents, and under each intervention that could
-            be made. None can in an answer without a reflection, or where there is nobody to exchange latents with.
-        points (`dict[str, bool]`): For each source of attention, whether the first reflection's map, averaged over its
-            steps, is largest at a patch whose centre lies in the target's box. Empty without a reflection.
-        inside (`dict[str, float]`): For each source, that map's share on the patches whose centres lie in the box, of all
-            attention to the picture. Empty without a reflection.
+        answers (`dict[str, str]`): The answer to each way of asking. Without a reflection there are no interventions, and
+            without a second reflection in the batch none that exchange latents.
+        looks (`dict[str, tuple[bool, float]]`): For each source of attention, see `compare_with_box`. Empty without a
+            reflection.
     """
 
     question: Question
     answers: dict[str, str]
-    points: dict[str, bool]
-    inside: dict[str, float]
+    looks: dict[str, tuple[bool, float]]
 
-    def correct(self, way: str = USUAL) -> bool:
+    def correct(self, way: str = UNCHANGED) -> bool:
         """Whether an answer is right."""
         return self.answers[way] == self.question.answer
 
@@ -59,7 +58,7 @@ def evaluate_glyphsearch(
     reflect: bool | None = None,
     interventions: Sequence[str] = tuple(INTERVENTIONS),
 ) -> dict:
-    """Asks one question about each of a split's first scenes: as usual, without latents, and with other latents.
+    """Asks one question about each of a split's first scenes: unchanged, without latents, and with other latents.
 
     Args:
         model (`LatentInterventionModel`): The model.
@@ -95,7 +94,7 @@ def evaluate_glyphsearch(
             "chance": 1 / len(GLYPHS),
         },
         "decoding": {"method": "greedy", "batch_size": batch_size, **options},
-        **summarise(samples),
+        **summarise_glyphsearch(samples),
     }
 
 
@@ -108,86 +107,63 @@ def answer_batch(
     generator: torch.Generator,
 ) -> list[Sample]:
     """Asks a batch of questions in all ways."""
-    questions = [question for _, question in drawn]
-    scenes = [scene for scene, _ in drawn]
-    inputs = prepare(model, processor, scenes, questions)
-    prompt_length = inputs["input_ids"].shape[1]
+    scenes, questions = zip(*drawn)
     limit = {"max_new_tokens": options["latent_steps"] + 2 + ANSWER_TOKENS}
 
-    def read(tokens: torch.Tensor) -> list[str]:
-        return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    def encode(scene_rows: list[int], question_rows: list[int]) -> dict:
+        rows = zip(scene_rows, question_rows)
+        return encode_prompts(
+            processor, [user_turn([scenes[one].image], questions[other].text) for one, other in rows], model.device
+        )
+
+    def decode(tokens: torch.Tensor, rows: list[int]) -> dict[int, str]:
+        return dict(zip(rows, (text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True))))
 
     def answer(inputs: dict, rows: list[int], **options) -> dict[int, str]:
         sequences = model.generate(**inputs, **GREEDY, **limit, **options)
-        return dict(zip(rows, read(sequences[:, prompt_length:])))
+        return decode(sequences[:, inputs["input_ids"].shape[1] :], rows)
 
+    all_rows = list(range(len(drawn)))
+    inputs = encode(all_rows, all_rows)
     with model.recording() as record:
         tokens, reflections = generate_and_look(model, inputs, offered_sources(model.config), **options, **limit)
-    everybody = list(range(len(drawn)))
-    answers = {USUAL: dict(zip(everybody, read(tokens)))}
-    answers[WITHOUT_LATENTS] = answer(inputs, everybody, latent_steps=0)
+    answers = {UNCHANGED: decode(tokens, all_rows), WITHOUT_LATENTS: answer(inputs, all_rows, latent_steps=0)}
 
-    # Interventions are made between those that reflect, so that nobody is given what isn't a latent.
-    rows = [row for row in everybody if reflections[row]]
-    exchanging = rows if len(rows) > 1 else []
+    # Interventions are made among the rows that reflect, so that only latents are exchanged.
+    rows = [row for row in all_rows if reflections[row]]
     if rows and interventions:
-        latents = record.latents[rows]
-        among = prepare(model, processor, [scenes[row] for row in rows], [questions[row] for row in rows])
-        others = [scenes[row] for row in rows[1:] + rows[:1]]
+        latents, inputs = record.latents[rows], encode(rows, rows)
         with model.recording() as record:
-            swapped = prepare(model, processor, others, [questions[row] for row in rows])
-            model.generate(**swapped, **GREEDY, **limit, **options | {"reflect": True})
-        prompt_length = among["input_ids"].shape[1]
+            answer(encode(rows[1:] + rows[:1], rows), rows, **options | {"reflect": True})
         for name in interventions:
-            replaced = replace_latents(name, latents, model, record.latents, generator)
-            with model.feeding(replaced):
-                given = answer(among, rows, **options)
-            answers[name] = {row: given[row] for row in (exchanging if name in EXCHANGED else rows)}
+            with model.feeding(replace_latents(name, latents, model, record.latents, generator)):
+                given = answer(inputs, rows, **options)
+            answers[name] = {} if name in EXCHANGED and len(rows) == 1 else given
     return [
         Sample(
             question=question,
             answers={way: given[row] for way, given in answers.items() if row in given},
-            points=points_at(reflections[row][0], question.target.box) if reflections[row] else {},
-            inside=inside_box(reflections[row][0], question.target.box) if reflections[row] else {},
+            looks=compare_with_box(reflections[row][0], question.target.box) if reflections[row] else {},
         )
         for row, question in enumerate(questions)
     ]
 
 
-def prepare(model, processor: VReflectionProcessor, scenes: list[Scene], questions: list[Question]):
-    """The inputs of a batch of questions about scenes, padded on the left."""
-    return processor.apply_chat_template(
-        [conversation(scene, question) for scene, question in zip(scenes, questions)],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    ).to(model.device)
+def compare_with_box(
+    reflection: Reflection, box: tuple[float, float, float, float]
+) -> dict[str, tuple[bool, float]]:
+    """Compares a reflection's mean map over its steps (h, w) with the box that it should look at.
 
-
-def conversation(scene: Scene, question: Question) -> list[dict]:
-    """A question about a scene, as messages."""
-    return [
-        {"role": "user", "content": [{"type": "image", "image": scene.image}, {"type": "text", "text": question.text}]}
-    ]
-
-
-def points_at(reflection: Reflection, box: tuple[float, float, float, float]) -> dict[str, bool]:
-    """For each source, whether its mean map over the steps (h, w) is largest at a patch whose centre lies in the box."""
-    return {
-        source: bool(centres_inside(box, *maps.shape[1:]).flatten()[maps.mean(0).argmax()])
-        for source, (maps, *_) in reflection.maps.items()
-    }
-
-
-def inside_box(reflection: Reflection, box: tuple[float, float, float, float]) -> dict[str, float]:
-    """For each source, the share of its mean map over the steps (h, w) at patches whose centres lie in the box."""
-    shares = {}
+    Returns:
+        `dict[str, tuple[bool, float]]`: For each source of attention, whether the map is largest at a patch whose centre
+        lies in the box, and the share of the map at such patches.
+    """
+    looks = {}
     for source, (maps, *_) in reflection.maps.items():
         mean = maps.mean(0)
-        shares[source] = float(mean[centres_inside(box, *mean.shape)].sum() / mean.sum())
-    return shares
+        inside = centres_inside(box, *mean.shape)
+        looks[source] = bool(inside.flatten()[mean.argmax()]), float(mean[inside].sum() / mean.sum())
+    return looks
 
 
 def centres_inside(box: tuple[float, float, float, float], height: int, width: int) -> torch.BoolTensor:
@@ -197,26 +173,24 @@ def centres_inside(box: tuple[float, float, float, float], height: int, width: i
     return ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
 
 
-def summarise(samples: list[Sample]) -> dict:
+def summarise_glyphsearch(samples: list[Sample]) -> dict:
     """The results over all samples, see [`evaluate_glyphsearch`]."""
-    reflected = [sample for sample in samples if sample.points]
-    sources = tuple(reflected[0].points) if reflected else ()
+    looks = [sample.looks for sample in samples if sample.looks]
+    sources = tuple(looks[0]) if looks else ()
     ways = dict.fromkeys(way for sample in samples for way in sample.answers)
-    x0, y0, x1, y1 = zip(*(sample.question.target.box for sample in samples))
+    boxes = [sample.question.target.box for sample in samples]
     return {
-        "accuracy": by_kind(samples, USUAL),
-        "reflection_rate": proportion([bool(sample.points) for sample in samples]),
-        "without_latents": {"latent_steps": 0, "accuracy": by_kind(samples, WITHOUT_LATENTS)},
+        "accuracy": accuracy_by_kind(samples, UNCHANGED),
+        "reflection_rate": proportion([bool(sample.looks) for sample in samples]),
+        "without_latents": {"latent_steps": 0, "accuracy": accuracy_by_kind(samples, WITHOUT_LATENTS)},
         "interventions": {
             way: summarise_intervention([sample for sample in samples if way in sample.answers], way)
             for way in ways
             if way in INTERVENTIONS
         },
-        "pointing": {source: proportion([sample.points[source] for sample in reflected]) for source in sources},
-        "attention_inside_box": {
-            source: round(fmean(sample.inside[source] for sample in reflected), 4) for source in sources
-        },
-        "mean_box_area": round(fmean((b - a) * (d - c) for a, b, c, d in zip(x0, x1, y0, y1)), 4),
+        "pointing": {source: proportion([look[source][0] for look in looks]) for source in sources},
+        "attention_inside_box": {source: round(fmean(look[source][1] for look in looks), 4) for source in sources},
+        "mean_box_area": round(fmean((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes), 4),
         # One character a scene, for paired comparisons: right, wrong, or not asked in this way.
         "outcomes": {
             way: "".join(str(int(sample.correct(way))) if way in sample.answers else "-" for sample in samples)
@@ -226,20 +200,18 @@ def summarise(samples: list[Sample]) -> dict:
 
 
 def summarise_intervention(samples: list[Sample], way: str) -> dict:
-    """The accuracy under an intervention, that of the same questions as usual, and how often the answer changed."""
+    """The accuracy under an intervention, that of the same questions without it, and how often the answer changed."""
     return {
-        "accuracy": by_kind(samples, way),
-        "usual_accuracy_of_the_same": by_kind(samples, USUAL),
-        "changed": proportion([sample.answers[way] != sample.answers[USUAL] for sample in samples]),
+        "accuracy": accuracy_by_kind(samples, way),
+        "usual_accuracy_of_the_same": accuracy_by_kind(samples, UNCHANGED),
+        "changed": proportion([sample.answers[way] != sample.answers[UNCHANGED] for sample in samples]),
     }
 
 
-def by_kind(samples: list[Sample], way: str) -> dict[str, dict]:
+def accuracy_by_kind(samples: list[Sample], way: str) -> dict[str, dict]:
     """How many answers are right over all samples and over each kind of question."""
-    kinds = {
-        kind: [sample for sample in samples if sample.question.kind == kind] for kind in ("attribute", "relation")
-    }
+    kinds = {"overall": ("attribute", "relation"), "attribute": ("attribute",), "relation": ("relation",)}
     return {
-        name: proportion([sample.correct(way) for sample in group])
-        for name, group in {"overall": samples, **kinds}.items()
+        name: proportion([sample.correct(way) for sample in samples if sample.question.kind in kept])
+        for name, kept in kinds.items()
     }

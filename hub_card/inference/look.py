@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
 
 from .attention_maps import SOURCES, Reflection, generate_and_look
+from .encoding import encode_prompts
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,6 @@ def look(
     Returns:
         [`Look`]: The answer; reflections hold a map (S, h, w) for each source and each picture of the conversation.
     """
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
+    inputs = encode_prompts(processor, messages, model.device)
     tokens, reflections = generate_and_look(model, inputs, sources, **options)
     return Look(processor.decode(tokens[0], skip_special_tokens=True).strip(), reflections[0])

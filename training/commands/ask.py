@@ -89,8 +89,7 @@ def run(options: argparse.Namespace) -> None:
         with writing(DEMO_PICTURE):
             picture.save(DEMO_PICTURE)
         print(f"Scene {seed}, written to {DEMO_PICTURE}; --seed {seed} draws it again.\n{question}")
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-    seen = ask_model(model, processor, [{"role": "user", "content": content}], sources, options)
+    seen = ask_model(model, processor, picture, question, sources, options)
     if demo:
         verdict = "right" if seen.answer == asked.answer else f"wrong, it is {asked.answer}"
         print(f"{seen.answer or 'An empty answer'}   ({verdict})")
@@ -120,15 +119,16 @@ def read_picture(path: str):
         raise InputError(str(error)) from error
 
 
-def ask_model(model, processor, messages: list[dict], sources: tuple[str, ...], options: argparse.Namespace):
+def ask_model(model, processor, picture, question: str, sources: tuple[str, ...], options: argparse.Namespace):
     """`look` with the command's options; those that contradict each other or the checkpoint raise an `InputError`."""
+    from vreflection_hub_card.inference.encoding import user_turn
     from vreflection_hub_card.inference.look import look
 
     try:
         return look(
             model,
             processor,
-            messages,
+            user_turn([picture], question),
             sources,
             latent_steps=options.latent_steps,
             latent_feedback=options.latent_feedback,

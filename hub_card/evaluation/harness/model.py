@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from ...errors import InputError
 from ...inference.attention_maps import GREEDY
 from ...inference.checkpoints import checkpoint_folder, find_device, load_checkpoint
+from ...inference.encoding import encode_prompts
 from ..provenance import describe_model
 from .answers import AnswerLog
 from .task import PREFIX
@@ -98,31 +100,32 @@ class VReflection(lmms):
             "dtype": self.description["dtype"],
             "attn_implementation": self.model.config._attn_implementation,
         }
-        self.log = None if answers is None else AnswerLog(Path(answers), self._settings(), self.rank)
-
-    def _settings(self) -> dict:
-        options = {name: value for name, value in self.options.items() if name != "batch_size"}
-        return {"model": self.description["name"], "sha256": self.description["sha256"], **options}
+        self.log = None
+        if answers is not None:
+            settings = {"model": self.description["name"], "sha256": self.description["sha256"]}
+            settings |= {name: value for name, value in self.options.items() if name != "batch_size"}
+            self.log = AnswerLog(Path(answers), settings, self.rank)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers requests, those of an earlier run from its log."""
         answers: list[dict | None] = []
-        asked: dict[tuple, int] = {}
-        pending = []
-        for request in requests:
+        pending: dict[str, list[tuple]] = {}  # by the settings that they are decoded with
+        asked = Counter()
+        for position, request in enumerate(requests):
             task, index = request.args[4], request.args[3]
-            if request.metadata.get("__padding_only__"):  # evens out the processes; nobody reads the answer
+            if request.metadata.get("__padding_only__"):  # evens out the processes; its answer isn't read
                 answers.append({"task": task, "raw": "", "text": "", "tokens": 0, "latent_tokens": 0})
                 continue
-            repeat = asked[task, index] = asked.get((task, index), -1) + 1
+            repeat = asked[task, index]
+            asked[task, index] += 1
             answers.append(self.log and self.log.get(task, index, repeat, request.args[0]))
             if answers[-1] is None:
-                pending.append((len(answers) - 1, request, repeat))
+                settings = json.dumps(decoding(request.args[2]), sort_keys=True)
+                pending.setdefault(settings, []).append((position, request, repeat))
 
-        with tqdm(
-            total=len(requests), initial=len(requests) - len(pending), disable=self.rank != 0, unit="item"
-        ) as bar:
-            for group in group_by_settings(pending):
+        done = len(requests) - sum(map(len, pending.values()))
+        with tqdm(total=len(requests), initial=done, disable=self.rank != 0, unit="item") as bar:
+            for group in pending.values():
                 for first in range(0, len(group), self.batch_size):
                     batch = group[first : first + self.batch_size]
                     given = self._answer([request for _, request, _ in batch])
@@ -142,42 +145,32 @@ class VReflection(lmms):
     def _answer(self, batch: list[Instance]) -> list[dict]:
         started = time.perf_counter()
         conversations = []
-        for request in batch:
-            _, doc_to_messages, _, index, task, split = request.args
+        for _, doc_to_messages, _, index, task, split in (request.args for request in batch):
             messages = doc_to_messages(self.task_dict[task][split][index])
             conversations.append(ChatMessages(messages=messages).to_hf_messages())
-        inputs = self.processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        ).to(self.device)
+        inputs = encode_prompts(self.processor, conversations, self.device)
         sequences = self.model.generate(**inputs, **decoding(batch[0].args[2]), **self.reflection)
         tokens = sequences[:, inputs["input_ids"].shape[1] :].cpu()
-        seconds = (time.perf_counter() - started) / len(batch)
-
-        config, tokenizer = self.model.config, self.processor.tokenizer
+        seconds = round((time.perf_counter() - started) / len(batch), 3)
         ends = torch.isin(tokens, torch.tensor(self.model.generation_config.eos_token_id))
-        answers = []
-        for request, row, is_end in zip(batch, tokens, ends):
-            row = row[: int(is_end.nonzero()[0]) + 1] if is_end.any() else row  # the rest is padding
-            raw = tokenizer.decode(row, skip_special_tokens=False)
-            answers.append(
-                {
-                    "task": request.args[4],
-                    "index": request.args[3],
-                    "question": request.args[0],
-                    "raw": raw,
-                    "text": tokenizer.decode(row, skip_special_tokens=True),
-                    "reflected": bool((row == config.latent_start_token_id).any()),
-                    "tokens": len(row),
-                    "latent_tokens": int((row == config.latent_token_id).sum()),
-                    "seconds": round(seconds, 3),
-                }
-            )
-        return answers
+        return [
+            # After the end token the rest is padding.
+            self._describe(request, row[: int(is_end.nonzero()[0]) + 1] if is_end.any() else row, seconds)
+            for request, row, is_end in zip(batch, tokens, ends)
+        ]
+
+    def _describe(self, request: Instance, tokens: torch.LongTensor, seconds: float) -> dict:
+        return {
+            "task": request.args[4],
+            "index": request.args[3],
+            "question": request.args[0],
+            "raw": self.processor.decode(tokens, skip_special_tokens=False),
+            "text": self.processor.decode(tokens, skip_special_tokens=True),
+            "reflected": bool((tokens == self.model.config.latent_start_token_id).any()),
+            "tokens": len(tokens),
+            "latent_tokens": int((tokens == self.model.config.latent_token_id).sum()),
+            "seconds": seconds,
+        }
 
     def generate_until_multi_round(self, requests):
         raise NotImplementedError("V-Reflection answers one question at a time; tasks of several rounds can't be run.")
@@ -186,14 +179,6 @@ class VReflection(lmms):
         raise NotImplementedError(
             "The probability of an answer skips the reflection before it; use a generating task."
         )
-
-
-def group_by_settings(pending: list[tuple]) -> list[list[tuple]]:
-    """Puts those requests together that are decoded alike, and keeps their order."""
-    groups: dict[str, list[tuple]] = {}
-    for entry in pending:
-        groups.setdefault(json.dumps(decoding(entry[1].args[2]), sort_keys=True), []).append(entry)
-    return list(groups.values())
 
 
 def decoding(settings: dict) -> dict:
@@ -213,12 +198,10 @@ def bare_answer(text: str) -> str:
 
 def limit_pixels(image_processor, min_pixels: int | None, max_pixels: int | None) -> None:
     """Sets how many pixels a picture has at least and at most; `None` leaves the checkpoint's."""
+    given = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     size = {
-        "shortest_edge": image_processor.size["shortest_edge"],
-        "longest_edge": image_processor.size["longest_edge"],
+        name: image_processor.size[name] if pixels is None else int(pixels) for name, pixels in given.items()
     }
-    size |= {} if min_pixels is None else {"shortest_edge": int(min_pixels)}
-    size |= {} if max_pixels is None else {"longest_edge": int(max_pixels)}
     if not 0 < size["shortest_edge"] <= size["longest_edge"]:
         raise InputError(
             f"`min_pixels` ({size['shortest_edge']}) must be positive and not above `max_pixels` ({size['longest_edge']})"

@@ -24,6 +24,7 @@ from .task import PREFIX, task_benchmark
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 HARNESS_PACKAGES = ("lmms-eval", "datasets", "accelerate")
 RESULTS = "results.json"
+KEPT_OF_ANSWERS = ("question", "raw", "text", "reflected", "tokens", "latent_tokens", "seconds")
 
 
 def evaluate(
@@ -106,13 +107,10 @@ def join_samples(benchmark: Benchmark, logged: list[dict], log: AnswerLog) -> li
     """One row an item, in the order of the data: what was asked and said, and what each scorer made of it."""
     rows = []
     for sample in sorted(logged, key=lambda sample: sample["doc_id"]):
-        told = {name: sample[benchmark.scorers[0]][name] for name in ("id", "groups", "answer")}
-        said = log.find(PREFIX + benchmark.name, sample["doc_id"])
-        kept = {
-            name: said[name] for name in ("question", "raw", "text", "reflected", "tokens", "latent_tokens", "seconds")
-        }
+        item, said = sample[benchmark.scorers[0]], log.find(PREFIX + benchmark.name, sample["doc_id"])
         verdicts = {name: {key: sample[name][key] for key in ("letter", "correct")} for name in benchmark.scorers}
-        rows.append({"task": benchmark.name} | told | kept | {"verdicts": verdicts})
+        row = {"task": benchmark.name, **{name: item[name] for name in ("id", "groups", "answer")}}
+        rows.append(row | {name: said[name] for name in KEPT_OF_ANSWERS} | {"verdicts": verdicts})
     return rows
 
 

@@ -1,6 +1,6 @@
 """A benchmark of the paper as a task of lmms-eval. What is asked and how it is scored is the parent package's."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from lmms_eval.api.task import ConfigurableMessagesTask
 from PIL import ImageFile
@@ -31,7 +31,6 @@ class BenchmarkTask(ConfigurableMessagesTask):
     def __init__(self, config: dict):
         self.benchmark = task_benchmark(config)
         fields = {name: value for name, value in config.items() if name != "class"}
-        self._scorers = {name: SCORERS[name] for name in self.benchmark.scorers}
         super().__init__(config=fields | {"test_split": self.benchmark.split})
 
     def download(self, dataset_kwargs=None):
@@ -50,27 +49,25 @@ class BenchmarkTask(ConfigurableMessagesTask):
     def doc_to_messages(self, doc: dict, **kwargs) -> list[dict]:
         """The user's turn: the pictures, then the text."""
         item = self.benchmark.item(doc)
-        pictures = [{"type": "image", "url": picture} for picture in item.pictures()]
-        return [
-            {
-                "role": "user",
-                "content": [*pictures, {"type": "text", "text": prompt(item.question, self.benchmark.protocol)}],
-            }
-        ]
+        content = [{"type": "image", "url": picture} for picture in item.pictures()]
+        content.append({"type": "text", "text": self.doc_to_text(doc)})
+        return [{"role": "user", "content": content}]
 
     def process_results(self, doc: dict, results: list[str]) -> dict[str, dict]:
         """What each scorer makes of the answer."""
         item = self.benchmark.item(doc)
-        told = {"id": item.id, "groups": item.groups, "answer": item.answer}
-        verdicts = {name: scorer(results[0], item.answer, item.options) for name, scorer in self._scorers.items()}
-        return {name: told | {"letter": one.letter, "correct": one.correct} for name, one in verdicts.items()}
+        facts = {"id": item.id, "groups": item.groups, "answer": item.answer}
+        return {
+            name: facts | asdict(SCORERS[name](results[0], item.answer, item.options))
+            for name in self.benchmark.scorers
+        }
 
     def aggregation(self) -> dict:
         """The harness's own table shows the accuracy; a run's file holds the sub-scores."""
-        return dict.fromkeys(self._scorers, accuracy)
+        return dict.fromkeys(self.benchmark.scorers, accuracy)
 
     def higher_is_better(self) -> dict:
-        return dict.fromkeys(self._scorers, True)
+        return dict.fromkeys(self.benchmark.scorers, True)
 
 
 def task_benchmark(config: dict) -> Benchmark:

@@ -7,16 +7,14 @@ import torch
 
 from vreflection_hub_card.evaluation.glyphsearch_accuracy import (
     Sample,
-    draw_question,
+    compare_with_box,
     evaluate_glyphsearch,
-    inside_box,
-    points_at,
-    summarise,
+    summarise_glyphsearch,
 )
 from vreflection_hub_card.evaluation.interventions import EXCHANGED, INTERVENTIONS, LatentInterventionModel
 from vreflection_hub_card.evaluation.provenance import sha256
 from vreflection_hub_card.evaluation.statistics import proportion, wilson_interval
-from vreflection_hub_card.glyphsearch import get_difficulty, scene_row
+from vreflection_hub_card.glyphsearch import draw_question, get_difficulty, scene_row
 from vreflection_hub_card.inference.attention_maps import Reflection
 from vreflection_hub_card.inference.checkpoints import load_checkpoint
 from vreflection_training.cli import main
@@ -55,17 +53,17 @@ def test_pointing_asks_for_the_centre_of_the_largest_patch_of_the_mean():
     maps = torch.zeros(2, 3, 4)
     maps[0, 0, 0], maps[:, 2, 1] = 0.5, 0.3  # the mean is largest at row 2, column 1: centre (0.375, 0.833)
     reflection = Reflection(2, {"dac": [maps]})
-    assert points_at(reflection, (0.3, 0.8, 0.4, 0.9)) == {"dac": True}
-    assert points_at(reflection, (0.25, 0.67, 0.37, 1.0)) == {"dac": False}
-    assert points_at(reflection, (0.0, 0.0, 0.25, 0.33)) == {"dac": False}
+    assert compare_with_box(reflection, (0.3, 0.8, 0.4, 0.9))["dac"][0]
+    assert not compare_with_box(reflection, (0.25, 0.67, 0.37, 1.0))["dac"][0]
+    assert not compare_with_box(reflection, (0.0, 0.0, 0.25, 0.33))["dac"][0]
 
 
 def test_the_share_inside_the_box_is_that_of_the_mean_map():
     maps = torch.zeros(2, 2, 2)
     maps[0, 0, 0], maps[1, 0, 0], maps[:, 1, 1] = 0.6, 0.2, 0.4
     reflection = Reflection(2, {"dac": [maps]})
-    assert inside_box(reflection, (0.0, 0.0, 0.5, 0.5)) == {"dac": pytest.approx(0.4 / 0.8)}
-    assert inside_box(reflection, (0.26, 0.0, 0.5, 0.5)) == {"dac": 0}
+    assert compare_with_box(reflection, (0.0, 0.0, 0.5, 0.5)) == {"dac": (True, pytest.approx(0.4 / 0.8))}
+    assert compare_with_box(reflection, (0.26, 0.0, 0.5, 0.5)) == {"dac": (False, 0)}
 
 
 def test_results_count_what_happened():
@@ -73,11 +71,12 @@ def test_results_count_what_happened():
     names = ("usual", "without_latents", "shuffled", "zeroed")
     # For each question the outcomes in these four ways; a dot: not asked.
     outcomes = ["1001", "11.0", "11..", "00.0"]
-    maps = [
-        ({"dac": True, "llm": False}, {"dac": 0.5, "llm": 0.1}),
-        ({"dac": False, "llm": False}, {"dac": 0.1, "llm": 0.2}),
+    looks = [
+        {"dac": (True, 0.5), "llm": (False, 0.1)},
+        {"dac": (False, 0.1), "llm": (False, 0.2)},
+        {},
+        {"dac": (True, 0.9), "llm": (True, 0.3)},
     ]
-    maps += [({}, {}), ({"dac": True, "llm": True}, {"dac": 0.9, "llm": 0.3})]
     samples = [
         Sample(
             question,
@@ -86,11 +85,11 @@ def test_results_count_what_happened():
                 for number, (name, outcome) in enumerate(zip(names, row))
                 if outcome != "."
             },
-            *looked,
+            looked,
         )
-        for question, row, looked in zip(questions, outcomes, maps)
+        for question, row, looked in zip(questions, outcomes, looks)
     ]
-    result = summarise(samples)
+    result = summarise_glyphsearch(samples)
     counted = {
         "accuracy": (3, 4),
         "reflection_rate": (3, 4),
@@ -104,7 +103,7 @@ def test_results_count_what_happened():
         "accuracy": result["accuracy"]["overall"],
         "reflection_rate": result["reflection_rate"],
         "without_latents": result["without_latents"]["accuracy"]["overall"],
-        **{name: told["accuracy"]["overall"] for name, told in result["interventions"].items()},
+        **{name: one["accuracy"]["overall"] for name, one in result["interventions"].items()},
         **result["pointing"],
     }
     assert {name: (one["successes"], one["count"]) for name, one in found.items()} == counted
@@ -128,7 +127,7 @@ def test_a_model_that_reflects_is_measured_in_all_ways(tiny_folder):
         model, processor, limit=5, split="validation", batch_size=4, latent_feedback="dac", reflect=True
     )
     assert result["reflection_rate"]["successes"] == 5
-    counts = {name: told["accuracy"]["overall"]["count"] for name, told in result["interventions"].items()}
+    counts = {name: one["accuracy"]["overall"]["count"] for name, one in result["interventions"].items()}
     # The last batch holds one scene, which has nobody to exchange latents with.
     assert counts == {name: 4 if name in EXCHANGED else 5 for name in INTERVENTIONS}
     assert {source: one["count"] for source, one in result["pointing"].items()} == {"dac": 5, "llm": 5}

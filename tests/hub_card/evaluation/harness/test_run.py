@@ -123,7 +123,7 @@ def test_a_damaged_picture_ends_the_run_with_its_id(scripted, tmp_path):
         return row | {"image": {"bytes": file.getvalue()[: 500 if row["Index"] == 4 else None], "path": None}}
 
     scripted(lambda prompt: "A")
-    with pytest.raises(InputError, match="item 4: a picture is damaged"):
+    with pytest.raises(InputError, match="item 4: a picture can't be opened .*damaged or unreadable"):
         evaluate(None, [write_task(tmp_path, "mmvp", cut)], tmp_path / "run")
     assert not (tmp_path / "run" / "results.json").exists()
 

@@ -1,0 +1,28 @@
+"""From questions about pictures to the model's inputs."""
+
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+
+from modeling_vreflection import VReflectionProcessor
+
+
+def user_turn(pictures: list[Any], question: str) -> list[dict]:
+    """A conversation of one question after its pictures, which are anything that `open_picture` opens."""
+    images = [{"type": "image", "image": picture} for picture in pictures]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
+
+
+def encode_prompts(
+    processor: VReflectionProcessor, conversations: list, device: str | torch.device | None = None
+) -> BatchFeature:
+    """The inputs of `generate` for a conversation, or for a list of them, padded on the left."""
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    ).to(device)
