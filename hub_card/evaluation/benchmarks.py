@@ -19,7 +19,7 @@ from modeling_vreflection.processing_vreflection import PictureError, open_pictu
 
 from ..errors import InputError
 from ..glyphsearch import GLYPHS, draw_question
-from .prompts import LETTERS, lettered, mmvp_question, with_options
+from .prompts import INSTRUCTION, LETTERS, lettered, mmvp_question, with_options
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,11 @@ class Benchmark:
         dataset (`str`): The data set's Hub id.
         revision (`str`, *optional*): The commit to load; `None` where none is known.
         split (`str`): The split.
-        subsets (`tuple[str, ...]`): Configurations to load; empty where there is only one.
-        counts (`dict[str, int]`): Items of each subset, or of `""` without subsets.
+        counts (`dict[str, int]`): Items of each subset, a configuration of the data set; of `""` where there are none.
         item (`Callable[[dict], Item]`): Reads a row. An image may be whatever `open_picture` opens.
         complete (`dict[str, int]`): Kinds of groups that are right only as a whole, with their size.
         config (`str`, *optional*): The only configuration, where it has a name that must be given.
-        protocol (`str`): How items are asked, a key of `PROTOCOLS`.
+        instruction (`str`): What is said after each question.
         scorers (`tuple[str, ...]`): How answers are scored, keys of `SCORERS`.
         rows (`Callable[[], list[dict]]`, *optional*): Makes the rows of data that isn't loaded from anywhere.
     """
@@ -77,12 +76,11 @@ class Benchmark:
     dataset: str
     revision: str | None
     split: str
-    subsets: tuple[str, ...]
     counts: dict[str, int]
     item: Callable[[dict], Item]
     complete: dict[str, int] = field(default_factory=dict)
     config: str | None = None
-    protocol: str = "authors"
+    instruction: str = INSTRUCTION
     scorers: tuple[str, ...] = ("authors", "authors_table", "strict")
     rows: Callable[[], list[dict]] | None = None
 
@@ -92,11 +90,7 @@ class Benchmark:
         return sum(self.counts.values())
 
     def check_count(self, count: int, subset: str = "") -> None:
-        """Checks that a subset, or the whole benchmark without subsets, has all its items.
-
-        Raises:
-            InputError: Another number of items.
-        """
+        """Raises an `InputError` unless a subset, or `""` for a benchmark without, has all its items."""
         if count != self.counts[subset]:
             where = f"{self.name} {subset}".strip()
             raise InputError(
@@ -214,11 +208,7 @@ def read_glyphsearch(row: dict[str, Any]) -> Item:
 
 
 def read_answer(answer: str, options: tuple[str, ...], name: str) -> str:
-    """The letter of `"B"`, `"(b)"` or `"(B)"`.
-
-    Raises:
-        InputError: What is no letter of an option.
-    """
+    """The letter of `"B"`, `"(b)"` or `"(B)"`; an `InputError` if it is none of an option."""
     letter = answer.strip().strip("()").upper()
     if len(letter) != 1 or letter not in LETTERS[: len(options)]:
         raise InputError(f"item {name}: the answer {answer!r} is no letter of its {len(options)} options")
@@ -226,22 +216,14 @@ def read_answer(answer: str, options: tuple[str, ...], name: str) -> str:
 
 
 def one_of(value: str, known: tuple[str, ...], name: str) -> str:
-    """The value, if it is known.
-
-    Raises:
-        InputError: Another value.
-    """
+    """The value; an `InputError` if it isn't known."""
     if value not in known:
         raise InputError(f"item {name}: {value!r} is none of {', '.join(known)}")
     return value
 
 
 def read_image(value: Any, name: str) -> Any:
-    """Checks, by its header, that `open_picture` can open a picture, and returns it still encoded.
-
-    Raises:
-        InputError: A missing picture, or what is none.
-    """
+    """Checks, by its header, that `open_picture` can open a picture, and returns it still encoded; or an `InputError`."""
     if not value or (isinstance(value, dict) and not any(value.values())):
         raise InputError(f"item {name}: its image is missing")
     try:
@@ -252,11 +234,7 @@ def read_image(value: Any, name: str) -> Any:
 
 
 def read_encoded_image(value: str | None, name: str) -> bytes:
-    """The content of a picture given as base64, checked likewise.
-
-    Raises:
-        InputError: A missing picture, or what is none.
-    """
+    """The content of a picture given as base64, checked likewise."""
     try:
         return read_image(base64.b64decode(value or "", validate=True), name)
     except binascii.Error as error:
@@ -270,7 +248,6 @@ def _hrbench(size: str) -> Benchmark:
         dataset="DreamMr/HR-Bench",
         revision="83b9013d6293b85dc507e87199ca52517536939c",
         split=f"hrbench_{size}",
-        subsets=(),
         counts={"": 800},
         item=partial(read_hrbench, benchmark=name),
         complete={"cycle": 4},
@@ -286,7 +263,6 @@ BENCHMARKS = {
             dataset="MMVP/MMVP",
             revision="37eafecab8a3940c50c2ade5b36de69dbc99a8cf",
             split="train",
-            subsets=(),
             counts={"": 300},
             item=read_mmvp,
             complete={"pair": 2},
@@ -296,7 +272,6 @@ BENCHMARKS = {
             dataset="craigwu/vstar_bench",
             revision="d9ae62c903da0c98336e85c5ee89cd863b04b4da",
             split="test",
-            subsets=(),
             counts={"": 191},
             item=read_vstar,
         ),
@@ -305,7 +280,6 @@ BENCHMARKS = {
             dataset="BLINK-Benchmark/BLINK",
             revision="a3666eb249237ba3d5eca8db21176cc47967e040",
             split="val",
-            subsets=tuple(BLINK_COUNTS),
             counts=BLINK_COUNTS,
             item=read_blink,
         ),
@@ -316,7 +290,6 @@ BENCHMARKS = {
             dataset="yifanzhang114/MME-RealWorld-lite-lmms-eval",
             revision="f6b0dc81ba4d3c39bd9b4e544578198d365ac084",
             split="train",
-            subsets=(),
             counts={"": 1919},
             item=read_mmerealworld,
         ),
@@ -325,10 +298,9 @@ BENCHMARKS = {
             dataset="GlyphSearch",
             revision=None,
             split="test",
-            subsets=(),
             counts={"": GLYPHSEARCH_COUNT},
             item=read_glyphsearch,
-            protocol="bare",
+            instruction="",
             scorers=("exact",),
             rows=lambda: [{"index": index} for index in range(GLYPHSEARCH_COUNT)],
         ),

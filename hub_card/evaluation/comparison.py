@@ -1,6 +1,7 @@
 """Two runs on the same items, compared item by item."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from .scorers import Scored, some
@@ -23,8 +24,7 @@ def compare(first: Sequence[Scored], second: Sequence[Scored]) -> dict:
     """
     runs = {"first": right_by_id(first, "first"), "second": right_by_id(second, "second")}
     for one, other in (("first", "second"), ("second", "first")):
-        missing = [id for id in runs[one] if id not in runs[other]]
-        if missing:
+        if missing := [id for id in runs[one] if id not in runs[other]]:
             raise ValueError(
                 f"Only runs on the same items can be compared: {len(missing)} of the {one} are not in the {other}: "
                 f"{some(missing)}."
@@ -46,16 +46,11 @@ def compare(first: Sequence[Scored], second: Sequence[Scored]) -> dict:
 
 
 def right_by_id(run: Sequence[Scored], name: str) -> dict[str, bool]:
-    """Whether each item is right, by its id.
-
-    Raises:
-        ValueError: An item twice.
-    """
-    right = {}
-    for scored in run:
-        if scored.id in right:
-            raise ValueError(f"The {name} run holds the item {scored.id} twice.")
-        right[scored.id] = scored.verdict.correct
+    """Whether each item is right, by its id; a `ValueError` if one is there twice."""
+    right = {scored.id: scored.verdict.correct for scored in run}
+    if len(right) < len(run):
+        twice, _ = Counter(scored.id for scored in run).most_common(1)[0]
+        raise ValueError(f"The {name} run holds the item {twice} twice.")
     return right
 
 
@@ -74,25 +69,24 @@ def comparison_table(results: dict[str, dict], names: tuple[str, str]) -> str:
         results (`dict[str, dict]`): What `compare` returned, by the benchmark's name.
         names (`tuple[str, str]`): What to call the two runs.
     """
-    rows = [("benchmark", "items", *names, "difference", f"only {names[0]}", f"only {names[1]}", "p (McNemar)")]
-    for benchmark, result in results.items():
-        rows.append(
-            (
-                benchmark,
-                str(result["first"]["count"]),
-                f"{result['first']['share']:.1%}",
-                f"{result['second']['share']:.1%}",
-                f"{100 * result['difference']:+.1f}",
-                str(result["only_first"]),
-                str(result["only_second"]),
-                "< 0.0001" if result["p_value"] < 1e-4 else f"{result['p_value']:.4f}",
-            )
+    header = ("benchmark", "items", *names, "difference", f"only {names[0]}", f"only {names[1]}", "p (McNemar)")
+    rows = [header] + [
+        (
+            benchmark,
+            str(result["first"]["count"]),
+            f"{result['first']['share']:.1%}",
+            f"{result['second']['share']:.1%}",
+            f"{100 * result['difference']:+.1f}",
+            str(result["only_first"]),
+            str(result["only_second"]),
+            "< 0.0001" if result["p_value"] < 1e-4 else f"{result['p_value']:.4f}",
         )
-    widths = [max(map(len, column)) for column in zip(*rows)]
+        for benchmark, result in results.items()
+    ]
+    first, *others = (max(map(len, column)) for column in zip(*rows))
     lines = [
-        "| " + " | ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])])
+        " | ".join([f"| {row[0]:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], others))]) + " |"
         for row in rows
     ]
-    rule = "|" + "|".join(["-" * (widths[0] + 2)] + ["-" * (width + 1) + ":" for width in widths[1:]]) + "|"
-    lines = [line + " |" for line in lines]
+    rule = "|" + "-" * (first + 2) + "|" + "".join("-" * (width + 1) + ":|" for width in others)
     return "\n".join([lines[0], rule, *lines[1:]])

@@ -149,9 +149,7 @@ def answer_batch(
     ]
 
 
-def compare_with_box(
-    reflection: Reflection, box: tuple[float, float, float, float]
-) -> dict[str, tuple[bool, float]]:
+def compare_with_box(reflection: Reflection, box: tuple[float, float, float, float]) -> dict[str, tuple[bool, float]]:
     """Compares a reflection's mean map over its steps (h, w) with the box that it should look at.
 
     Returns:

@@ -1,26 +1,10 @@
-"""What is asked: the text after the pictures, worded as the paper's authors did in their released evaluation."""
+"""The text after the pictures, worded as the paper's authors did in their released evaluation."""
 
 from collections.abc import Sequence
 
 
 LETTERS = "ABCDE"
-# What each protocol adds to the question.
-PROTOCOLS = {"authors": "\nAnswer with the option's letter from the given choices directly.", "bare": ""}
-
-
-def prompt(question: str, protocol: str = "authors") -> str:
-    """The text that follows the pictures in the user's turn.
-
-    Args:
-        question (`str`): The item's question, with its options.
-        protocol (`str`): A key of `PROTOCOLS`.
-
-    Raises:
-        ValueError: An unknown protocol.
-    """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"Unknown protocol {protocol!r}; choose one of {', '.join(PROTOCOLS)}.")
-    return question + PROTOCOLS[protocol]
+INSTRUCTION = "\nAnswer with the option's letter from the given choices directly."
 
 
 def with_options(question: str, options: str) -> str:

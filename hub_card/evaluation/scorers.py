@@ -2,7 +2,7 @@
 
 `authors` and `authors_table` repeat the paper's released evaluation with its faults, for numbers that compare with the
 paper's; `strict` takes a letter only where it is given as the answer. An answer without a letter is unparsed: it counts
-as an answer, and it is wrong.
+as an answer, and it is wrong. All scorers take what the model wrote, the right letter (or option), and the options' texts.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from .benchmarks import Benchmark, Item
+from .benchmarks import Benchmark
 from .prompts import LETTERS
 from .statistics import proportion
 
@@ -36,22 +36,12 @@ class Scored:
     groups: dict[str, str]
     verdict: Verdict
 
-    @classmethod
-    def of(cls, item: Item, verdict: Verdict) -> "Scored":
-        """The verdict on an item."""
-        return cls(item.id, item.groups, verdict)
-
 
 def score_authors(text: str, answer: str, options: Sequence[str] = ()) -> Verdict:
     """The authors' scorer: of what follows the last `<answer>`, or of everything, the first letter A to E in any case.
 
     "The answer is B" is scored as E, and without `<answer>` so is every answer after a token such as `<|eovt|>`: like the
     authors, give it the text with its special tokens.
-
-    Args:
-        text (`str`): What the model wrote.
-        answer (`str`): The right letter.
-        options (`Sequence[str]`): Not used; here so that all scorers are called alike.
     """
     letter = re.search(f"[{LETTERS}]", tagged(text) or text, re.IGNORECASE)
     letter = letter and letter.group().upper()
@@ -59,13 +49,7 @@ def score_authors(text: str, answer: str, options: Sequence[str] = ()) -> Verdic
 
 
 def score_authors_table(text: str, answer: str, options: Sequence[str] = ()) -> Verdict:
-    """The scorer of the authors' table script: the first character after the last `<answer>`, or of everything.
-
-    Args:
-        text (`str`): What the model wrote.
-        answer (`str`): The right letter.
-        options (`Sequence[str]`): Not used; here so that all scorers are called alike.
-    """
+    """The scorer of the authors' table script: the first character after the last `<answer>`, or of everything."""
     letter = tagged(text)[:1]
     letter = letter if letter and letter in LETTERS else None
     return Verdict(letter, letter == answer)
@@ -80,12 +64,7 @@ def score_strict(text: str, answer: str, options: Sequence[str] = ()) -> Verdict
     """Takes a letter that is given as the answer: alone, before an option's text, or as in "the answer is B".
 
     Special tokens and Markdown are ignored. Where different letters are given, none is taken. The letter of an option
-    that the item doesn't have is taken, and wrong.
-
-    Args:
-        text (`str`): What the model wrote.
-        answer (`str`): The right letter.
-        options (`Sequence[str]`): The options' texts. With them, the full text of exactly one counts as its letter.
+    that the item doesn't have is taken, and wrong. The full text of exactly one option counts as its letter.
     """
     text = tagged(plain(text))
     letters = {letter.upper() for letter in given_letters(text)}
@@ -96,13 +75,7 @@ def score_strict(text: str, answer: str, options: Sequence[str] = ()) -> Verdict
 
 
 def score_exact(text: str, answer: str, options: Sequence[str]) -> Verdict:
-    """Takes an option's text and nothing beside it but special tokens.
-
-    Args:
-        text (`str`): What the model wrote.
-        answer (`str`): The right option.
-        options (`Sequence[str]`): The options' texts.
-    """
+    """Takes an option's text where nothing else stands but special tokens."""
     said = plain(text).strip()
     option = said if said in options else None
     return Verdict(option, option == answer)
@@ -158,7 +131,7 @@ SCORERS: dict[str, Callable[..., Verdict]] = {
 }
 
 
-def summarise(benchmark: Benchmark, verdicts: Sequence[Scored]) -> dict:
+def summarise_verdicts(benchmark: Benchmark, verdicts: Sequence[Scored]) -> dict:
     """The scores of a benchmark, each with its 95 % Wilson interval.
 
     Args:
@@ -173,8 +146,7 @@ def summarise(benchmark: Benchmark, verdicts: Sequence[Scored]) -> dict:
     Raises:
         ValueError: An item twice, or groups that can't be those of the data set.
     """
-    twice = [id for id, count in Counter(scored.id for scored in verdicts).items() if count > 1]
-    if twice:
+    if twice := [id for id, count in Counter(scored.id for scored in verdicts).items() if count > 1]:
         raise ValueError(f"{benchmark.name}: scored twice: {some(twice)}.")
     result = {
         "accuracy": proportion([scored.verdict.correct for scored in verdicts]),

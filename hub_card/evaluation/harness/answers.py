@@ -21,37 +21,33 @@ class AnswerLog:
     def __init__(self, folder: Path, settings: dict, rank: int = 0):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.settings, self._answers = folder, settings, {}
-        own = folder / f"answers.rank{rank}.jsonl"
         self.read()
+        own = folder / f"answers.rank{rank}.jsonl"
+        kept = whole_lines(own) if own.exists() else b""
         self._file = own.open("r+b" if own.exists() else "w+b")
-        self._file.truncate(len(whole_lines(own)))
+        self._file.truncate(len(kept))
         self._file.seek(0, 2)
-        if not self._file.tell():
+        if not kept:
             self._write([{"settings": settings}])
 
     def read(self):
         """Reads the answers of all processes."""
         for path in sorted(self.folder.glob("answers.rank*.jsonl")):
-            self._read(path, self.settings)
+            try:
+                header, *answers = [json.loads(line) for line in whole_lines(path).splitlines()] or [None]
+            except ValueError as error:
+                raise InputError(f"{path}: a line is damaged ({error}); delete the file") from error
+            if header is not None:
+                self._check_settings(path, header["settings"])
+            self._answers |= {(answer["task"], answer["index"], answer["repeat"]): answer for answer in answers}
 
-    def _read(self, path: Path, settings: dict):
-        try:
-            lines = [json.loads(line) for line in whole_lines(path).splitlines()]
-        except ValueError as error:
-            raise InputError(f"{path}: a line is damaged ({error}); delete the file") from error
-        if not lines:
-            return
-        header, *answers = lines
-        found = header["settings"]
-        different = sorted(name for name in settings | found if settings.get(name) != found.get(name))
-        if different:
-            name = different[0]
-            raise InputError(
-                f"{path}: holds answers given with {name} = {found.get(name)!r}, not {settings.get(name)!r}; "
-                "choose another output folder, or delete this one"
-            )
-        for answer in answers:
-            self._answers[answer["task"], answer["index"], answer["repeat"]] = answer
+    def _check_settings(self, path: Path, found: dict):
+        for name in sorted(self.settings | found):
+            if self.settings.get(name) != found.get(name):
+                raise InputError(
+                    f"{path}: holds answers given with {name} = {found.get(name)!r}, not {self.settings.get(name)!r}; "
+                    "choose another output folder, or delete this one"
+                )
 
     def get(self, task: str, index: int, repeat: int, question: str) -> dict | None:
         """The answer to a task's item, by its position in the data, or `None`.
@@ -74,8 +70,7 @@ class AnswerLog:
     def add(self, answers: list[dict]):
         """Writes answers down; each has the keys `task`, `index` and `repeat`."""
         self._write(answers)
-        for answer in answers:
-            self._answers[answer["task"], answer["index"], answer["repeat"]] = answer
+        self._answers |= {(answer["task"], answer["index"], answer["repeat"]): answer for answer in answers}
 
     def _write(self, rows: list[dict]):
         self._file.write("".join(json.dumps(row) + "\n" for row in rows).encode())

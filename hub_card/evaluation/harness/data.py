@@ -33,7 +33,7 @@ def load_rows(benchmark: Benchmark, folder: str | Path | None = None) -> Dataset
             raise InputError(f"{folder}: {benchmark.name} is not loaded from files")
         return Dataset.from_list(benchmark.rows())
     if folder is not None:
-        parts = [load_folder(Path(folder) / subset, benchmark) for subset in benchmark.subsets or ("",)]
+        parts = [load_folder(Path(folder) / subset, benchmark) for subset in benchmark.counts]
     else:
         try:
             parts = download(benchmark)
@@ -53,8 +53,8 @@ def download(benchmark: Benchmark) -> list[Dataset]:
         root = snapshot_download(benchmark.dataset, repo_type="dataset", revision=benchmark.revision)
         return [load_beside_pictures(benchmark, Path(root))]
     return [
-        load_dataset(benchmark.dataset, subset, split=benchmark.split, revision=benchmark.revision)
-        for subset in benchmark.subsets or (benchmark.config,)
+        load_dataset(benchmark.dataset, subset or benchmark.config, split=benchmark.split, revision=benchmark.revision)
+        for subset in benchmark.counts
     ]
 
 
@@ -82,13 +82,9 @@ def check_rows(benchmark: Benchmark, rows: Dataset) -> None:
     Raises:
         InputError: Another number of items, two with the same id, or a missing picture, by the item's id.
     """
-    subsets, ids = Counter(), Counter()
-    for row in rows:
-        item = benchmark.item(row)
-        ids[item.id] += 1
-        subsets[item.groups["subset"] if benchmark.subsets else ""] += 1
+    items = [(item.id, item.groups.get("subset", "")) for item in map(benchmark.item, rows)]
+    found = Counter(subset for _, subset in items)
     for subset in benchmark.counts:
-        benchmark.check_count(subsets[subset], subset)
-    double = [name for name, count in ids.items() if count > 1]
-    if double:
+        benchmark.check_count(found[subset], subset)
+    if double := [name for name, count in Counter(name for name, _ in items).items() if count > 1]:
         raise InputError(f"{benchmark.name}: {len(double)} ids stand for several items, {double[0]} first")

@@ -199,9 +199,7 @@ def bare_answer(text: str) -> str:
 def limit_pixels(image_processor, min_pixels: int | None, max_pixels: int | None) -> None:
     """Sets how many pixels a picture has at least and at most; `None` leaves the checkpoint's."""
     given = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-    size = {
-        name: image_processor.size[name] if pixels is None else int(pixels) for name, pixels in given.items()
-    }
+    size = {name: image_processor.size[name] if pixels is None else int(pixels) for name, pixels in given.items()}
     if not 0 < size["shortest_edge"] <= size["longest_edge"]:
         raise InputError(
             f"`min_pixels` ({size['shortest_edge']}) must be positive and not above `max_pixels` ({size['longest_edge']})"

@@ -14,7 +14,7 @@ from loguru import logger
 from ..benchmarks import Benchmark
 from ..provenance import describe_machine, describe_versions
 from ..samples import SAMPLES, read_verdicts
-from ..scorers import summarise
+from ..scorers import summarise_verdicts
 from ..statistics import proportion
 from .answers import AnswerLog
 from .model import VReflection
@@ -133,7 +133,7 @@ def summarise_task(benchmark: Benchmark, samples: list[dict], limit: int | None)
     if len(samples) != expected:
         raise RuntimeError(f"{benchmark.name}: {len(samples)} items were scored instead of {expected}.")
     return {
-        **{name: summarise(benchmark, read_verdicts(samples, name)) for name in benchmark.scorers},
+        **{name: summarise_verdicts(benchmark, read_verdicts(samples, name)) for name in benchmark.scorers},
         "reflection_rate": proportion([sample["reflected"] for sample in samples]),
         "seconds_per_item": round(fmean(sample["seconds"] for sample in samples), 3),
     }

@@ -6,7 +6,6 @@ from lmms_eval.api.task import ConfigurableMessagesTask
 from PIL import ImageFile
 
 from ..benchmarks import BENCHMARKS, Benchmark
-from ..prompts import prompt
 from ..scorers import SCORERS
 from .data import check_rows, load_rows
 
@@ -18,7 +17,7 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 class BenchmarkTask(ConfigurableMessagesTask):
-    """One of `BENCHMARKS`, asked by its protocol and scored by each of its scorers.
+    """One of `BENCHMARKS`, asked as the authors do and scored by each of its scorers.
 
     Args:
         config (`dict`): The task's YAML file, see `task_benchmark`. Its `dataset_path`, if any, is a local folder to load
@@ -41,7 +40,7 @@ class BenchmarkTask(ConfigurableMessagesTask):
         self.dataset = self.dataset_no_image = {self.benchmark.split: rows}
 
     def doc_to_text(self, doc: dict) -> str:
-        return prompt(self.benchmark.item(doc).question, self.benchmark.protocol)
+        return self.benchmark.item(doc).question + self.benchmark.instruction
 
     def doc_to_target(self, doc: dict) -> str:
         return self.benchmark.item(doc).answer
@@ -50,7 +49,7 @@ class BenchmarkTask(ConfigurableMessagesTask):
         """The user's turn: the pictures, then the text."""
         item = self.benchmark.item(doc)
         content = [{"type": "image", "url": picture} for picture in item.pictures()]
-        content.append({"type": "text", "text": self.doc_to_text(doc)})
+        content.append({"type": "text", "text": item.question + self.benchmark.instruction})
         return [{"role": "user", "content": content}]
 
     def process_results(self, doc: dict, results: list[str]) -> dict[str, dict]:

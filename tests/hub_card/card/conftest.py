@@ -8,7 +8,7 @@ import pytest
 
 from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS
 from vreflection_hub_card.evaluation.provenance import sha256
-from vreflection_hub_card.evaluation.scorers import Scored, Verdict, summarise
+from vreflection_hub_card.evaluation.scorers import Scored, Verdict, summarise_verdicts
 from vreflection_hub_card.evaluation.statistics import proportion
 from vreflection_hub_card.inference.checkpoints import EMBEDDED
 
@@ -61,7 +61,7 @@ def write_result(tmp_path):
         groups = [{"category": "direct_attributes"}] * 115 + [{"category": "relative_position"}] * 76
         wrong_every = {"strict": 4, "authors": 5, "authors_table": 6, "exact": 4}
         scores = {
-            scorer: summarise(
+            scorer: summarise_verdicts(
                 benchmark,
                 [
                     Scored(str(index), group, Verdict("A", index % wrong_every[scorer] != 0))

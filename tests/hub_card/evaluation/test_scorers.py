@@ -1,5 +1,4 @@
 import pytest
-from PIL import Image
 
 from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS
 from vreflection_hub_card.evaluation.scorers import (
@@ -10,7 +9,7 @@ from vreflection_hub_card.evaluation.scorers import (
     score_authors_table,
     score_exact,
     score_strict,
-    summarise,
+    summarise_verdicts,
 )
 from vreflection_hub_card.evaluation.statistics import proportion
 
@@ -155,31 +154,33 @@ def run(groups, correct, unparsed=()):
 
 def test_mmvp_single_and_pair():
     groups = [{"pair": pair} for pair in "112233"]
-    got = summarise(BENCHMARKS["mmvp"], run(groups, [1, 1, 1, 0, 0, 0], unparsed={4, 5}))
+    got = summarise_verdicts(BENCHMARKS["mmvp"], run(groups, [1, 1, 1, 0, 0, 0], unparsed={4, 5}))
     assert got == {
         "accuracy": proportion([True] * 3 + [False] * 3),
         "unparsed": 2,
         "pair": proportion([True, False, False]),
     }
     # With a limit, the pair that was asked about in part isn't counted.
-    assert summarise(BENCHMARKS["mmvp"], run(groups[:5], [1, 1, 1, 0, 1]))["pair"] == proportion([True, False])
+    assert summarise_verdicts(BENCHMARKS["mmvp"], run(groups[:5], [1, 1, 1, 0, 1]))["pair"] == proportion(
+        [True, False]
+    )
 
 
 def test_vstar_and_blink_by_group_and_micro_average():
     groups = [{"category": name} for name in ("relative_position", "direct_attributes", "direct_attributes")]
-    got = summarise(BENCHMARKS["vstar"], run(groups, [0, 1, 1]))
+    got = summarise_verdicts(BENCHMARKS["vstar"], run(groups, [0, 1, 1]))
     assert got["accuracy"]["share"] == 0.6667
     assert got["category"] == {
         "direct_attributes": proportion([True, True]),
         "relative_position": proportion([False]),
     }
-    got = summarise(BENCHMARKS["blink"], run([{"subset": name} for name in ("Jigsaw", "Counting")], [1, 0]))
+    got = summarise_verdicts(BENCHMARKS["blink"], run([{"subset": name} for name in ("Jigsaw", "Counting")], [1, 0]))
     assert {name: one["share"] for name, one in got["subset"].items()} == {"Counting": 0, "Jigsaw": 1}
 
 
 def test_hrbench_mean_and_cyclic_score():
     groups = [{"category": name, "cycle": name} for name in ("FSP", "FCP") for _ in range(4)]
-    got = summarise(BENCHMARKS["hrbench4k"], run(groups, [1, 1, 1, 1, 1, 1, 1, 0]))
+    got = summarise_verdicts(BENCHMARKS["hrbench4k"], run(groups, [1, 1, 1, 1, 1, 1, 1, 0]))
     assert got["accuracy"] == proportion([True] * 7 + [False])
     assert {name: one["share"] for name, one in got["category"].items()} == {"FCP": 0.75, "FSP": 1}
     assert got["cycle"] == proportion([True, False])
@@ -187,25 +188,12 @@ def test_hrbench_mean_and_cyclic_score():
 
 def test_scores_over_items_that_cannot_be_right():
     with pytest.raises(ValueError, match="vstar: scored twice: 0."):
-        summarise(BENCHMARKS["vstar"], 2 * run([{"category": "direct_attributes"}], [1]))
+        summarise_verdicts(BENCHMARKS["vstar"], 2 * run([{"category": "direct_attributes"}], [1]))
     with pytest.raises(ValueError, match="mmvp: a pair has 2 items, but not 1"):
-        summarise(BENCHMARKS["mmvp"], run(3 * [{"pair": "1"}], [1, 1, 1]))
+        summarise_verdicts(BENCHMARKS["mmvp"], run(3 * [{"pair": "1"}], [1, 1, 1]))
     pairs = [{"pair": str(max(index // 2, 1))} for index in range(301)][1:]
     assert len(pairs) == 300
     with pytest.raises(ValueError, match="mmvp: a pair has 2 items, but not"):
-        summarise(BENCHMARKS["mmvp"], run(pairs, 300 * [1]))
-    whole = summarise(BENCHMARKS["mmvp"], run([{"pair": str(index // 2)} for index in range(300)], 300 * [1]))
+        summarise_verdicts(BENCHMARKS["mmvp"], run(pairs, 300 * [1]))
+    whole = summarise_verdicts(BENCHMARKS["mmvp"], run([{"pair": str(index // 2)} for index in range(300)], 300 * [1]))
     assert whole["pair"] == proportion(150 * [True])
-
-
-def test_a_scored_item():
-    item = BENCHMARKS["mmvp"].item(
-        {
-            "Index": 3,
-            "Question": "?",
-            "Options": "(a) 1 (b) 2",
-            "Correct Answer": "(a)",
-            "image": Image.new("RGB", (2, 2)),
-        }
-    )
-    assert Scored.of(item, score_strict("A", item.answer)) == Scored("3", {"pair": "2"}, Verdict("A", True))
