@@ -286,10 +286,10 @@ def open_picture(
             too many pixels; one side more than 200 times the other. A missing file is a `PictureNotFoundError`.
     """
     with read_header(source, name, formats) as (file, name):
-        size = f"{file.width} x {file.height} pixels"
-        if max_pixels is not None and file.width * file.height > max_pixels:
+        size, millions = f"{file.width} x {file.height} pixels", file.width * file.height / 1e6
+        if max_pixels is not None and millions > max_pixels / 1e6:
             raise PictureError(
-                f"{name}: {size}, at most {max_pixels / 1e6:g} million are accepted; scale it down first"
+                f"{name}: {size}, {millions:g} megapixels; at most {max_pixels / 1e6:g} are taken, so scale it down first"
             )
         if max(file.size) > MAX_ASPECT_RATIO * min(file.size):
             raise PictureError(f"{name}: {size}; one side may be at most {MAX_ASPECT_RATIO} times the other")

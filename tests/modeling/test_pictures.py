@@ -301,7 +301,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
 
 def test_too_many_pixels(tmp_path, processor, monkeypatch):
     content = saved(Image.new("RGB", (200, 100)), "PNG")
-    with pytest.raises(PictureError, match="upload.png: 200 x 100 pixels, at most 0.0199 million"):
+    with pytest.raises(PictureError, match="upload.png: 200 x 100 pixels, 0.02 megapixels; at most 0.0199"):
         open_picture(content, name="upload.png", max_pixels=19_900)
     assert open_picture(content, max_pixels=20_000).size == (200, 100)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
