@@ -64,10 +64,10 @@ class Benchmark:
         revision (`str`, *optional*): The commit to load; `None` where none is known.
         split (`str`): The split.
         counts (`dict[str, int]`): Items of each subset, a configuration of the data set; of `""` where there are none.
-        item (`Callable[[dict], Item]`): Reads a row. An image may be whatever `open_picture` opens.
+        item (`Callable[[dict], Item]`): Reads a row. An image may be anything that `open_picture` opens.
         complete (`dict[str, int]`): Kinds of groups that are right only as a whole, with their size.
         config (`str`, *optional*): The only configuration, where it has a name that must be given.
-        instruction (`str`): What is said after each question.
+        instruction (`str`): What follows each question.
         scorers (`tuple[str, ...]`): How answers are scored, keys of `SCORERS`.
         rows (`Callable[[], list[dict]]`, *optional*): Makes the rows of data that isn't loaded from anywhere.
     """

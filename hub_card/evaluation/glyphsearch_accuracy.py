@@ -21,7 +21,8 @@ from .statistics import proportion
 
 # An answer is a glyph and the end of the turn; a model that hasn't learned to stop isn't followed further.
 ANSWER_TOKENS = 8
-# Ways of asking, beside those of `INTERVENTIONS`, by their names in result files: as the model decodes by itself.
+# Ways of asking by their names in result files: as the model decodes by itself, and without reflections. The others are
+# `INTERVENTIONS`.
 UNCHANGED, WITHOUT_LATENTS = "usual", "without_latents"
 
 

@@ -1,4 +1,4 @@
-"""What a result must say about itself so that somebody else can get it again."""
+"""What a result file states so that it can be reproduced: checkpoint, versions, machine."""
 
 import hashlib
 import importlib.metadata
@@ -44,7 +44,7 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def processor_name() -> str:
-    """The processor's name; Linux tells it in a file only."""
+    """The processor's name, on Linux from a file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -19,8 +19,8 @@ def glyphsearch_table(report: dict) -> str:
         ("Accuracy without latents (`latent_steps=0`)", result["without_latents"]["accuracy"]["overall"]),
     ]
     rows += [
-        (f"Accuracy with {INTERVENTIONS[name]}", told["accuracy"]["overall"])
-        for name, told in result["interventions"].items()
+        (f"Accuracy with {INTERVENTIONS[name]}", measured["accuracy"]["overall"])
+        for name, measured in result["interventions"].items()
     ]
     rows += [
         (f"Largest attention inside the target's box, {source.upper()}", value)

@@ -1,4 +1,4 @@
-"""The samples of a run: one JSON line an item, with what was said and what each scorer made of it."""
+"""The samples of a run: one JSON line an item, with the answer and each scorer's verdict."""
 
 import json
 from pathlib import Path

@@ -206,7 +206,7 @@ def language_attention(
 
 @contextmanager
 def eager_attention(model: VReflectionForConditionalGeneration) -> Iterator[None]:
-    """Lets the language model compute attention in the one way that can return it, for a while."""
+    """Switches the language model, within the block, to eager attention, the only one that returns its weights."""
     before = model.config.text_config._attn_implementation
     model.set_attn_implementation({"text_config": "eager"})
     try:

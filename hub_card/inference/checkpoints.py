@@ -1,4 +1,4 @@
-"""Finding and loading a checkpoint, with an error that a person understands where it is none."""
+"""Finding and loading a checkpoint, with errors of one line."""
 
 from pathlib import Path
 

@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
 
 from ..inference.attention_maps import Reflection, offered_sources
+from ..inference.encoding import user_turn
 from ..inference.look import Look, look
 
 
@@ -76,8 +77,7 @@ def answer_twice(
     Raises:
         ValueError: Options that `generate` refuses.
     """
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
+    messages = user_turn([picture], question)
     source = shown_source(model)
     options = {"latent_steps": latent_steps, "latent_feedback": latent_feedback, "reflect": always_reflect or None}
     for seen in stream_look(model, processor, messages, (source,), **options):

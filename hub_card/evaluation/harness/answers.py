@@ -78,6 +78,6 @@ class AnswerLog:
 
 
 def whole_lines(path: Path) -> bytes:
-    """A file's content up to its last line's end: a kill may have cut off what follows."""
+    """A file's content up to its last line's end; a process that was killed may have left half a line."""
     content = path.read_bytes()
     return content[: content.rfind(b"\n") + 1]

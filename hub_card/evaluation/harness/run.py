@@ -1,4 +1,4 @@
-"""A run on lmms-eval: answers that survive a kill, one JSON file, and the samples."""
+"""A run on lmms-eval: answers that are kept when it is killed, one JSON file, and the samples."""
 
 import datetime
 import importlib.metadata
@@ -34,7 +34,7 @@ def evaluate(
     limit: int | None = None,
     **options,
 ) -> dict | None:
-    """Asks a model the items of benchmarks and writes down the scores; called again, goes on where a kill struck.
+    """Asks a model the items of benchmarks and writes the scores; called again after it was killed, it continues.
 
     Args:
         model (`str`, *optional*): A folder or a Hub id; without it the checkpoint embedded in the package.
@@ -104,13 +104,13 @@ def repeat_command(model: VReflection, benchmarks: list[Benchmark], limit: int |
 
 
 def join_samples(benchmark: Benchmark, logged: list[dict], log: AnswerLog) -> list[dict]:
-    """One row an item, in the order of the data: what was asked and said, and what each scorer made of it."""
+    """One row an item, in the order of the data: question, answer and verdicts."""
     rows = []
     for sample in sorted(logged, key=lambda sample: sample["doc_id"]):
-        item, said = sample[benchmark.scorers[0]], log.find(PREFIX + benchmark.name, sample["doc_id"])
+        item, answer = sample[benchmark.scorers[0]], log.find(PREFIX + benchmark.name, sample["doc_id"])
         verdicts = {name: {key: sample[name][key] for key in ("letter", "correct")} for name in benchmark.scorers}
         row = {"task": benchmark.name, **{name: item[name] for name in ("id", "groups", "answer")}}
-        rows.append(row | {name: said[name] for name in KEPT_OF_ANSWERS} | {"verdicts": verdicts})
+        rows.append(row | {name: answer[name] for name in KEPT_OF_ANSWERS} | {"verdicts": verdicts})
     return rows
 
 
