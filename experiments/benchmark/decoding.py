@@ -30,6 +30,7 @@ from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGen
 from vreflection_hub_card.evaluation.provenance import describe_model
 from vreflection_hub_card.glyphsearch import draw_question
 from vreflection_hub_card.inference.checkpoints import checkpoint_folder, find_device, load_checkpoint
+from vreflection_hub_card.inference.encoding import encode_prompts, user_turn
 
 from .backbones import BACKBONES, CELL, Backbone, count_parameters, model_on, random_model, weight_bytes
 from .rounds import PeakMemory, open_result, paired_ratio, pick_clock, rotated, save_result, spread
@@ -158,11 +159,8 @@ def draw_prompts(subject: Subject, first: int, count: int) -> BatchFeature:
     for index in range(first, first + count):
         scene, question = draw_question("test", index)
         size = scene.image.size if subject.side is None else (subject.side * CELL,) * 2
-        content = [{"type": "image", "image": scene.image.resize(size)}, {"type": "text", "text": question.text}]
-        conversations.append([{"role": "user", "content": content}])
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    inputs = subject.processor.apply_chat_template(conversations, processor_kwargs={"padding": True}, **options)
-    return inputs.to(subject.model.device)
+        conversations.append(user_turn([scene.image.resize(size)], question.text))
+    return encode_prompts(subject.processor, conversations, subject.model.device)
 
 
 def measure_decoding(

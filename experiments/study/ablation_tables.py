@@ -9,10 +9,11 @@ import yaml
 
 from vreflection_hub_card.evaluation.interventions import INTERVENTIONS
 from vreflection_hub_card.evaluation.report import percent
-from vreflection_hub_card.evaluation.statistics import paired_bootstrap, wilson_interval
+from vreflection_hub_card.evaluation.statistics import wilson_interval
 
 from ..markdown_tables import markdown
 from .arms import PLAIN, Form, Group, Study
+from .paired_bootstrap import paired_bootstrap
 
 
 POINTING = ("pointing.dac.share", "pointing.llm.share", "attention_inside_box.dac")

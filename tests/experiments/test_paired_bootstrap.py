@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vreflection_hub_card.evaluation.statistics import paired_bootstrap
+from experiments.study.paired_bootstrap import paired_bootstrap
 
 
 def test_the_interval_is_that_of_the_normal_limit():
