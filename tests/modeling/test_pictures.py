@@ -153,7 +153,7 @@ def patches(processor, picture) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_processor_and_collator_see_what_the_opener_gives(tmp_path, processor, collator, kind):
+def test_the_processor_sees_what_the_opener_gives(tmp_path, processor, kind):
     content, expected = KINDS[kind]
     path = written(content, tmp_path)
     pil = Image.open(path)
@@ -169,6 +169,13 @@ def test_processor_and_collator_see_what_the_opener_gives(tmp_path, processor, c
     text = processor.apply_chat_template(ask("What?", pil), tokenize=False)
     for images in (path, pil, [pil], [[data_url(content)]]):
         assert torch.equal(processor(images=images, text=text, return_tensors="pt")["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_collator_sees_what_the_opener_gives(tmp_path, processor, collator, kind):
+    content, expected = KINDS[kind]
+    path = written(content, tmp_path)
+    pil, expected = Image.open(path), patches(processor, expected)
     answer = [{"role": "assistant", "content": [{"type": "text", "text": "A"}]}]
     for image in (path, pil, {"path": None, "bytes": content}):
         row = {"id": "0", "images": [image], "messages": ask("What?", None) + answer}

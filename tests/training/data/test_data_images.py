@@ -1,6 +1,9 @@
 import io
 import random
+import threading
 import zlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from PIL import Image
@@ -137,3 +140,25 @@ def test_an_exif_tag_behind_the_pixels_counts_neither_for_the_size_nor_for_the_p
     loaded = load_image(image, tiny_image_processor())
     assert loaded.size == (112, 56)
     assert loaded.getexif().get(0x0112) is None
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_a_picture_on_the_web_is_opened_like_a_file(tmp_path):
+    picture = Image.effect_noise((90, 61), 80).convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    picture.save(tmp_path / "a.png", exif=orientation(6))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}"
+        loaded = load_image(f"{address}/a.png", tiny_image_processor())
+        assert loaded.tobytes() == load_image(tmp_path / "a.png", tiny_image_processor()).tobytes()
+        with pytest.raises(OSError, match="404"):
+            load_image(f"{address}/gone.png", tiny_image_processor())
+    finally:
+        server.shutdown()
+        server.server_close()
