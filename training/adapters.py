@@ -16,7 +16,8 @@ from modeling_vreflection.configuration_vreflection import ReflectionConfigMixin
 from vreflection_hub_card.card import read_training_facts, write_training_facts
 
 from .loading import is_stock, load_model_and_processor
-from .sft_config import TRAINED_MODULES, VReflectionSFTConfig
+from .sft_config import VReflectionSFTConfig
+from .stages import STAGES
 
 
 LANGUAGE_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -93,7 +94,7 @@ def prepare_adapter(model: PeftModel, args: VReflectionSFTConfig):
                         for key, value in held.original_module.state_dict().items()
                     }
                 )
-            held.modules_to_save.requires_grad_(name in TRAINED_MODULES[args.stage])
+            held.modules_to_save.requires_grad_(name in STAGES[args.stage].trains)
     for layer in model.modules():
         if isinstance(layer, TrainableTokensLayer) and upcast:
             for adapter, rows in layer.trainable_tokens_delta.items():
@@ -237,7 +238,7 @@ def _check_targets(config: LoraConfig, names: list[str], args: VReflectionSFTCon
 def _complete_modules(config: LoraConfig, names: list[str], args: VReflectionSFTConfig, is_stock: bool):
     """Sets `modules_to_save`."""
     ours = [name for name in ("bcm", "dac") if f"model.{name}" in names]
-    trained = TRAINED_MODULES[args.stage]
+    trained = STAGES[args.stage].trains
     closed = [f"model.{name}." for name in ours]
     closed += [f"model.{name}" for name in ours if name not in trained]
     closed += ["model.visual"] if args.freeze_vision else []

@@ -4,26 +4,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
 from modeling_vreflection import VReflectionProcessor
-from modeling_vreflection.processing_vreflection import rendered_reflections
-from vreflection_hub_card.rows import BadRow, check_past_reflections, row_messages
+from vreflection_hub_card.rows import BadRow
 
 from .data.images import load_image
-from .data.measure import measure_row
+from .data.inspection import check_messages, pictures, read_messages
 
 
-SPARE_ROW = {
-    "id": "the spare sample",
+DUMMY_ROW = {
+    "id": "the dummy row",
     "images": [Image.new("RGB", (56, 56))],
     "messages": [
         {"role": "user", "content": [{"type": "image"}]},
         {"role": "assistant", "content": [{"type": "reflection", "box": [0, 0, 1, 1]}, {"type": "text", "text": "."}]},
     ],
 }
+# Of a batch: for the trainer, not for the model.
+NON_MODEL_KEYS = ("labels", "sample_ids", "reflections", "num_tokens", "dummy", "skipped")
 
 
 @dataclass
@@ -38,7 +39,7 @@ class VReflectionDataCollator:
     `position_ids` (B, T), which begin anew with each sample; with pictures `pixel_values` and `image_grid_thw`; and
     `boxes` (G, 5), one a reflection. For the trainer alone there are, of the samples, `sample_ids` and how many
     `reflections` each has; `skipped`, what is wrong with each row that was left out; `num_tokens`, without padding; and
-    `spare`, whether one more sample follows, see `every_module`.
+    `dummy`, whether a dummy row follows, see `every_module`.
 
     ```python
     {'input_ids': tensor([[257, 268, ...], ...]), 'labels': tensor([[-100, ..., 379, -100, ...], ...]),
@@ -54,7 +55,7 @@ class VReflectionDataCollator:
         max_length (`int`, *optional*): Longest sample in tokens.
         on_bad_row (`str`): `"error"` raises at a bad row, `"skip"` leaves it out and says so in `skipped`.
         every_module (`bool`): Whether a batch without a reflection (or, where those are dropped, without a picture) gets a
-            spare sample, which has no labels. Processes that don't run the same modules wait for one another for ever.
+            dummy row, which has no labels: zero weight; keeps every module in the graph, so that ranks stay in step.
 
     Raises:
         BadRow: What is wrong with a row, its id, and what to do.
@@ -71,132 +72,114 @@ class VReflectionDataCollator:
 
     def __call__(self, examples: list[dict[str, Any]] | list[list[dict[str, Any]]]) -> dict[str, Any]:
         packed = isinstance(examples[0], list)
-        packs = examples if packed else [[row] for row in examples]
-        skipped = []
+        packs, names, reflections, skipped = [], [], [], []
+        for rows in examples if packed else [[row] for row in examples]:
+            pack = []
+            for row in rows:
+                name = str(row.get("id", f"row {len(names) + len(skipped)} of the batch"))
+                try:
+                    encoded, count = self._encode(row, name)
+                    self._check(encoded, name)
+                except BadRow as error:
+                    if self.on_bad_row == "error":
+                        raise
+                    skipped.append(str(error))
+                    continue
+                pack.append(encoded)
+                names.append(name)
+                reflections.append(count)
+            packs += [pack] if pack else []
+        num_tokens = sum(len(row["input_ids"]) for pack in packs for row in pack)
+        used = any(reflections) if self.reflect else any("pixel_values" in row for pack in packs for row in pack)
+        dummy = not names or (self.every_module and not used)
+        if dummy:
+            row, _ = self._encode(DUMMY_ROW, DUMMY_ROW["id"])
+            row["labels"] = torch.full_like(row["labels"], -100)
+            packs = [*packs[:-1], [*packs[-1], row]] if packed and packs else [*packs, [row]]
+        batch = self._join(packs, packed)
+        facts = {"sample_ids": names, "reflections": reflections, "skipped": skipped}
+        return {**batch, **facts, "num_tokens": num_tokens, "dummy": dummy}
+
+    def _encode(self, row: dict[str, Any], name: str) -> tuple[dict[str, torch.Tensor], int]:
+        """The tensors of a row, those of its text of shape (T,), and how many reflections it has."""
         try:
-            batch = self._collate(packs, packed)
+            messages = read_messages(row, self.reflect)
+            images = iter([load_image(image, self.processor.image_processor) for image in pictures(messages)])
+            count = check_messages(messages, f"Sample {name}", row)
+            for message in messages:
+                message["content"] = [
+                    {**part, "image": next(images)} if part["type"] == "image" else part for part in message["content"]
+                ]
+            encoded = self.processor.apply_chat_template(
+                messages,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                return_assistant_tokens_mask=True,
+                processor_kwargs={"do_resize": False},  # `load_image` has resized
+            )
         except BadRow:
-            packs = [[row for row in pack if self._is_good(row, skipped)] for pack in packs]
-            batch = self._collate([pack for pack in packs if pack], packed)
-        batch["skipped"] = skipped
-        return batch
-
-    def _is_good(self, row: dict[str, Any], skipped: list[str]) -> bool:
-        try:
-            measure_row(row, self.processor, self.reflect)  # what it finds it says best
-            self._collate([[row]], packed=False)
-        except BadRow as error:
-            if self.on_bad_row == "error":
-                raise
-            skipped.append(str(error))
-            return False
-        return True
-
-    def _collate(self, packs: list[list[dict[str, Any]]], packed: bool) -> dict[str, Any]:
-        rows = [row for pack in packs for row in pack]
-        sizes = [len(pack) for pack in packs]
-        names = [str(row.get("id", f"row {number} of the batch")) for number, row in enumerate(rows)]
-        conversations = [self._messages(row, name) for row, name in zip(rows, names)]
-        reflections = [len(rendered_reflections(messages)) for messages in conversations]
-        used = reflections if self.reflect else map(holds_picture, conversations)
-        spare = not rows or (self.every_module and not any(used))
-        if spare:
-            conversations.append(self._messages(SPARE_ROW, SPARE_ROW["id"]))
-            sizes = [*sizes[:-1], sizes[-1] + 1] if packed and sizes else [*sizes, 1]
-        try:
-            batch = self._encode(conversations)
-        except ValueError as error:
-            raise BadRow(f"Sample {', '.join(names)}: {error}") from error
-        batch["labels"] = self._labels(batch.pop("assistant_masks"), batch)
-        lengths = batch["attention_mask"].sum(1)
-        self._check(names, lengths, batch["labels"])
-        if spare:
-            batch["labels"][-1] = -100
-        if packed:
-            batch = self._pack(batch, sizes)
-        elif self.align_segments:
-            batch = self._align(batch)
-        facts = {"sample_ids": names, "reflections": reflections, "spare": spare}
-        return {**batch, **facts, "num_tokens": int(lengths[: len(rows)].sum())}
-
-    def _messages(self, row: dict[str, Any], name: str) -> list[dict]:
-        try:
-            messages = [{**message, "content": self._parts(message["content"])} for message in row_messages(row)]
-        except (OSError, ValueError) as error:  # a picture
-            raise error if isinstance(error, BadRow) else BadRow(f"Sample {name}: {error}") from error
-        check_past_reflections(messages, row)
-        return messages
-
-    def _parts(self, content: list[dict]) -> list[dict]:
-        return [
-            {**part, "image": load_image(part["image"], self.processor.image_processor)}
-            if part["type"] == "image"
-            else part
-            for part in content
-            if self.reflect or part["type"] != "reflection"
-        ]
-
-    def _encode(self, conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
-        encoded = self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            return_assistant_tokens_mask=True,
-            # `load_image` has resized the pictures
-            processor_kwargs={"padding": True, "padding_side": "right", "do_resize": False},
-        )
-        return dict(encoded)
-
-    def _labels(self, spoken: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        input_ids = batch["input_ids"]
-        supervised = spoken.bool() & batch["attention_mask"].bool()
+            raise
+        except (OSError, ValueError) as error:  # a picture, or as many places in the text as there are no pictures for
+            raise BadRow(f"Sample {name}: {error}") from error
+        texts = ("input_ids", "attention_mask", "mm_token_type_ids", "assistant_masks")
+        encoded = {key: value[0] if key in texts else value for key, value in encoded.items()}
+        input_ids, supervised = encoded["input_ids"], encoded.pop("assistant_masks").bool()
         if not self.slot_ce:
             supervised &= (input_ids != self.config.latent_token_id) & (input_ids != self.config.latent_end_token_id)
-        return input_ids.masked_fill(~supervised, -100)
+        return {**encoded, "labels": input_ids.masked_fill(~supervised, -100)}, count
 
-    def _check(self, names: list[str], lengths: torch.Tensor, labels: torch.Tensor):
-        labelled = (labels != -100).any(1).tolist()
-        for name, length, learns in zip(names, lengths.tolist(), labelled):
-            if self.max_length is not None and length > self.max_length:
-                raise BadRow(
-                    f"Sample {name} has {length} tokens, above `max_length` ({self.max_length}). Nothing is cut: raise "
-                    "the limit, shrink the pictures, or drop the sample."
-                )
-            if not learns:
-                raise BadRow(
-                    f"Sample {name} has nothing to learn from: no assistant's turn, or transformers below 5.18, which "
-                    "doesn't find it beside pictures."
-                )
+    def _check(self, encoded: dict[str, torch.Tensor], name: str):
+        length = len(encoded["input_ids"])
+        if self.max_length is not None and length > self.max_length:
+            raise BadRow(
+                f"Sample {name} has {length} tokens, above `max_length` ({self.max_length}). Nothing is cut: raise "
+                "the limit, shrink the pictures, or drop the sample."
+            )
+        if (encoded["labels"] == -100).all():
+            raise BadRow(
+                f"Sample {name} has nothing to learn from: no assistant's turn, or transformers below 5.18, which "
+                "doesn't find it beside pictures."
+            )
 
-    def _pack(self, batch: dict[str, torch.Tensor], sizes: list[int]) -> dict[str, torch.Tensor]:
-        real = batch.pop("attention_mask").bool()
-        padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": -100, "mm_token_type_ids": 0}
-        for key, value in padding.items():
-            samples = zip(batch[key].split(sizes), real.split(sizes))
-            batch[key] = pad_sequence([tokens[mask] for tokens, mask in samples], True, value)
-        length = batch["input_ids"].shape[1]
-        # What pads a pack is one more sample.
-        lengths = [[*pack.tolist(), length - int(pack.sum())] for pack in real.sum(1).split(sizes)]
-        batch["position_ids"] = torch.stack([torch.cat([torch.arange(n) for n in pack]) for pack in lengths])
+    def _join(self, packs: list[list[dict[str, torch.Tensor]]], packed: bool) -> dict[str, torch.Tensor]:
+        """Puts rows side by side in their packs, and pads these."""
+        rows = [row for pack in packs for row in pack]
+        padding = {
+            "input_ids": self.processor.tokenizer.pad_token_id,
+            "labels": -100,
+            "attention_mask": 0,
+            "mm_token_type_ids": 0,
+        }
+        shifts = self._shifts(rows) if self.align_segments and not packed else [0] * len(packs)
+        lengths = [[len(row["input_ids"]) for row in pack] for pack in packs]
+        longest = max(shift + sum(pack) for shift, pack in zip(shifts, lengths))
+        batch = {
+            key: torch.stack(
+                [
+                    F.pad(torch.cat([row[key] for row in pack]), (shift, longest - shift - sum(sizes)), value=value)
+                    for pack, shift, sizes in zip(packs, shifts, lengths)
+                ]
+            )
+            for key, value in padding.items()
+        }
+        if packed:
+            del batch["attention_mask"]
+            # What pads a pack is one more sample.
+            sizes = [[*pack, longest - sum(pack)] for pack in lengths]
+            batch["position_ids"] = torch.stack([torch.cat([torch.arange(n) for n in pack]) for pack in sizes])
+        for key in ("pixel_values", "image_grid_thw", "boxes"):
+            if found := [row[key] for row in rows if key in row]:
+                batch[key] = torch.cat(found)
+        if "boxes" in batch:  # from images of the row to images of the batch
+            images = torch.tensor([len(row.get("image_grid_thw", ())) for row in rows])
+            boxes = torch.tensor([len(row.get("boxes", ())) for row in rows])
+            batch["boxes"][:, 0] += (images.cumsum(0) - images).repeat_interleave(boxes)
         return batch
 
-    def _align(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        in_slot = batch["input_ids"] == self.config.latent_token_id
-        first = torch.where(in_slot.any(1), in_slot.int().argmax(1), batch["attention_mask"].sum(1))
-        shifts = first[in_slot.any(1)].max() - first if in_slot.any() else torch.zeros_like(first)
-        shifts = shifts.clamp(min=0)
-        length = int((batch["attention_mask"].sum(1) + shifts).max())
-        padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
-        for key in ("input_ids", "labels", "attention_mask", "mm_token_type_ids"):
-            moved = batch[key].new_full((len(shifts), length), padding.get(key, 0))
-            for row, (values, shift) in enumerate(zip(batch[key], shifts.tolist())):
-                kept = values[: length - shift]
-                moved[row, shift : shift + len(kept)] = kept
-            batch[key] = moved
-        return batch
-
-
-def holds_picture(messages: list[dict]) -> bool:
-    """Whether a conversation shows anything."""
-    return any(part["type"] == "image" for message in messages for part in message["content"])
+    def _shifts(self, rows: list[dict[str, torch.Tensor]]) -> list[int]:
+        """How far to the right each row goes, so that all segments start where the last of them does."""
+        slots = [(row["input_ids"] == self.config.latent_token_id).nonzero() for row in rows]
+        starts = [int(found[0]) if len(found) else None for found in slots]
+        last = max((start for start in starts if start is not None), default=0)
+        return [max(last - (len(row["input_ids"]) if start is None else start), 0) for row, start in zip(rows, starts)]

@@ -92,12 +92,10 @@ def build_trainer(script: VReflectionScriptArguments, model_args: ModelConfig, a
     else:
         options["revision"] = model_args.model_revision
         model, processor = load_model_and_processor(model_args.model_name_or_path, **options)
-    if script.latent_feedback is not None:
-        model.generation_config.latent_feedback = script.latent_feedback
     limit_pixels(processor, script)
     shuffle_buffer = None if args.train_sampling_strategy == "sequential" else script.shuffle_buffer
     rows = load_rows(script.sources, streaming=script.streaming, seed=args.seed, shuffle_buffer=shuffle_buffer)
-    return VReflectionSFTTrainer(
+    trainer = VReflectionSFTTrainer(
         model,
         args,
         processing_class=processor,
@@ -106,6 +104,9 @@ def build_trainer(script: VReflectionScriptArguments, model_args: ModelConfig, a
         sources=script.sources,
         from_scratch=script.from_scratch,
     )
+    if script.latent_feedback is not None:  # instead of the stage's
+        model.generation_config.latent_feedback = script.latent_feedback
+    return trainer
 
 
 def train(trainer, script: VReflectionScriptArguments) -> bool:

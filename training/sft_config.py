@@ -6,14 +6,9 @@ from transformers.integrations.integration_utils import is_trackio_available
 from trl import SFTConfig
 
 from .losses import ALIGNMENTS, DISTANCES
+from .stages import STAGES
 
 
-STAGES = ("sft", "1", "2", "joint")
-# What fills the slots: stage 1 Z_T, stage 2 DAC's output (Alg. 1).
-LATENT_INPUTS_OF_STAGE = {"sft": None, "1": "bcm", "2": "dac", "joint": "dac"}
-# Which of the two modules a stage trains.
-TRAINED_MODULES = {"sft": (), "1": ("bcm",), "2": ("dac",), "joint": ("bcm", "dac")}
-LATENT_INPUTS = ("bcm", "dac", "hidden")
 ON_BAD_ROW = ("error", "skip")
 PACK_LENGTH = 16_384
 # Of trl's and transformers' arguments, those that would be ignored, and the values that ask for nothing.
@@ -51,14 +46,14 @@ class VReflectionSFTConfig(SFTConfig):
         latent_loss (`str`, *optional*, defaults to `"l1"`):
             Distance of Eq. 2 and 5: `"l1"` or `"mse"`.
         alignment (`str`, *optional*, defaults to `"stochastic"`):
-            Who learns in Eq. 2: `"stochastic"`, one side a step; `"symmetric"`, both, each towards a detached other;
+            Which side learns in Eq. 2: `"stochastic"`, one side a step; `"symmetric"`, both, each towards a detached other;
             `"joint"`, both without stop-gradient.
         bernoulli_p (`float`, *optional*, defaults to `0.5`):
             Probability that the states learn, with `alignment="stochastic"`.
         bcm_receives_ce (`bool`, *optional*, defaults to `True`):
             Whether the cross-entropy trains BCM through the slots that it fills.
         latent_inputs (`str`, *optional*):
-            What fills the slots: `"bcm"`, `"dac"` or `"hidden"`. Defaults to `"bcm"` in stage 1, else to `"dac"`.
+            What fills the slots: `"bcm"`, `"dac"` or `"hidden"`. Defaults to the stage's, see [`STAGES`](stages.py).
         attention_temperature (`float`, *optional*, defaults to `1.0`):
             τ of Eq. 4.
         attention_epsilon (`float`, *optional*, defaults to `1e-9`):
@@ -79,8 +74,8 @@ class VReflectionSFTConfig(SFTConfig):
         packing_lookahead (`int`, *optional*, defaults to `256`):
             Samples among which the best fit is looked for.
         on_bad_row (`str`, *optional*, defaults to `"error"`):
-            What a row does that can't be trained on (a missing picture, a wrong box, too many tokens): `"error"` stops the
-            run; `"skip"` leaves it out, and the run ends with their count and the first ten.
+            What to do with an invalid row (a missing picture, a wrong box, too many tokens): `"error"` stops the run;
+            `"skip"` leaves it out, and the run ends with the count of such rows and the first ten.
         sample_every (`int`, *optional*, defaults to `250`):
             Steps between two pictures of the teacher's and the student's attention, in `samples/` of the output folder;
             0 draws none.
@@ -91,13 +86,15 @@ class VReflectionSFTConfig(SFTConfig):
     > reads raw rows; `logging_nan_inf_filter` is `False`; `report_to` is trackio if that is installed.
     """
 
-    stage: str = field(default="1", metadata={"help": "Training stage.", "choices": STAGES})
+    stage: str = field(default="1", metadata={"help": "Training stage.", "choices": tuple(STAGES)})
     lambda_bcm: float = field(default=0.1, metadata={"help": "Weight of L_BCM (Eq. 2)."})
     lambda_dac: float = field(default=0.1, metadata={"help": "Weight of L_DAC (Eq. 5)."})
     lambda_feat: float = field(default=1.0, metadata={"help": "Weight of the feature term in L_DAC."})
     lambda_attn: float = field(default=1.0, metadata={"help": "Weight of the attention term in L_DAC."})
     latent_loss: str = field(default="l1", metadata={"help": "Distance of Eq. 2 and 5.", "choices": DISTANCES})
-    alignment: str = field(default="stochastic", metadata={"help": "Who learns in Eq. 2.", "choices": ALIGNMENTS})
+    alignment: str = field(
+        default="stochastic", metadata={"help": "Which side learns in Eq. 2.", "choices": ALIGNMENTS}
+    )
     bernoulli_p: float = field(default=0.5, metadata={"help": "Probability that the states learn in Eq. 2."})
     bcm_receives_ce: bool = field(default=True, metadata={"help": "Whether the cross-entropy trains BCM."})
     latent_inputs: str | None = field(
@@ -115,7 +112,7 @@ class VReflectionSFTConfig(SFTConfig):
     long_sample_length: int = field(default=4096, metadata={"help": "A sample with more tokens is packed alone."})
     packing_lookahead: int = field(default=256, metadata={"help": "Samples among which the best fit is looked for."})
     on_bad_row: str = field(
-        default="error", metadata={"help": "What a bad row does: stop the run, or be skipped.", "choices": ON_BAD_ROW}
+        default="error", metadata={"help": "What to do with an invalid row.", "choices": ON_BAD_ROW}
     )
     sample_every: int = field(default=250, metadata={"help": "Steps between two pictures of attention; 0: none."})
     report_to: None | str | list[str] = field(
@@ -135,34 +132,29 @@ class VReflectionSFTConfig(SFTConfig):
             "stage": STAGES,
             "latent_loss": DISTANCES,
             "alignment": ALIGNMENTS,
-            "latent_inputs": (None, *LATENT_INPUTS),
+            "latent_inputs": (None, "bcm", "dac", "hidden"),
             "on_bad_row": ON_BAD_ROW,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                names = ", ".join(str(choice) for choice in allowed)
+                names = ", ".join(map(str, allowed))
                 raise ValueError(f"`{name}` must be one of {names}, got {getattr(self, name)!r}.")
-        for name in ("lambda_bcm", "lambda_dac", "lambda_feat", "lambda_attn"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        if not 0 <= self.bernoulli_p <= 1:
-            raise ValueError(f"`bernoulli_p` must lie in [0, 1], got {self.bernoulli_p}.")
-        for name in ("attention_temperature", "attention_epsilon"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
-        for name in ("max_samples_per_pack", "long_sample_length", "packing_lookahead"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.sample_every < 0:
-            raise ValueError(f"`sample_every` must not be negative, got {self.sample_every}.")
-        if self.stage == "sft" and self.latent_inputs is not None:
-            raise ValueError("`stage='sft'` has no slots to fill: leave `latent_inputs` out.")
-        if self.latent_inputs is None:
-            self.latent_inputs = LATENT_INPUTS_OF_STAGE[self.stage]
-        if self.stage == "1" and self.latent_inputs == "dac":
-            raise ValueError("Stage 1 doesn't train DAC: `latent_inputs` must be 'bcm' or 'hidden'.")
+        for names, holds, rule in (
+            (
+                ("lambda_bcm", "lambda_dac", "lambda_feat", "lambda_attn", "sample_every"),
+                lambda x: x >= 0,
+                "not be negative",
+            ),
+            (("bernoulli_p",), lambda x: 0 <= x <= 1, "lie in [0, 1]"),
+            (("attention_temperature", "attention_epsilon"), lambda x: x > 0, "be above 0"),
+            (("max_samples_per_pack", "long_sample_length", "packing_lookahead"), lambda x: x >= 1, "be at least 1"),
+        ):
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"`{name}` must {rule}, got {getattr(self, name)}.")
+        self._resolve_latent_inputs()
         if self.packing or self.eval_packing:
-            raise ValueError("trl's `packing` knows no pictures: set `sample_packing=True` instead.")
+            raise ValueError("trl's `packing` doesn't support images: set `sample_packing=True` instead.")
         if self.sample_packing:
             self._check_packing()
         if self.report_to is None:
@@ -172,7 +164,7 @@ class VReflectionSFTConfig(SFTConfig):
                 raise ValueError(f"V-Reflection doesn't support `{name}={getattr(self, name)!r}`: leave it out.")
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator reads ids, messages and images.")
-        # The collator renders and tokenizes, pictures included; trl's own preparation knows no reflections.
+        # The collator renders and tokenizes, pictures included; trl's own preparation doesn't support reflections.
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
         if self.hub_token is not None:
@@ -187,6 +179,31 @@ class VReflectionSFTConfig(SFTConfig):
                 "`latent_inputs='hidden'` decodes with a cache, which gradient checkpointing forbids: set "
                 "`gradient_checkpointing=False`."
             )
+
+    @property
+    def packing_rule(self) -> dict[str, int]:
+        """The keyword arguments of [`pack_samples`](data/packing.py)."""
+        return {
+            "max_length": self.max_length,
+            "max_samples": self.max_samples_per_pack,
+            "long_length": self.long_sample_length,
+            "lookahead": self.packing_lookahead,
+        }
+
+    @property
+    def packing_seed(self) -> int | None:
+        """Seed of the order in which samples are packed; `None`: as they come."""
+        return None if self.train_sampling_strategy == "sequential" else self.seed
+
+    def _resolve_latent_inputs(self):
+        allowed = STAGES[self.stage].latent_inputs
+        if self.latent_inputs is None:
+            self.latent_inputs = allowed[0] if allowed else None
+        elif not allowed:
+            raise ValueError(f"`stage={self.stage!r}` has no slots to fill: leave `latent_inputs` out.")
+        elif self.latent_inputs not in allowed:
+            names = " or ".join(map(repr, allowed))
+            raise ValueError(f"In stage {self.stage} `latent_inputs` must be {names}, got {self.latent_inputs!r}.")
 
     def _check_packing(self):
         if self.latent_inputs == "hidden":

@@ -7,6 +7,7 @@
   "runs": [
     {
       "stage": "1",
+      "title": "stage 1, BCM",
       "started_from": "Qwen/Qwen2.5-VL-7B-Instruct",
       "data": [{"format": "visual_cot", "local": "viscot_363k.json"}],
       "losses": {"L_BCM": 0.1},
@@ -21,9 +22,9 @@
 ```
 
 `base_model` is a Hub id, or null where nobody knows one; `from_scratch` says that there is none. `runs` are the stages one
-after the other, those of the checkpoints before included. `losses` holds weights beside cross-entropy's 1. A source of data
-has a `dataset`, which is a Hub id, or the name of something `local`, or neither where its `format` draws scenes. There are
-no paths in it.
+after the other, those of the checkpoints before included; `title` is the stage's name on the card, missing in old files.
+`losses` holds weights besides cross-entropy's 1. A source of data has a `dataset`, which is a Hub id, or the name of
+something `local`, or neither where its `format` draws scenes. There are no paths in it.
 """
 
 import json
@@ -44,12 +45,6 @@ RUN_FIELDS = {
     "batch": dict,
     "steps": int,
     "versions": dict,
-}
-STAGE_NAMES = {
-    "sft": "plain fine-tuning",
-    "1": "stage 1, BCM",
-    "2": "stage 2, DAC",
-    "joint": "both stages at once",
 }
 DRAWN = ("glyphsearch", "glyphsearch_curriculum")
 
@@ -87,8 +82,7 @@ def check_training_facts(facts: Any, where: str | Path) -> dict[str, Any]:
         raise InputError(f"{where}: `from_scratch` is true, and yet there is a `base_model`")
     for number, run in enumerate(facts["runs"]):
         check_fields(run, RUN_FIELDS, f"{where}, run {number}")
-        if run["stage"] not in STAGE_NAMES:
-            raise InputError(f"{where}, run {number}: `stage` must be one of {', '.join(STAGE_NAMES)}")
+        check_fields({"title": "", **run}, {"title": str}, f"{where}, run {number}")
     return facts
 
 
@@ -141,7 +135,7 @@ def options_table(facts: dict[str, Any]) -> str:
 
 def run_table(runs: list[dict[str, Any]], rows: dict[str, Callable[[dict], str]]) -> str:
     """A Markdown table with a column for each run; rows that say nothing of any run are left out."""
-    lines = [["", *(STAGE_NAMES[run["stage"]] for run in runs)], ["---"] * (len(runs) + 1)]
+    lines = [["", *(plain(run.get("title", f"stage {run['stage']}")) for run in runs)], ["---"] * (len(runs) + 1)]
     cells = [[name, *map(cell, runs)] for name, cell in rows.items()]
     lines += [row for row in cells if any(row[1:])]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -180,4 +174,9 @@ def assignments(options: dict[str, Any]) -> str:
 
 def code(text: Any) -> str:
     """Text as Markdown code that no table cell breaks at."""
-    return "`" + str(text).replace("|", "\\|").replace("`", "'").replace("\n", " ") + "`"
+    return "`" + plain(text).replace("`", "'") + "`"
+
+
+def plain(text: Any) -> str:
+    """Text that no table cell breaks at."""
+    return str(text).replace("|", "\\|").replace("\n", " ")

@@ -11,7 +11,8 @@ from run_helpers import Rows, moved
 from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_training import VReflectionDataCollator, VReflectionSFTConfig, VReflectionSFTTrainer
-from vreflection_training.sft_trainer import FACTS, states_learn
+from vreflection_training.collator import NON_MODEL_KEYS
+from vreflection_training.losses import latent_losses, states_learn
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_a_zero_weight_is_the_cross_entropy_alone(make_trainer, model, processor
     got = gradients(trainer)
     batch = VReflectionDataCollator(processor, model.config)([rows[0], rows[1]])
     labels = batch["labels"]
-    batch = {key: value for key, value in batch.items() if key not in FACTS}
+    batch = {key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}
     other.model.visual.requires_grad_(False)
     logits = other(**batch, latent_inputs="bcm").logits[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
@@ -123,9 +124,9 @@ def test_the_draw_decides_who_learns_from_the_alignment(make_trainer, model, sta
 
     class AlignmentOnly(VReflectionSFTTrainer):
         def compute_loss(self, model, inputs, **kwargs):
-            inputs = {key: value for key, value in inputs.items() if key not in FACTS}
+            inputs = {key: value for key, value in inputs.items() if key not in NON_MODEL_KEYS}
             outputs = model(**inputs, latent_inputs="bcm", bcm_receives_ce=False)
-            return self.latent_losses(outputs, 2)["loss_bcm"]
+            return latent_losses(outputs, self.args, global_step=0, num_segments=2)[1]["L_BCM"]
 
     trainer = make_trainer(stage="1", bernoulli_p=states)
     trainer.__class__ = AlignmentOnly
@@ -238,7 +239,7 @@ def test_a_checkpoint_resumes_bit_for_bit(make_trainer, checkpoint, model, tmp_p
         ({"lambda_bcm": -1.0}, "`lambda_bcm` must not be negative"),
         ({"attention_temperature": 0.0}, "`attention_temperature` must be above 0"),
         ({"stage": "sft", "latent_inputs": "bcm"}, "no slots to fill"),
-        ({"stage": "1", "latent_inputs": "dac"}, "Stage 1 doesn't train DAC"),
+        ({"stage": "1", "latent_inputs": "dac"}, "In stage 1 `latent_inputs` must be 'bcm' or 'hidden', got 'dac'"),
         ({"latent_inputs": "hidden", "gradient_checkpointing": True}, "set `gradient_checkpointing=False`"),
         ({"packing": True}, "set `sample_packing=True` instead"),
         ({"sample_packing": True, "latent_inputs": "hidden"}, "set `sample_packing=False`"),
@@ -305,7 +306,7 @@ def test_collapsed_latents_are_said(make_trainer, model, caplog):
     assert "latent_spread" in run_log(make_trainer(stage="1"))[-1] and "nearly equal" not in caplog.text
     with torch.no_grad():  # the states of all samples become the norm's bias
         model.model.language_model.norm.weight.zero_()
-    logger = logging.getLogger("vreflection_training.sft_trainer")
+    logger = logging.getLogger("vreflection_training.run.trainer_mixin")
     logger.addHandler(caplog.handler)
     try:
         trainer = make_trainer(stage="1", learning_rate=0.0)
@@ -325,7 +326,7 @@ def run_log(trainer):
 def test_metrics_against_a_computation_by_hand(make_trainer, model, processor, rows):
     log = run_log(make_trainer(stage="1", max_steps=1, learning_rate=0.0))[0]
     batch = VReflectionDataCollator(processor, model.config)([rows[0], rows[1]])
-    outputs = model(**{key: value for key, value in batch.items() if key not in FACTS}, latent_inputs="bcm")
+    outputs = model(**{key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}, latent_inputs="bcm")
     distance = (outputs.latent_states - outputs.teacher_latents).abs().mean().item()
     assert log["latent_distance"] == pytest.approx(distance, rel=1e-5)
     h = outputs.latent_states.double()  # two segments: one minus their inner product over their mean square

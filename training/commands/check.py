@@ -30,14 +30,25 @@ def run(options: argparse.Namespace) -> int:
 
     from vreflection_hub_card.errors import InputError
 
-    from ..data.check import check, format_report
+    from ..data.data_report import format_report, report_data
     from ..data.sources import load_rows
     from ..recipe import build_processor, parse
+    from ..stages import STAGES
 
     script, model_args, args = parse([options.recipe, *arguments, "--use_cpu", "true"])  # no model is run
     try:
         rows = load_rows(script.sources, streaming=script.streaming, seed=args.seed)
-        report = check(rows, build_processor(script, model_args), args, decode=known.decode)
+        report = report_data(
+            rows,
+            build_processor(script, model_args),
+            args.packing_rule,
+            packed=args.sample_packing,
+            reflect=STAGES[args.stage].reflects,
+            decode=known.decode,
+            batch_size=args.per_device_train_batch_size,
+            num_proc=args.dataset_num_proc,
+            seed=args.packing_seed,
+        )
     except (ValueError, ImportError) as error:
         raise InputError(str(error)) from error
     print(format_report(report))

@@ -3,7 +3,7 @@
 import random
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -13,11 +13,7 @@ from datasets import Dataset, IterableDataset
 from modeling_vreflection import VReflectionProcessor
 from vreflection_hub_card.rows import BadRow, row_name
 
-from .measure import measure_row, measure_rows
-
-
-if TYPE_CHECKING:
-    from ..sft_config import VReflectionSFTConfig
+from .inspection import measure_row, measure_rows
 
 
 T = TypeVar("T")
@@ -146,45 +142,53 @@ def too_long(row: dict[str, Any], length: int, max_length: int) -> str:
 
 
 def pack_dataset(
-    rows: Dataset | IterableDataset, processor: VReflectionProcessor, args: "VReflectionSFTConfig"
+    rows: Dataset | IterableDataset,
+    processor: VReflectionProcessor,
+    rule: dict[str, int],
+    *,
+    reflect: bool = True,
+    on_bad_row: str = "error",
+    num_proc: int | None = None,
+    seed: int | None = None,
 ) -> tuple[PackedDataset | PackedIterableDataset, list[str]]:
-    """Packs a data set by the options of `args`.
+    """Packs a data set.
 
     Rows that can be asked for by number are all measured first, from the headers of their pictures, and packed once, in
     an order that depends on the seed alone; the trainer shuffles packs.
+
+    Args:
+        rows (`Dataset` or `IterableDataset`): The rows.
+        processor (`VReflectionProcessor`): Measures them.
+        rule (`dict`): The keyword arguments of [`pack_samples`].
+        reflect (`bool`, *optional*, defaults to `True`): Whether reflections are kept.
+        on_bad_row (`str`, *optional*, defaults to `"error"`): `"error"` raises at a bad row, `"skip"` leaves it out.
+        num_proc (`int`, *optional*): Processes to measure with.
+        seed (`int`, *optional*): Seed of the order in which samples are packed; as they come, if left out.
 
     Returns:
         `tuple`: The packs, and what is wrong with each row that was skipped.
 
     Raises:
-        BadRow: With `on_bad_row="error"`, a row that can't be read or doesn't fit a pack.
+        BadRow: With `on_bad_row="error"`, a row that can't be read or doesn't fit a pack; no row that can be trained on.
     """
-    rule = {
-        "max_length": args.max_length,
-        "max_samples": args.max_samples_per_pack,
-        "long_length": args.long_sample_length,
-        "lookahead": args.packing_lookahead,
-    }
-    reflect = args.stage != "sft"
     if isinstance(rows, IterableDataset):
-        return PackedIterableDataset(rows, processor, reflect, args.on_bad_row, rule), []
+        return PackedIterableDataset(rows, processor, reflect, on_bad_row, rule), []
     # One process measures: a file that only one of them fails to read would give them different packs.
     measured = [None]
     if PartialState().is_main_process:
-        options = {"reflect": reflect, "on_bad_row": args.on_bad_row, "num_proc": args.dataset_num_proc}
-        measured = [measure_rows(rows, processor, **options)]
+        measured = [measure_rows(rows, processor, reflect=reflect, on_bad_row=on_bad_row, num_proc=num_proc)]
     numbers, lengths, skipped = broadcast_object_list(measured)[0]
     samples = []
     for number, length in zip(numbers, lengths):
-        if length <= args.max_length:
+        if length <= rule["max_length"]:
             samples.append((number, length))
             continue
-        message = too_long(rows[number], length, args.max_length)
-        if args.on_bad_row == "error":
+        message = too_long(rows[number], length, rule["max_length"])
+        if on_bad_row == "error":
             raise BadRow(message)
         skipped.append(message)
     if not samples:
         raise BadRow(f"Of {len(rows)} rows none can be trained on. The first: {' '.join(skipped[:1])}")
-    if args.train_sampling_strategy != "sequential":
-        random.Random(args.seed).shuffle(samples)
+    if seed is not None:
+        random.Random(seed).shuffle(samples)
     return PackedDataset(rows, list(pack_samples(samples, **rule))), skipped

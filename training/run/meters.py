@@ -16,9 +16,10 @@ class Meters:
         self._totals = {name: [0.0, 0.0] for name in names}
 
     def add(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float):
-        """Adds a sum over `count` things."""
-        self._totals[name][0] += float(total)
-        self._totals[name][1] += float(count)
+        """Adds a sum over `count` things; a sum over none, as of a dummy row, is dropped."""
+        if (count := float(count)) > 0:
+            self._totals[name][0] += float(total)
+            self._totals[name][1] += count
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
         """The means since the last call, of what was seen on any rank."""

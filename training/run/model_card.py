@@ -1,4 +1,4 @@
-"""What a run writes down about itself beside its weights, and the model card made of it."""
+"""What a run notes about itself next to its weights, and the model card made of it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,30 +14,16 @@ from vreflection_hub_card.card.checkpoint import Checkpoint, read_weights
 from vreflection_hub_card.evaluation.provenance import describe_machine, describe_versions
 
 from ..data.sources import GLYPHSEARCH
-from ..sft_config import VReflectionSFTConfig
+from ..losses import loss_weights
+from ..stages import STAGES
 
 
-# Of a source: what tells the data, and holds no path.
+# The options of a source that the facts name: they hold no path.
 SOURCE_OPTIONS = ("name", "revision", "split", "weight", "difficulty", "start", "count", "crops", "lists", "scenes")
-LOSSES_OF_STAGE = {
-    "sft": (),
-    "1": ("L_BCM",),
-    "2": ("L_feat", "L_attn"),
-    "joint": ("L_BCM", "L_feat", "L_attn"),
-}
-STAGE_1_OPTIONS = ("alignment", "bernoulli_p", "bcm_receives_ce")
-STAGE_2_OPTIONS = ("attention_temperature", "attention_epsilon")
-REFLECTION_OPTIONS = ("latent_inputs", "latent_loss", "slot_ce")
-OPTIONS_OF_STAGE = {
-    "sft": (),
-    "1": (*REFLECTION_OPTIONS, *STAGE_1_OPTIONS),
-    "2": (*REFLECTION_OPTIONS, *STAGE_2_OPTIONS, "allow_untrained_bcm"),
-    "joint": (*REFLECTION_OPTIONS, *STAGE_1_OPTIONS, *STAGE_2_OPTIONS),
-}
 
 
 class RunOrigin:
-    """What a run began as, noted at its start: its output may land in the folder that it was loaded from.
+    """What a run started from, noted at its start: its output may land in the folder that it was loaded from.
 
     Args:
         started_from (`str`, *optional*): The Hub id or folder that the model was loaded from.
@@ -59,7 +45,7 @@ class RunOrigin:
             earlier = {"base_model": base_model, "from_scratch": from_scratch, "runs": []}
         self.earlier = earlier
 
-    def facts(self, args: VReflectionSFTConfig, **more) -> dict[str, Any]:
+    def facts(self, args, **more) -> dict[str, Any]:
         """The content of `training_facts.json`: the earlier runs, and this one; `more` are facts of `run_facts`."""
         run = run_facts(args, started_from=self.started_from, data=self.data, **more)
         return {**self.earlier, "runs": [*self.earlier["runs"], run]}
@@ -81,7 +67,7 @@ def public_source(source: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_facts(
-    args: VReflectionSFTConfig,
+    args,
     *,
     started_from: str | None,
     data: list[dict],
@@ -101,11 +87,6 @@ def run_facts(
         versions (`dict[str, str]`): Of the packages.
         more: `tokens`, `machine`, `adapter`, where known.
     """
-    weights = {
-        "L_BCM": args.lambda_bcm,
-        "L_feat": args.lambda_dac * args.lambda_feat,
-        "L_attn": args.lambda_dac * args.lambda_attn,
-    }
     batch = {
         "per_device": args.per_device_train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
@@ -113,13 +94,14 @@ def run_facts(
     }
     if args.sample_packing:
         batch |= {"samples_per_pack": args.max_samples_per_pack, "max_length": args.max_length}
-    options = {name: getattr(args, name) for name in OPTIONS_OF_STAGE[args.stage]}
+    stage = STAGES[args.stage]
     return {
         "stage": args.stage,
+        "title": stage.title,
         "started_from": started_from,
         "data": data,
-        "losses": {name: weights[name] for name in LOSSES_OF_STAGE[args.stage]},
-        "options": options | {"freeze_vision": args.freeze_vision},
+        "losses": loss_weights(args),
+        "options": {name: getattr(args, name) for name in (*stage.options, "freeze_vision")},
         "optimiser": {
             "optim": str(getattr(args.optim, "value", args.optim)),
             "learning_rate": args.learning_rate,

@@ -1,7 +1,10 @@
 """A sample of a training batch as a picture: what the model saw, and where teacher and student look (the paper's Fig. 3 and 5).
 
-Symbols in shapes: S latent steps, h x w merged patches of an image.
+Symbols in shapes: G segments, S latent steps, L merged patches, h x w of them in an image.
 """
+
+from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -14,6 +17,7 @@ from vreflection_hub_card.inference.drawing import (
     colour_bar,
     new_figure,
     panel_shape,
+    save_figure,
     show,
     wrap,
 )
@@ -24,6 +28,33 @@ from .latent_metrics import attention_inside
 NAMES = ("teacher", "student")
 # Inches, and pixels an inch: small files, since a run writes many.
 WIDTH, PANEL, STEP_PANEL, DPI = 10.2, 2.8, 1.09, 80
+
+
+def save_sample(
+    path: Path,
+    batch: dict[str, Any],
+    maps: dict[str, torch.Tensor],
+    grids: list[tuple[int, int]],
+    image_processor,
+    title: str,
+):
+    """Draws the first reflection of a batch, see `draw_sample`.
+
+    Args:
+        path (`Path`): The file to write.
+        batch (`dict`): What the collator made.
+        maps (`dict[str, torch.FloatTensor]` of shape `(G, S, L)`): Attention of `"teacher"` and `"student"`, or of one.
+        grids (`list[tuple[int, int]]`): h and w of each image's merged grid.
+        image_processor (`Qwen2VLImageProcessor`): The one that cut the batch's images.
+        title (`str`): What stands before the sample's name.
+    """
+    image, *box = batch["boxes"][0].tolist()
+    height, width = grids[image]
+    maps = {name: seen[0, :, : height * width].unflatten(1, (height, width)) for name, seen in maps.items()}
+    picture = picture_from_patches(batch["pixel_values"], batch["image_grid_thw"], image, image_processor)
+    name = next(name for name, count in zip(batch["sample_ids"], batch["reflections"]) if count)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(draw_sample(picture, box, maps.get("teacher"), maps.get("student"), f"{title}: {name}"), path)
 
 
 def picture_from_patches(

@@ -34,6 +34,7 @@ def facts():
     """Facts of a stage 1 of the 7B, made up."""
     run = {
         "stage": "1",
+        "title": "stage 1, BCM",
         "started_from": "Qwen/Qwen2.5-VL-7B-Instruct",
         "data": [
             {"format": "messages", "dataset": "someone/rows", "split": "train", "weight": 3},

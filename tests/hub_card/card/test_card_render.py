@@ -150,7 +150,9 @@ def test_the_training_is_told(folder, facts):
 
 
 def test_two_runs_are_two_columns_and_an_option_of_one_is_empty_in_the_other(folder, facts):
-    facts["runs"].append(facts["runs"][0] | {"stage": "2", "options": {"latent_inputs": "dac"}})
+    facts["runs"].append(
+        facts["runs"][0] | {"stage": "2", "title": "stage 2, DAC", "options": {"latent_inputs": "dac"}}
+    )
     told = section(load(write_card(folder, facts=facts)), "Training")
     assert "|  | stage 1, BCM | stage 2, DAC |" in told
     assert "| latent_inputs | `bcm` | `dac` |" in told and "| latent_loss | `l1` |  |" in told
@@ -228,7 +230,7 @@ def test_what_is_no_checkpoint_is_refused(folder, tmp_path):
         (lambda facts: facts.pop("from_scratch"), "`from_scratch` is missing"),
         (lambda facts: facts.update(from_scratch=True), "`from_scratch` is true, and yet"),
         (lambda facts: facts["runs"][0].pop("steps"), "run 0: `steps` is missing"),
-        (lambda facts: facts["runs"][0].update(stage="3"), "run 0: `stage` must be one of sft, 1, 2, joint"),
+        (lambda facts: facts["runs"][0].update(title=3), "run 0: `title` is missing or of the wrong type"),
     ],
 )
 def test_damaged_facts_are_refused(folder, facts, change, message):

@@ -268,7 +268,7 @@ def test_a_meta_file_that_is_none_is_refused(tmp_path, content):
 
 @pytest.mark.parametrize("indent", [None, 4])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
-def test_a_json_list_is_read_in_pieces(tmp_path, monkeypatch, indent, chunk):
+def test_lists_and_lines_are_told_apart(tmp_path, monkeypatch, indent, chunk):
     monkeypatch.setattr("vreflection_training.data.json_files.CHUNK", chunk)
     items = [{"text": 'a "quoted" ] } é\n', "n": [number, {"x": None}]} for number in range(9)]
     path = tmp_path / "rows.json"

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from vreflection_training import VReflectionDataCollator
+from vreflection_training.collator import NON_MODEL_KEYS
 from vreflection_training.data.packing import pack_samples
 from vreflection_training.losses import attention_distillation_loss, bcm_alignment_loss, feature_distillation_loss
-from vreflection_training.sft_trainer import FACTS
 
 
 def picture(seed, width, height):
@@ -41,7 +41,7 @@ PACKS = [[ROWS[0], ROWS[1], ROWS[2]], [ROWS[3], ROWS[4]]]
 def run(model, batch, latent_inputs):
     """Logits at every token that isn't padding, sample by sample, and what was seen at the segments."""
     outputs = model(
-        **{key: value for key, value in batch.items() if key not in FACTS},
+        **{key: value for key, value in batch.items() if key not in NON_MODEL_KEYS},
         latent_inputs=latent_inputs,
         use_cache=False,
     )

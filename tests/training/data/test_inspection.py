@@ -7,7 +7,7 @@ from PIL import Image as Picture
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_hub_card.rows import BadRow
 from vreflection_training import VReflectionDataCollator
-from vreflection_training.data.measure import measure_row, measure_rows
+from vreflection_training.data.inspection import measure_row, measure_rows
 from vreflection_training.data.sources import load_rows
 
 

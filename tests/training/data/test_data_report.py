@@ -6,19 +6,12 @@ from PIL import Image
 
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_hub_card.rows import make_bad_row
-from vreflection_training import VReflectionSFTConfig
-from vreflection_training.data.check import CheckReport, check, format_report, padding_share
-from vreflection_training.data.histogram import bin_width, count_bins, text_histogram
-from vreflection_training.data.measure import measure_row
+from vreflection_training.data.data_report import DataReport, format_report, padding_share, report_data
+from vreflection_training.data.histogram import round_edges, text_histogram
+from vreflection_training.data.inspection import measure_row
 
 
-@pytest.fixture
-def configure(tmp_path):
-    def make(**options):
-        options = {"stage": "1", "per_device_train_batch_size": 3, "bf16": False, "use_cpu": True, **options}
-        return VReflectionSFTConfig(str(tmp_path / "out"), report_to="none", **options)
-
-    return make
+RULE = {"max_length": None, "max_samples": 4, "long_length": 4096, "lookahead": 256}
 
 
 def make_row(number, images, box=(0.1, 0.2, 0.3, 0.4), words=1, dataset="docvqa"):
@@ -44,9 +37,9 @@ def rows(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_everything_is_counted_and_no_bad_row_stops_it(processor, configure, rows, streaming):
+def test_everything_is_counted_and_no_bad_row_stops_it(processor, rows, streaming):
     dataset = Dataset.from_list([{"error": None, **row} for row in rows])
-    report = check(dataset.to_iterable_dataset() if streaming else dataset, processor, configure())
+    report = report_data(dataset.to_iterable_dataset() if streaming else dataset, processor, RULE)
     assert (report.rows, report.images, report.missing) == (12, 13, 2)
     assert report.datasets == {"docvqa": 10, "gqa": 2}
     assert report.bad == {"missing picture": 2, "box": 1, "format": 1}
@@ -71,20 +64,19 @@ def test_everything_is_counted_and_no_bad_row_stops_it(processor, configure, row
     assert "- Sample r9: " in text
 
 
-def test_decoding_finds_what_a_header_hides(processor, configure, rows):
-    report = check(Dataset.from_list(rows[:8]), processor, configure(), decode=True)
+def test_decoding_finds_what_a_header_hides(processor, rows):
+    report = report_data(Dataset.from_list(rows[:8]), processor, RULE, decode=True)
     assert report.bad == {"picture": 1}
     assert "cut.jpg: damaged or unreadable" in report.named[0]
     assert "read in full" in format_report(report)
 
 
-def test_samples_longer_than_the_limit_are_bad_rows(processor, configure, rows):
+def test_samples_longer_than_the_limit_are_bad_rows(processor, rows):
     lengths = [measure_row(row, processor).tokens for row in rows[:6]]
     limit = sorted(lengths)[3]
-    report = check(
-        Dataset.from_list(rows[:6]), processor, configure(max_length=limit, long_sample_length=min(lengths))
-    )
-    assert report.too_long == 2 == report.bad_rows == report.bad["too long"]
+    rule = {**RULE, "max_length": limit, "long_length": min(lengths)}
+    report = report_data(Dataset.from_list(rows[:6]), processor, rule)
+    assert report.bad_rows == report.bad["too long"] == 2
     assert sorted(report.lengths) == sorted(lengths)[:4]
     assert report.named[0].startswith(f"Sample r4: {lengths[4]} tokens, above `max_length`")
     text = " ".join(format_report(report).split())
@@ -93,11 +85,12 @@ def test_samples_longer_than_the_limit_are_bad_rows(processor, configure, rows):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_pack_fill_and_padding_add_up(processor, configure, rows, streaming):
+def test_pack_fill_and_padding_add_up(processor, rows, streaming):
     good = [dict(rows[number % 6], id=str(number)) for number in range(40)]
-    args = configure(sample_packing=True, max_length=300, max_samples_per_pack=3, train_sampling_strategy="sequential")
+    rule = {**RULE, "max_length": 300, "max_samples": 3}
     dataset = Dataset.from_list(good)
-    report = check(dataset.to_iterable_dataset() if streaming else dataset, processor, args)
+    dataset = dataset.to_iterable_dataset() if streaming else dataset
+    report = report_data(dataset, processor, rule, packed=True, batch_size=3)
     total = sum(measure_row(row, processor).tokens for row in good)
     assert sum(report.packs) == total == sum(report.lengths)
     assert max(report.packs) <= 300
@@ -112,20 +105,20 @@ def test_pack_fill_and_padding_add_up(processor, configure, rows, streaming):
     assert f"{100 * report.pack_fill:.1f} % full" in text
 
 
-def test_the_packs_are_those_that_training_makes(processor, configure, rows):
+def test_the_packs_are_those_that_training_makes(processor, rows):
     from vreflection_training.data.packing import pack_dataset
 
     dataset = Dataset.from_list([dict(rows[number % 6], id=str(number)) for number in range(40)])
-    args = configure(sample_packing=True, max_length=300, seed=3)
-    packs, _ = pack_dataset(dataset, processor, args)
-    report = check(dataset, processor, args)
+    rule = {**RULE, "max_length": 300}
+    packs, _ = pack_dataset(dataset, processor, rule, seed=3)
+    report = report_data(dataset, processor, rule, packed=True, seed=3)
     lengths = [measure_row(row, processor).tokens for row in dataset]
     assert report.packs == [sum(lengths[number] for number in pack) for pack in packs.packs]
 
 
-def test_plain_fine_tuning_measures_without_reflections(processor, configure):
+def test_plain_fine_tuning_measures_without_reflections(processor):
     dataset = glyphsearch_dataset("train", 5)
-    kept, dropped = (check(dataset, processor, configure(stage=stage)) for stage in ("1", "sft"))
+    kept, dropped = (report_data(dataset, processor, RULE, reflect=reflect) for reflect in (True, False))
     assert [length - 10 for length in kept.lengths] == dropped.lengths
     assert "without reflection" in format_report(kept)
     assert "without reflection" not in format_report(dropped)
@@ -137,30 +130,32 @@ def test_padding_is_none_where_lengths_are_equal():
     assert padding_share([], 2) == 0
 
 
-def test_only_ten_bad_rows_are_named(processor, configure):
+def test_only_ten_bad_rows_are_named(processor):
     dataset = Dataset.from_list([make_bad_row(str(number), "a", "broken") for number in range(14)])
-    report = check(dataset, processor, configure())
+    report = report_data(dataset, processor, RULE)
     assert report.bad_rows == 14 and len(report.named) == 10
     assert format_report(report).endswith("and 4 more.")
     assert "tokens" not in format_report(report)
 
 
-@pytest.mark.parametrize("longest", [0, 1, 15, 16, 100, 799, 800, 16_384, 123_456])
+@pytest.mark.parametrize("longest", [0, 1, 15, 16, 99, 100, 799, 800, 16_384, 123_456])
 def test_bins_hold_every_length_once(longest):
-    width = bin_width(longest)
-    assert width * 20 > longest
-    assert width == 1 or longest >= 20 * width / 2.5  # not needlessly wide
+    edges = round_edges(longest, 20)
+    width = edges[1] - edges[0]
+    assert set(edges[1:] - edges[:-1]) == {width} and edges[0] == 0 and longest < edges[-1]
+    assert str(width).rstrip("0") in ("1", "2", "5")
+    assert width == 1 or longest >= 20 * width / 2.5 - 1  # not needlessly wide
     lengths = [0, longest // 3, longest // 2, longest]
-    counts = count_bins(lengths, width)
-    assert sum(counts) == 4 and counts[-1] > 0 and len(counts) <= 20
     lines = text_histogram(lengths)
-    assert len(lines) == len(counts)
-    assert [int(line.split()[-1]) for line in lines] == counts
-    assert all(("█" in line) == (count > 0) for line, count in zip(lines, counts))
+    assert len(lines) == len(edges) - 1 <= 20
+    expected = [sum(low <= length < high for length in lengths) for low, high in zip(edges, edges[1:])]
+    assert [int(line.split()[-1]) for line in lines] == expected and expected[-1] > 0
+    assert all(("█" in line) == (count > 0) for line, count in zip(lines, expected))
 
 
 def test_the_histogram_is_a_picture(tmp_path):
-    report = CheckReport(lengths=[300, 400, 400, 5000], long_length=4096, max_length=16384)
+    rule = {**RULE, "max_length": 16384}
+    report = DataReport(rule, lengths=[300, 400, 400, 5000])
     report.save_histogram(tmp_path / "lengths.png")
     picture = Image.open(tmp_path / "lengths.png").convert("RGB")
     assert picture.size == (1280, 640)

@@ -1,0 +1,224 @@
+"""Whether a row is good, and how long it becomes, without a model and without reading its pictures' pixels."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+from datasets import Dataset, Features, Value
+
+from modeling_vreflection import VReflectionProcessor
+from modeling_vreflection.processing_vreflection import rendered_reflections
+from modeling_vreflection.regions_vreflection import quantise_box
+from vreflection_hub_card.rows import BadRow, check_past_reflections, row_images, row_messages, row_name
+
+from .images import count_image_tokens, image_size, load_image
+
+
+INSPECTION_FEATURES = Features(
+    {
+        **{name: Value("string") for name in ("id", "dataset")},
+        **{name: Value("int64") for name in ("tokens", "images", "missing", "reflections")},
+        **{name: Value("string") for name in ("problem", "kind")},
+    }
+)
+
+
+@dataclass
+class Inspection:
+    """What a row holds; with a `problem` it is a bad one, and `tokens` is 0.
+
+    Args:
+        tokens (`int`): Length of its rendered conversation, pictures and reflections included.
+        images (`int`): Its pictures.
+        missing (`int`): Pictures of which there is no file.
+        reflections (`int`): Its reflections; those of past turns aren't rendered and don't count.
+        problem (`str`, *optional*): What is wrong with it.
+        kind (`str`, *optional*): What kind of problem that is.
+    """
+
+    tokens: int = 0
+    images: int = 0
+    missing: int = 0
+    reflections: int = 0
+    problem: str | None = None
+    kind: str | None = None
+
+
+def read_messages(row: dict[str, Any], reflect: bool = True) -> list[dict[str, Any]]:
+    """The messages of a row, with its pictures in their places; without `reflect`, its reflections are dropped.
+
+    Raises:
+        BadRow: Messages that aren't any, another number of pictures than places, or what the row's reader found wrong.
+    """
+    return [
+        {**message, "content": [part for part in message["content"] if reflect or part["type"] != "reflection"]}
+        for message in row_messages(row)
+    ]
+
+
+def pictures(messages: list[dict[str, Any]]) -> list[Any]:
+    """The pictures of messages, in order."""
+    return [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+
+
+def check_messages(messages: list[dict[str, Any]], name: str, row: dict[str, Any]) -> int:
+    """Checks what needs neither pixels nor tokens, and counts the reflections that are rendered.
+
+    Raises:
+        BadRow: No assistant's turn; a reflection of a past turn; a box that isn't one, or of a picture that isn't there.
+    """
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadRow(f"{name} has nothing to learn from: no assistant's turn.", "nothing to learn")
+    check_past_reflections(messages, row)
+    images, reflections = len(pictures(messages)), rendered_reflections(messages)
+    for number, part in enumerate(reflections):
+        try:
+            quantise_box(part.get("box"), f"Box {number}")
+        except ValueError as error:
+            raise BadRow(f"{name}: {error}", "box") from error
+        index = part.get("image_index") or 0
+        if not isinstance(index, int) or not 0 <= index < images:
+            raise BadRow(
+                f"{name}: Box {number} has `image_index` {index!r}, but the sample has {images} images.", "image_index"
+            )
+    return len(reflections)
+
+
+def inspect_row(
+    row: dict[str, Any], processor: VReflectionProcessor, reflect: bool = True, decode: bool = False
+) -> Inspection:
+    """Looks at a row, as [`VReflectionDataCollator`] would make it; of a picture only the header is read.
+
+    Args:
+        row (`dict`): The row.
+        processor (`VReflectionProcessor`): The processor.
+        reflect (`bool`, *optional*, defaults to `True`): Whether reflections are kept; plain fine-tuning drops them.
+        decode (`bool`, *optional*, defaults to `False`): Whether to read the pictures as training does.
+    """
+    found = Inspection()
+    try:
+        messages = read_messages(row, reflect)
+        image_tokens = _image_tokens(pictures(messages), found, processor.image_processor, decode, row_name(row))
+        found.reflections = check_messages(messages, row_name(row), row)
+        text = processor.apply_chat_template(messages, tokenize=False)
+        places = text.count(processor.image_token)
+        if places != found.images:
+            raise BadRow(
+                f"{row_name(row)}: the rendered text holds {processor.image_token} {places} times, but there are "
+                f"{found.images} images.",
+                "images and places",
+            )
+        # A place is one token, which becomes as many as its picture has.
+        found.tokens = len(processor.tokenizer(text)["input_ids"]) - places + image_tokens
+    except BadRow as error:
+        found.problem, found.kind = str(error), error.kind
+        if row.get("error") is not None:  # maybe its picture is missing
+            try:
+                _image_tokens(row_images(row), found, processor.image_processor, False, row_name(row))
+            except BadRow:
+                found.kind = "missing picture" if found.missing else found.kind
+    return found
+
+
+def _image_tokens(images: list[Any], found: Inspection, image_processor, decode: bool, name: str) -> int:
+    """The tokens of all pictures; all are looked at, to count the missing ones, and then the first problem is raised."""
+    tokens, problem = 0, None
+    found.images = len(images)
+    for image in images:
+        try:
+            tokens += count_image_tokens(*image_size(image), image_processor)
+            if decode:
+                load_image(image, image_processor)
+        except FileNotFoundError as error:
+            found.missing += 1
+            problem = problem or BadRow(f"{name}: {error}", "missing picture")
+        except ValueError as error:
+            problem = problem or BadRow(f"{name}: {error}", "picture")
+    if problem is not None:
+        raise problem
+    return tokens
+
+
+def measure_row(row: dict[str, Any], processor: VReflectionProcessor, reflect: bool = True) -> Inspection:
+    """[`inspect_row`], for good rows.
+
+    Raises:
+        BadRow: A picture that is missing, can't be read or is too narrow; a box that is none, or of a picture that the row
+            doesn't have; another number of pictures than places; no assistant's turn.
+    """
+    found = inspect_row(row, processor, reflect)
+    if found.problem is not None:
+        raise BadRow(found.problem, found.kind)
+    return found
+
+
+def measure_rows(
+    dataset: Dataset,
+    processor: VReflectionProcessor,
+    *,
+    reflect: bool = True,
+    on_bad_row: str = "error",
+    num_proc: int | None = None,
+) -> tuple[list[int], list[int], list[str]]:
+    """Measures all rows of a data set.
+
+    Args:
+        dataset (`Dataset`): The rows.
+        processor (`VReflectionProcessor`): The processor.
+        reflect (`bool`, *optional*, defaults to `True`): Whether reflections are kept.
+        on_bad_row (`str`, *optional*, defaults to `"error"`): `"error"` raises at a bad row, `"skip"` leaves it out.
+        num_proc (`int`, *optional*): Processes to measure with.
+
+    Returns:
+        `tuple[list[int], list[int], list[str]]`: The numbers of the good rows, their lengths in tokens, and what is
+        wrong with each of the bad ones.
+
+    Raises:
+        BadRow: With `on_bad_row="error"`, what is wrong with the first bad row.
+    """
+    found = inspect_rows(dataset, processor, reflect=reflect, stop=on_bad_row == "error", num_proc=num_proc)
+    problems, tokens = found["problem"][:], found["tokens"][:]
+    good = [number for number, problem in enumerate(problems) if problem is None]
+    return good, [tokens[number] for number in good], [problem for problem in problems if problem is not None]
+
+
+def inspect_rows(
+    dataset: Dataset,
+    processor: VReflectionProcessor,
+    *,
+    reflect: bool = True,
+    decode: bool = False,
+    stop: bool = False,
+    num_proc: int | None = None,
+) -> Dataset:
+    """Looks at all rows of a data set, with a progress bar; see [`inspect_row`].
+
+    Args:
+        stop (`bool`, *optional*, defaults to `False`): Whether to raise a `BadRow` at the first bad row.
+        num_proc (`int`, *optional*): Processes.
+
+    Returns:
+        `Dataset`: For each row its `id`, its `dataset`, and the fields of an [`Inspection`].
+    """
+    inspected = dataset.map(
+        partial(inspect_and_name, processor=processor, reflect=reflect, decode=decode, stop=stop),
+        remove_columns=dataset.column_names,
+        features=INSPECTION_FEATURES,
+        num_proc=num_proc,
+        desc="Reading pictures" if decode else "Measuring rows",
+        # Never from the cache, by a fingerprint that is always new: pictures come and go without the rows changing.
+        keep_in_memory=True,
+        new_fingerprint=uuid4().hex,
+    )
+    return inspected.with_format(None)
+
+
+def inspect_and_name(
+    row: dict[str, Any], processor: VReflectionProcessor, reflect: bool, decode: bool, stop: bool = False
+) -> dict[str, Any]:
+    """What a row holds, and which row it is."""
+    found = inspect_row(row, processor, reflect, decode)
+    if stop and found.problem is not None:
+        raise BadRow(found.problem, found.kind)
+    return {"id": None if row.get("id") is None else str(row["id"]), "dataset": row.get("dataset"), **vars(found)}

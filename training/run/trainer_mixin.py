@@ -1,0 +1,231 @@
+"""What every trainer of this project shares: saving, resuming, signals, metrics, sample pictures, cards."""
+
+import shutil
+import time
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
+
+from modeling_vreflection import VReflectionForConditionalGeneration
+from vreflection_hub_card.card import save_card, write_training_facts
+
+from ..losses import latent_distance
+from ..stages import STAGES
+from .callbacks import PreemptionCallback, RunProgress, outlive_sigterm
+from .checkpoint_folders import check_same_stage, find_checkpoint, load_progress, remove_incomplete, writing
+from .latent_metrics import LatentSpread, attention_inside, collapse_message
+from .meters import Meters
+from .model_card import RunOrigin, trainer_card, trainer_facts
+from .sample_pictures import save_sample
+
+
+logger = logging.get_logger(__name__)
+
+MEANS = ("latent_distance", "teacher_inside_box", "student_inside_box", "reflections", "padding")
+
+
+class RunMixin:
+    """Stands before one of trl's trainers among the bases of a trainer of V-Reflection.
+
+    The trainer hands each batch to [`~RunMixin.record`], and its own means are named in `logged_means`.
+
+    Args:
+        model (`VReflectionForConditionalGeneration`): The model, without an adapter.
+        args (`TrainingArguments`): The configuration, with `stage` and `sample_every`.
+        sources (`list[dict]`, *optional*): Where `train_dataset` came from, as [`load_rows`](../data/sources.py) takes it;
+            for the model card and `training_facts.json`.
+        from_scratch (`bool`, *optional*, defaults to `False`): Whether the model began with random weights; likewise.
+        kwargs: Arguments of trl's trainer.
+
+    Raises:
+        ValueError: Several GPUs in one process.
+    """
+
+    logged_means: tuple[str, ...] = ()
+
+    def __init__(self, model, args, sources: list[dict] | None = None, from_scratch: bool = False, **kwargs):
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {args.n_gpu} GPUs, and torch's DataParallel would cut batches apart: start with "
+                "`--accelerate_config ddp_8gpu --num_processes N`, or set CUDA_VISIBLE_DEVICES=0."
+            )
+        self.origin = RunOrigin(model.name_or_path, sources, from_scratch)
+        self._running = torch.zeros((), dtype=torch.bool).share_memory_()
+        self._meters = {mode: Meters((*self.logged_means, *MEANS)) for mode in ("train", "eval")}
+        self._latents_shape = (model.config.num_latent_tokens, model.config.get_text_config().hidden_size)
+        self._spread = LatentSpread(*self._latents_shape)
+        self._collapsed = False
+        # Where DAC doesn't train, the student is as it was drawn.
+        self._watched = ("teacher", "student") if "dac" in STAGES[args.stage].trains else ("teacher",)
+        self._drawn_step = None
+        self._clock = None  # when tokens were last counted, and how many there were
+        super().__init__(model=model, args=args, **kwargs)
+        self.progress = RunProgress(args.stage)
+        self.preemption = PreemptionCallback(self.accelerator)
+        self.add_callback(self.progress)
+        self.add_callback(self.preemption)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """[`~transformers.Trainer.train`], which never resumes from a checkpoint that wasn't written to the end.
+
+        Raises:
+            CheckpointError: No whole checkpoint where one is asked for; a checkpoint of another stage.
+        """
+        checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        if checkpoint is not None:
+            stored = load_progress(checkpoint, type(self.progress).__name__)
+            check_same_stage(checkpoint, stored["args"]["stage"], self.args.stage)
+            self.progress.restore(stored)
+        self.accelerator.wait_for_everyone()  # all have chosen
+        if self.is_world_process_zero():
+            remove_incomplete(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        self._total_train_tokens = self.progress.num_tokens
+        self._clock = (time.perf_counter(), self._total_train_tokens)
+        self._running.fill_(True)
+        try:
+            result = super().train(checkpoint, **kwargs)
+        finally:
+            self._running.fill_(False)
+        self.progress.gather_skipped()
+        if self.is_world_process_zero() and (report := self.progress.report()):
+            logger.warning(report)
+        return result
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.worker_init_fn = partial(outlive_sigterm, running=self._running, then=inner.worker_init_fn)
+        return loader
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.is_fsdp_enabled and self.model.config.tie_word_embeddings:
+            state_dict = {name: value for name, value in state_dict.items() if name != "lm_head.weight"}
+        with self._plain_model() if self.is_fsdp_enabled else nullcontext():
+            super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if is_peft_model(self.model) and self.args.should_save:
+            from ..adapters import save_base_configs  # peft is an extra
+
+            save_base_configs(self.model, folder)
+        write_training_facts(folder, trainer_facts(self))
+        if folder == Path(self.args.output_dir):
+            self.create_model_card()
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        if self.is_world_process_zero():
+            save_card(trainer_card(self, model_name, dataset_name, tags), Path(self.args.output_dir))
+
+    @contextmanager
+    def _plain_model(self):
+        """FSDP2 gives the model a class of its own, whose code isn't ours: for a while, `model` is one of our class."""
+        sharded = self.model
+        if not is_peft_model(sharded):
+            with torch.device("meta"):
+                self.model = VReflectionForConditionalGeneration(sharded.config)
+            self.model.generation_config = sharded.generation_config
+        try:
+            yield
+        finally:
+            self.model = sharded
+
+    def _save_checkpoint(self, model, trial):
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        # An older checkpoint goes only when this one is whole.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            self.progress.gather_skipped()
+            with writing(folder, self.args.should_save):
+                self.accelerator.wait_for_everyone()  # nobody writes before the marker
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():  # transformers takes the weights along, and not the code that loads them
+            for code in Path(checkpoint_folder).glob("*_vreflection.py"):
+                shutil.copy(code, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    @torch.no_grad()
+    def record(self, batch, outputs, **means):
+        """Meters a batch, counts its tokens, and draws a sample where one is due.
+
+        Args:
+            batch (`dict`): What the collator made, see [`VReflectionDataCollator`](../collator.py).
+            outputs (`VReflectionCausalLMOutputWithPast`): The model's outputs.
+            means (`tuple`): The trainer's own means, by the names in `logged_means`: each a sum and how many it is of.
+        """
+        training, segments = self.model.training, sum(batch["reflections"])
+        means["reflections"] = sum(map(bool, batch["reflections"])), len(batch["sample_ids"])
+        means["padding"] = batch["input_ids"].numel() - batch["num_tokens"], batch["input_ids"].numel()
+        if segments:
+            merge = self.model.config.vision_config.spatial_merge_size
+            grids = [(height // merge, width // merge) for _, height, width in batch["image_grid_thw"].tolist()]
+            if outputs.teacher_latents is not None:
+                distance = latent_distance(outputs.latent_states, outputs.teacher_latents, "l1", 1)
+                means["latent_distance"] = distance, segments
+            maps = {name: getattr(outputs, f"{name}_attention") for name in self._watched}
+            maps = {name: attention for name, attention in maps.items() if attention is not None}
+            for name, attention in maps.items():
+                means[f"{name}_inside_box"] = attention_inside(attention, batch["boxes"], grids).sum(), segments
+            if training:
+                self._spread.add(outputs.latent_states)
+                self._draw(batch, maps, grids)
+        for name, (total, count) in means.items():
+            self._meters["train" if training else "eval"].add(name, total, count)
+        if training:
+            seen = torch.tensor(batch["num_tokens"], device=self.accelerator.device)
+            self.progress.num_tokens += int(self.accelerator.reduce(seen, reduction="sum"))
+            self._total_train_tokens = self.progress.num_tokens
+        self.progress.skip(batch["skipped"])
+        self._metrics["train" if training else "eval"]["num_tokens"] = [self.progress.num_tokens]
+
+    def _draw(self, batch, maps: dict[str, torch.Tensor], grids: list[tuple[int, int]]):
+        """Draws the batch's first reflection, every `sample_every` steps."""
+        step, every = self.state.global_step + 1, self.args.sample_every
+        if not every or step % every or step == self._drawn_step or not self.is_world_process_zero():
+            return
+        self._drawn_step = step
+        path = Path(self.args.output_dir) / "samples" / f"step-{step}.png"
+        title = f"stage {self.args.stage}, step {step}"
+        save_sample(path, batch, maps, grids, self.processing_class.image_processor, title)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        prefix = "eval_" if mode == "eval" else ""
+        means = self._meters[mode].pop(self.accelerator)
+        logs.update({prefix + name: mean for name, mean in means.items()})
+        if mode == "train" and "loss" in logs:
+            self._log_run(logs)
+        super().log(logs, start_time)
+
+    def _log_run(self, logs: dict[str, float]):
+        now = time.perf_counter()
+        before, tokens = self._clock
+        logs["tokens_per_second"] = (self.progress.num_tokens - tokens) / (now - before)
+        self._clock = (now, self.progress.num_tokens)
+        if STAGES[self.args.stage].reflects:
+            state = self._spread.state()
+            if self.accelerator.num_processes > 1:
+                state = self.accelerator.reduce(state.to(self.accelerator.device), reduction="sum")
+            spread = self._spread.value(state)
+            self._spread = LatentSpread(*self._latents_shape)
+            if spread is not None:
+                logs["latent_spread"] = spread
+            message = collapse_message(spread, self.state.global_step)
+            if message and not self._collapsed and self.is_world_process_zero():
+                logger.warning(message)
+            self._collapsed = message is not None
+        self.progress.gather_skipped()
+        if self.progress.skipped:
+            logs["skipped_rows"] = len(self.progress.skipped)

@@ -1,0 +1,59 @@
+"""The stages of training, one entry each: the only place that knows what a stage does."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage does.
+
+    Args:
+        title (`str`): Its name on the model card.
+        trains (`tuple[str, ...]`): Which of `"bcm"` and `"dac"` train, besides the language model.
+        latent_inputs (`tuple[str, ...]`): What may fill the slots, the default first; without any, reflections are dropped.
+        losses (`tuple[str, ...]`): The losses besides cross-entropy: `"L_BCM"` (Eq. 2), `"L_feat"` and `"L_attn"` (Eq. 5).
+        options (`tuple[str, ...]`): The fields of `VReflectionSFTConfig` that matter to this stage, for the model card.
+        latent_feedback (`str`, *optional*): What `generate` feeds back by default, written into generation_config.json;
+            `None` keeps what the model started with.
+    """
+
+    title: str
+    trains: tuple[str, ...] = ()
+    latent_inputs: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    latent_feedback: str | None = None
+
+    @property
+    def reflects(self) -> bool:
+        """Whether reflections are trained."""
+        return bool(self.latent_inputs)
+
+    @property
+    def distils_frozen_bcm(self) -> bool:
+        """Whether the stage needs a BCM that is trained already."""
+        return "dac" in self.trains and "bcm" not in self.trains
+
+
+SLOTS = ("latent_inputs", "latent_loss", "slot_ce")
+EQ_2 = ("alignment", "bernoulli_p", "bcm_receives_ce")
+EQ_4 = ("attention_temperature", "attention_epsilon")
+
+STAGES = {
+    "sft": Stage("plain fine-tuning"),
+    "1": Stage("stage 1, BCM", ("bcm",), ("bcm", "hidden"), ("L_BCM",), SLOTS + EQ_2),
+    "2": Stage(
+        "stage 2, DAC",
+        ("dac",),
+        ("dac", "bcm", "hidden"),
+        ("L_feat", "L_attn"),
+        (*SLOTS, *EQ_4, "allow_untrained_bcm"),
+    ),
+    "joint": Stage(
+        "both stages at once",
+        ("bcm", "dac"),
+        ("dac", "bcm", "hidden"),
+        ("L_BCM", "L_feat", "L_attn"),
+        SLOTS + EQ_2 + EQ_4,
+    ),
+}
