@@ -1,8 +1,9 @@
 import pytest
+import torch
 from PIL import Image
 
 from vreflection_hub_card.glyphsearch import DIFFICULTIES, scene_row
-from vreflection_training import VReflectionDataCollator
+from vreflection_training import VReflectionDataCollator, collator
 
 
 @pytest.fixture
@@ -88,3 +89,44 @@ def test_a_missing_picture_names_the_sample(collate):
     row = {**scene(3), "images": []}
     with pytest.raises(ValueError, match="glyphsearch-train-3"):
         collate([row])
+
+
+def test_each_row_is_prepared_once_whatever_is_wrong_with_others(collate, processor, monkeypatch, tmp_path):
+    """Bad rows drop out where they are prepared: nobody opens a picture or renders a conversation again."""
+    bad_box = scene(2)
+    bad_box["messages"][1]["content"][0]["box"] = [0.5, 0.1, 0.4, 0.3]
+    missing = {**scene(3), "id": "missing", "images": [str(tmp_path / "missing.png")]}
+    good = [scene(0), TEXT_ONLY, WITHOUT_BOX, scene(1)]
+    expected = collate(good)
+    calls = {"open": [], "render": []}
+
+    def counted(name, call):
+        def count(*arguments, **options):
+            calls[name].append(arguments)
+            return call(*arguments, **options)
+
+        return count
+
+    monkeypatch.setattr(collator, "load_image", counted("open", collator.load_image))
+    template = counted("render", type(processor).apply_chat_template)
+    monkeypatch.setattr(type(processor), "apply_chat_template", template)
+    batch = collate([bad_box, *good[:2], missing, *good[2:]], on_bad_row="skip")
+    assert len(calls["open"]) == 5  # three good rows with a picture, the two bad ones
+    assert len(calls["render"]) == 4  # of the bad ones none is rendered
+    assert [message.split(":")[0] for message in batch.pop("skipped")] == [
+        "Sample glyphsearch-train-2",
+        "Sample missing",
+    ]
+    for key, value in batch.items():
+        assert torch.equal(value, expected[key]) if torch.is_tensor(value) else value == expected[key], key
+
+
+def test_a_dummy_row_runs_every_module_and_has_no_labels(collate):
+    batch = collate([TEXT_ONLY], every_module=True)
+    assert batch["dummy"] and batch["sample_ids"] == ["text"] and batch["reflections"] == [0]
+    assert batch["boxes"].shape == (1, 5) and (batch["labels"][1] == -100).all() and "pixel_values" in batch
+    assert not collate([TEXT_ONLY, scene(0)], every_module=True)["dummy"]
+    packed = collate([[TEXT_ONLY]], every_module=True)
+    assert packed["dummy"] and len(packed["input_ids"]) == 1
+    alone = collate([{**TEXT_ONLY, "messages": []}], on_bad_row="skip")
+    assert alone["dummy"] and alone["sample_ids"] == [] and alone["num_tokens"] == 0

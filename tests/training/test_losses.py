@@ -1,9 +1,18 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vreflection_training.losses import attention_distillation_loss, bcm_alignment_loss, feature_distillation_loss
+from vreflection_training.losses import (
+    attention_distillation_loss,
+    bcm_alignment_loss,
+    dac_distillation_loss,
+    feature_distillation_loss,
+    latent_losses,
+    loss_weights,
+)
+from vreflection_training.stages import STAGES
 
 
 def latents(*shape, seed=0):
@@ -93,8 +102,42 @@ def test_temperature_acts_as_softmax_of_the_divided_logits_and_leaves_padding_ou
         lambda x: bcm_alignment_loss(x, x, alignment="both"),
         lambda x: bcm_alignment_loss(x, x, distance="l2"),
         lambda x: attention_distillation_loss(x, x[:, :, :2]),
+        lambda x: feature_distillation_loss(x, x[:, :1]),
     ],
 )
 def test_wrong_settings_raise(call):
     with pytest.raises(ValueError):
         call(torch.rand(1, 2, 4))
+
+
+def test_eq_5_is_the_weighted_sum_of_its_terms():
+    t = latents(2, 8, 6)
+    teacher, student = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).expand(2, 8, 4), torch.full((2, 8, 4), 0.25)
+    weights = {"lambda_feat": 0.5, "lambda_attn": 2.0}
+    loss, terms = dac_distillation_loss(t + 0.25, t, student, teacher, **weights)
+    assert terms["L_feat"].item() == pytest.approx(0.25) and terms["L_attn"].item() == pytest.approx(8 * math.log(2))
+    assert loss.item() == pytest.approx(0.5 * 0.25 + 2 * 8 * math.log(2))
+    loss, terms = dac_distillation_loss(t, None, student, teacher, **weights)  # no BCM
+    assert set(terms) == {"L_attn"} and loss.item() == pytest.approx(2 * 8 * math.log(2))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_has_the_losses_of_its_line_in_the_table(stage):
+    outputs = SimpleNamespace(
+        latent_states=latents(2, 3, 4),
+        teacher_latents=latents(2, 3, 4, seed=1),
+        student_latents=latents(2, 3, 4, seed=2),
+        teacher_attention=latents(2, 3, 5).softmax(-1),
+        student_attention=latents(2, 3, 5, seed=1).softmax(-1),
+    )
+    lambdas = {"lambda_bcm": 0.3, "lambda_dac": 0.2, "lambda_feat": 0.7, "lambda_attn": 1.3}
+    options = {"alignment": "stochastic", "bernoulli_p": 0.5, "latent_loss": "l1", "seed": 0}
+    options |= {"attention_temperature": 1.0, "attention_epsilon": 1e-9}
+    args = SimpleNamespace(stage=stage, **lambdas, **options)
+    total, terms = latent_losses(outputs, args, global_step=0)
+    assert tuple(terms) == STAGES[stage].losses == tuple(loss_weights(args))
+    expected = sum(weight * terms[name].item() for name, weight in loss_weights(args).items())
+    assert total == pytest.approx(expected)
+    assert loss_weights(args) == {
+        name: pytest.approx({"L_BCM": 0.3, "L_feat": 0.14, "L_attn": 0.26}[name]) for name in STAGES[stage].losses
+    }

@@ -144,43 +144,12 @@ def measure_row(row: dict[str, Any], processor: VReflectionProcessor, reflect: b
     """[`inspect_row`], for good rows.
 
     Raises:
-        BadRow: A picture that is missing, can't be read or is too narrow; a box that is none, or of a picture that the row
-            doesn't have; another number of pictures than places; no assistant's turn.
+        BadRow: What is wrong with the row, see [`Inspection`].
     """
     found = inspect_row(row, processor, reflect)
     if found.problem is not None:
         raise BadRow(found.problem, found.kind)
     return found
-
-
-def measure_rows(
-    dataset: Dataset,
-    processor: VReflectionProcessor,
-    *,
-    reflect: bool = True,
-    on_bad_row: str = "error",
-    num_proc: int | None = None,
-) -> tuple[list[int], list[int], list[str]]:
-    """Measures all rows of a data set.
-
-    Args:
-        dataset (`Dataset`): The rows.
-        processor (`VReflectionProcessor`): The processor.
-        reflect (`bool`, *optional*, defaults to `True`): Whether reflections are kept.
-        on_bad_row (`str`, *optional*, defaults to `"error"`): `"error"` raises at a bad row, `"skip"` leaves it out.
-        num_proc (`int`, *optional*): Processes to measure with.
-
-    Returns:
-        `tuple[list[int], list[int], list[str]]`: The numbers of the good rows, their lengths in tokens, and what is
-        wrong with each of the bad ones.
-
-    Raises:
-        BadRow: With `on_bad_row="error"`, what is wrong with the first bad row.
-    """
-    found = inspect_rows(dataset, processor, reflect=reflect, stop=on_bad_row == "error", num_proc=num_proc)
-    problems, tokens = found["problem"][:], found["tokens"][:]
-    good = [number for number, problem in enumerate(problems) if problem is None]
-    return good, [tokens[number] for number in good], [problem for problem in problems if problem is not None]
 
 
 def inspect_rows(
@@ -192,14 +161,13 @@ def inspect_rows(
     stop: bool = False,
     num_proc: int | None = None,
 ) -> Dataset:
-    """Looks at all rows of a data set, with a progress bar; see [`inspect_row`].
-
-    Args:
-        stop (`bool`, *optional*, defaults to `False`): Whether to raise a `BadRow` at the first bad row.
-        num_proc (`int`, *optional*): Processes.
+    """Looks at all rows of a data set, with a progress bar, in `num_proc` processes; see [`inspect_row`].
 
     Returns:
         `Dataset`: For each row its `id`, its `dataset`, and the fields of an [`Inspection`].
+
+    Raises:
+        BadRow: With `stop`, what is wrong with the first bad row.
     """
     inspected = dataset.map(
         partial(inspect_and_name, processor=processor, reflect=reflect, decode=decode, stop=stop),

@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from modeling_vreflection import VReflectionProcessor
 from vreflection_hub_card.rows import BadRow, row_name
 
-from .inspection import measure_row, measure_rows
+from .inspection import inspect_rows, measure_row
 
 
 T = TypeVar("T")
@@ -125,7 +125,7 @@ class PackedIterableDataset(torch.utils.data.IterableDataset):
         try:
             length = measure_row(row, self.processor, reflect=self.reflect).tokens
             if length > self.rule["max_length"]:
-                raise BadRow(too_long(row, length, self.rule["max_length"]))
+                raise BadRow(too_long_message(row, length, self.rule["max_length"]))
         except BadRow:
             if self.on_bad_row == "error":
                 raise
@@ -133,7 +133,7 @@ class PackedIterableDataset(torch.utils.data.IterableDataset):
         return length
 
 
-def too_long(row: dict[str, Any], length: int, max_length: int) -> str:
+def too_long_message(row: dict[str, Any], length: int, max_length: int) -> str:
     """What is wrong with a sample that is longer than a pack."""
     return (
         f"{row_name(row)} has {length} tokens, above `max_length` ({max_length}), the length of a pack. Nothing is "
@@ -176,17 +176,19 @@ def pack_dataset(
     # One process measures: a file that only one of them fails to read would give them different packs.
     measured = [None]
     if PartialState().is_main_process:
-        measured = [measure_rows(rows, processor, reflect=reflect, on_bad_row=on_bad_row, num_proc=num_proc)]
-    numbers, lengths, skipped = broadcast_object_list(measured)[0]
-    samples = []
-    for number, length in zip(numbers, lengths):
-        if length <= rule["max_length"]:
+        found = inspect_rows(rows, processor, reflect=reflect, stop=on_bad_row == "error", num_proc=num_proc)
+        measured = [(found["tokens"][:], found["problem"][:])]
+    samples, skipped, too_long = [], [], []
+    for number, (length, problem) in enumerate(zip(*broadcast_object_list(measured)[0])):
+        if problem is not None:
+            skipped.append(problem)
+        elif length > rule["max_length"]:
+            too_long.append(too_long_message(rows[number], length, rule["max_length"]))
+        else:
             samples.append((number, length))
-            continue
-        message = too_long(rows[number], length, rule["max_length"])
-        if on_bad_row == "error":
-            raise BadRow(message)
-        skipped.append(message)
+    if too_long and on_bad_row == "error":
+        raise BadRow(too_long[0])
+    skipped += too_long
     if not samples:
         raise BadRow(f"Of {len(rows)} rows none can be trained on. The first: {' '.join(skipped[:1])}")
     if seed is not None:

@@ -7,7 +7,7 @@ from PIL import Image as Picture
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_hub_card.rows import BadRow
 from vreflection_training import VReflectionDataCollator
-from vreflection_training.data.inspection import measure_row, measure_rows
+from vreflection_training.data.inspection import inspect_rows, measure_row
 from vreflection_training.data.sources import load_rows
 
 
@@ -209,32 +209,34 @@ def save_rows(tmp_path, count=12):
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
-def test_bad_rows_are_left_out_or_stop(processor, tmp_path, num_proc):
+def test_bad_rows_are_named_or_stop(processor, tmp_path, num_proc):
     dataset = save_rows(tmp_path)
-    indices, lengths, bad = measure_rows(dataset, processor, on_bad_row="skip", num_proc=num_proc)
-    assert indices == [number for number in range(12) if number not in (3, 8)]
-    assert lengths == [measure_row(dataset[number], processor).tokens for number in indices]
-    assert [message.split(":")[0] for message in bad] == ["Sample r3", "Sample r8"]
-    assert all("gone.jpg: no such file" in message for message in bad)
+    found = inspect_rows(dataset, processor, num_proc=num_proc)
+    for number, (row, inspected) in enumerate(zip(dataset, found)):
+        assert inspected["id"] == f"r{number}"
+        if number in (3, 8):
+            assert inspected["problem"].startswith(f"Sample r{number}: ") and inspected["kind"] == "missing picture"
+            assert inspected["problem"].endswith("gone.jpg: no such file.") and inspected["tokens"] == 0
+        else:
+            assert inspected["problem"] is None and inspected["tokens"] == measure_row(row, processor).tokens
     with pytest.raises(BadRow, match="Sample r3: .*gone.jpg"):
-        measure_rows(dataset.select(range(6)), processor, num_proc=num_proc)
+        inspect_rows(dataset.select(range(6)), processor, stop=True, num_proc=num_proc)
 
 
 def test_a_data_set_that_draws_its_rows_is_measured(processor):
     dataset = glyphsearch_dataset("train", 9)
-    indices, lengths, bad = measure_rows(dataset, processor)
-    assert indices == list(range(9)) and bad == []
+    lengths = inspect_rows(dataset, processor, stop=True)["tokens"][:]
     assert lengths == [measure_row(row, processor).tokens for row in dataset]
-    assert measure_rows(dataset, processor, reflect=False)[1] == [length - 10 for length in lengths]
+    assert inspect_rows(dataset, processor, reflect=False)["tokens"][:] == [length - 10 for length in lengths]
 
 
 def test_a_picture_that_was_missing_counts_when_it_is_there(processor, tmp_path):
     dataset = save_rows(tmp_path)
     dataset.save_to_disk(str(tmp_path / "rows"))  # a data set in files has a cache
     dataset = load_from_disk(str(tmp_path / "rows"))
-    assert len(measure_rows(dataset, processor, on_bad_row="skip")[0]) == 10
+    assert sum(inspect_rows(dataset, processor)["missing"]) == 2
     Picture.new("RGB", (84, 56)).save(tmp_path / "gone.jpg")
-    assert len(measure_rows(dataset, processor)[0]) == 12
+    assert sum(inspect_rows(dataset, processor)["missing"]) == 0
 
 
 def test_a_reflection_before_the_last_question_is_bad(processor, collate):

@@ -3,11 +3,13 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from PIL import Image
 
+from vreflection_hub_card.rows import BadRow
 from vreflection_training import VReflectionDataCollator
 from vreflection_training.collator import NON_MODEL_KEYS
-from vreflection_training.data.packing import pack_samples
+from vreflection_training.data.packing import pack_dataset, pack_samples
 from vreflection_training.losses import attention_distillation_loss, bcm_alignment_loss, feature_distillation_loss
 
 
@@ -217,3 +219,25 @@ def test_packing_fills_more_than_the_order_of_arrival():
     sizes = [size for size in lengths(4000, seed=1) if size <= 4096]
     rule = {"max_length": 4096, "max_samples": 100}
     assert len(packs_of(sizes, lookahead=256, **rule)) < 0.93 * len(packs_of(sizes, lookahead=1, **rule))
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_rows_that_are_bad_or_too_long_stop_or_are_left_out(processor, tmp_path, on_bad_row):
+    gone = {**row("gone"), "images": [str(tmp_path / "gone.png")]}
+    gone["messages"][0]["content"][0] = {"type": "image"}
+    good = [row(f"good {number}", sizes=()) for number in range(3)]
+    rows = Dataset.from_dict({"index": range(5)}).with_transform(
+        lambda batch: {key: [data[index].get(key) for index in batch["index"]] for key in ("id", "images", "messages")}
+    )
+    data = [*good, row("long", answer="red " * 100), gone]
+    rule = {"max_length": 80, "max_samples": 2}
+    if on_bad_row == "error":
+        with pytest.raises(BadRow, match="Sample gone: .*no such file"):
+            pack_dataset(rows, processor, rule)
+        with pytest.raises(BadRow, match="Sample long has .* tokens, above `max_length`"):
+            pack_dataset(rows.select(range(4)), processor, rule)
+        return
+    packs, skipped = pack_dataset(rows, processor, rule, on_bad_row="skip")
+    assert packs.packs == [[0, 1], [2]] and [data["id"] for data in packs[0]] == ["good 0", "good 1"]
+    assert [message.split(":")[0].split(" has")[0] for message in skipped] == ["Sample gone", "Sample long"]
+    assert sorted(sum(pack_dataset(rows, processor, rule, on_bad_row="skip", seed=1)[0].packs, [])) == [0, 1, 2]
