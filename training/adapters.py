@@ -31,7 +31,7 @@ REFLECTION_FIELDS = tuple(name for name in ReflectionConfigMixin.__annotations__
 def complete_peft_config(
     peft_config: LoraConfig, model: VReflectionForConditionalGeneration, args: VReflectionSFTConfig
 ) -> LoraConfig:
-    """Adds to a LoRA configuration what V-Reflection trains beside the adapters.
+    """Adds to a LoRA configuration what V-Reflection trains besides the adapters.
 
     That is BCM and DAC as far as the stage trains them, in `modules_to_save`, and the rows of the three latent tokens,
     in `trainable_token_indices`: of the input embeddings, and of the output head where it isn't tied to them. On a
@@ -67,7 +67,7 @@ def complete_peft_config(
     config.revision = config.revision or getattr(model.config, "_commit_hash", None)
     names = [name for name, _ in model.named_modules()]
     _complete_targets(config, names, args)
-    _complete_modules(config, names, args, _is_stock(model))
+    _complete_modules(config, names, args, _redraws_modules(model))
     _complete_tokens(config, model)
     return config
 
@@ -185,7 +185,7 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, **kwargs):
         write_training_facts(Path(output_dir), facts)
 
 
-def _is_stock(model: VReflectionForConditionalGeneration) -> bool:
+def _redraws_modules(model: VReflectionForConditionalGeneration) -> bool:
     """Whether a reload of the base draws new weights for BCM and DAC."""
     base = model.name_or_path
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):

@@ -32,8 +32,8 @@ class VReflectionDataCollator:
     """Renders, tokenizes and pads rows of the project's message format, or packs them; labels the assistant's tokens.
 
     Each row holds `messages`, with pictures inline or as placeholders for its `images`, and optionally `id`. Rows with and
-    without pictures, with and without reflections go together. Slots, end tokens and whatever the assistant didn't say
-    have the label -100. Where examples are lists of rows, each list is packed into one row of the batch.
+    without pictures, with and without reflections go together. Slots, end tokens and all but the assistant's tokens have the
+    label -100. Where examples are lists of rows, each list is packed into one row of the batch.
 
     The batch holds `input_ids`, `mm_token_type_ids`, `labels` (B, T), and `attention_mask` (B, T), or if packed
     `position_ids` (B, T), which begin anew with each sample; with pictures `pixel_values` and `image_grid_thw`; and
@@ -53,7 +53,7 @@ class VReflectionDataCollator:
         align_segments (`bool`): Whether to pad so that all segments start in one column, as feeding states back needs.
         slot_ce (`bool`): Whether slots and end tokens are labelled, too.
         max_length (`int`, *optional*): Longest sample in tokens.
-        on_bad_row (`str`): `"error"` raises at a bad row, `"skip"` leaves it out and says so in `skipped`.
+        on_bad_row (`str`): `"error"` raises at a bad row, `"skip"` leaves it out and notes it in `skipped`.
         every_module (`bool`): Whether a batch without a reflection (or, where those are dropped, without a picture) gets a
             dummy row, which has no labels: zero weight; keeps every module in the graph, so that ranks stay in step.
 
@@ -120,7 +120,7 @@ class VReflectionDataCollator:
             )
         except BadRow:
             raise
-        except (OSError, ValueError) as error:  # a picture, or as many places in the text as there are no pictures for
+        except (OSError, ValueError) as error:  # a picture, or image tokens in the text
             raise BadRow(f"Sample {name}: {error}") from error
         texts = ("input_ids", "attention_mask", "mm_token_type_ids", "assistant_masks")
         encoded = {key: value[0] if key in texts else value for key, value in encoded.items()}
@@ -139,7 +139,7 @@ class VReflectionDataCollator:
         if (encoded["labels"] == -100).all():
             raise BadRow(
                 f"Sample {name} has nothing to learn from: no assistant's turn, or transformers below 5.18, which "
-                "doesn't find it beside pictures."
+                "doesn't find it next to pictures."
             )
 
     def _join(self, packs: list[list[dict[str, torch.Tensor]]], packed: bool) -> dict[str, torch.Tensor]:

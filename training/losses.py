@@ -129,19 +129,9 @@ def dac_distillation_loss(
     epsilon: float = 1e-9,
     num_segments: int | torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Eq. 5, L_DAC = λ_feat |Z_S - sg(Z_T)| + λ_attn L_attn.
+    """Eq. 5, L_DAC = λ_feat |Z_S - sg(Z_T)| + λ_attn L_attn. Without BCM there is no Z_T, and no L_feat.
 
-    Args:
-        student_latents (`torch.Tensor` of shape `(G, S, D)`): Z_S.
-        teacher_latents (`torch.Tensor` of shape `(G, S, D)`, *optional*): Z_T; without BCM there is none, and no L_feat.
-        student_attention (`torch.FloatTensor` of shape `(G, S, L)`): A_S, zero on padding.
-        teacher_attention (`torch.FloatTensor` of shape `(G, S, L)`): Â_T, on the same grid.
-        lambda_feat (`float`): λ_feat.
-        lambda_attn (`float`): λ_attn.
-        distance (`str`): `"l1"` or `"mse"`.
-        temperature (`float`): τ of Eq. 4.
-        epsilon (`float`): ε of Eq. 4.
-        num_segments (`int` or `torch.Tensor`, *optional*): The divisor; G if left out.
+    The arguments are those of its terms, see [`feature_distillation_loss`] and [`attention_distillation_loss`].
 
     Returns:
         `tuple`: L_DAC, a scalar, float32; and its terms `L_feat` and `L_attn`, unweighted.

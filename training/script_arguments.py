@@ -32,7 +32,8 @@ class VReflectionScriptArguments:
         save_dtype (`str`, *optional*):
             Dtype of the final checkpoint, if another one than in training.
         latent_feedback (`str`, *optional*):
-            What `generate` feeds back by default, written into generation_config.json: `"hidden"` or `"dac"`.
+            What `generate` feeds back by default, written into generation_config.json: `"hidden"` or `"dac"`. Left out, what
+            the stage writes.
         model_options (`dict`, *optional*):
             Fields of `VReflectionConfig` and arguments of `from_pretrained`.
     """

@@ -68,9 +68,7 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
             args.model_init_kwargs = None
         check_model(model, args)
         if args.world_size > 1 and not getattr(data_collator, "every_module", True):
-            raise ValueError(
-                "With several processes the collator needs `every_module=True`, or they may wait for ever."
-            )
+            raise ValueError("With several processes the collator needs `every_module=True`, or they may deadlock.")
         stage = STAGES[args.stage]
         if stage.latent_feedback is not None:
             model.generation_config.latent_feedback = stage.latent_feedback
@@ -123,7 +121,7 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
             segments = self.accelerator.gather(segments).sum()
         self._segments_in_step = segments.clamp(min=1)
         if batches and num_items is not None and int(num_items) == 0:
-            raise BadRow("No row of this step can be trained on: `vreflection check RECIPE` says why.")
+            raise BadRow("No row of this step can be trained on: `vreflection check RECIPE` lists the reasons.")
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

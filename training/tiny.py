@@ -1,7 +1,7 @@
 """An untrained Qwen2.5-VL of a few million parameters, with a tokenizer and an image processor that fit it.
 
-It has the stock classes and the stock file names, so that whatever starts from a Qwen2.5-VL folder starts from this
-one too; two CPU cores train it on GlyphSearch within the hour.
+It has the stock classes and the stock file names, so that it can replace a Qwen2.5-VL folder everywhere; two CPU
+cores train it on GlyphSearch within the hour.
 """
 
 import json

@@ -138,7 +138,7 @@ def test_the_draw_decides_who_learns_from_the_alignment(make_trainer, model, sta
     assert learner in got and frozen not in got
 
 
-def test_stage_2_refuses_an_untrained_teacher_unless_told(make_trainer, model):
+def test_stage_2_refuses_an_untrained_teacher_unless_allowed(make_trainer, model):
     with torch.no_grad():
         model.model.bcm.norm.bias.zero_()
     with pytest.raises(ValueError, match="never trained: start from a stage 1 checkpoint, or set"):

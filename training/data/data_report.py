@@ -18,7 +18,7 @@ from .inspection import inspect_and_name, inspect_rows
 from .packing import pack_samples
 
 
-NAMED = 10
+MOST_NAMED = 10
 
 
 @dataclass
@@ -89,7 +89,7 @@ class DataReport:
             kind, problem = "too long", f"{name}: {row['tokens']:,} tokens, above `max_length` ({most:,})."
         if problem is not None:
             self.bad[kind] += 1
-            self.named += [problem][: NAMED - len(self.named)]
+            self.named += [problem][: MOST_NAMED - len(self.named)]
             return
         self.without_reflection += row["reflections"] == 0
         self.lengths.append(row["tokens"])

@@ -1,4 +1,4 @@
-"""Where the pictures of Visual CoT lie: the folders of its own archive, and those of the data sets that it is made of."""
+"""Finds the pictures of Visual CoT, in the folders of its own archive or of the data sets that it is made of."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ FOLDERS = {
     "v7w": ("v7w", "v7w/images", "visual7w", "visual7w/images"),
     "vsr": ("vsr", "vsr/images"),
 }
-NAMES = {"visual7w": "v7w", "infovqa": "infographicsvqa", "textcaps": "textcap"}
+ALIASES = {"visual7w": "v7w", "infovqa": "infographicsvqa", "textcaps": "textcap"}
 # What the archive, or a file's paths, put before the data set's folder.
 ROOTS = ("", "cot_image_data", "cot", "viscot")
 
@@ -65,11 +65,11 @@ class ImageFolders:
         parts = image.split("/")
         if parts[0] in ROOTS and len(parts) > 1:
             parts = parts[1:]
-        first = NAMES.get(parts[0], parts[0])
+        first = ALIASES.get(parts[0], parts[0])
         if first in FOLDERS and len(parts) > 1:
             dataset, parts = first, parts[1:]
         below, name = "/".join(parts), parts[-1]
-        folders = self.folders.get(NAMES.get(dataset, dataset), [])
+        folders = self.folders.get(ALIASES.get(dataset, dataset), [])
         for path in dict.fromkeys(os.path.join(folder, end) for end in (below, name) for folder in folders):
             if os.path.exists(path):
                 return path

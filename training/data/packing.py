@@ -1,4 +1,4 @@
-"""Which samples share a row: the paper's packing rule, best fit over a look-ahead buffer."""
+"""Packing (App. A): several samples share a row, chosen by best fit over a look-ahead buffer."""
 
 import random
 from bisect import bisect_right, insort
@@ -29,7 +29,7 @@ def pack_samples(
 ) -> Iterator[list[T]]:
     """Groups samples into packs, reading no more than `lookahead` of them ahead.
 
-    The oldest sample of the buffer opens a pack, so that none waits for ever; the longest that still fits joins it, as
+    The oldest sample of the buffer opens a pack, so that no sample waits forever; the longest that still fits joins it, as
     long as one does. The order of the samples alone decides, so that the packs are the same on every rank and after a
     resume.
 

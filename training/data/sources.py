@@ -30,12 +30,12 @@ from .visual_cot import visual_cot_rows
 
 
 GLYPHSEARCH = {"glyphsearch": glyphsearch_dataset, "glyphsearch_curriculum": glyphsearch_curriculum}
-FORMATS = ("messages", "visual_cot", "released", "released_meta", *GLYPHSEARCH)
+SOURCE_FORMATS = ("messages", "visual_cot", "released", "released_meta", *GLYPHSEARCH)
 
 
 @dataclass
 class Source:
-    """One entry of `load_rows`' list, checked: its format, its path, and what else it says."""
+    """One entry of `load_rows`' list, checked: its format, its path and its other options."""
 
     format: str
     path: str | None
@@ -80,7 +80,7 @@ def load_rows(
 
     Returns:
         `Dataset` or `IterableDataset`: The sources one after the other; with weights, mixed until each has been read
-        at least once. A single GlyphSearch source is drawn as it is read; in company its scenes are drawn beforehand.
+        at least once. A single GlyphSearch source is drawn as it is read; mixed with others, its scenes are drawn beforehand.
 
     Raises:
         ValueError: A source that can't be understood; weights for some sources only.
@@ -133,11 +133,11 @@ def _parse(source: dict[str, Any], number: int) -> Source:
         raise ValueError(f"{where} must be a dict, got {source!r}.")
     options = {key: value for key, value in source.items() if key not in ("format", "path", "image_folder", "weight")}
     parsed = Source(source.get("format", "messages"), source.get("path"), source.get("image_folder"), options)
-    if parsed.format not in FORMATS:
-        raise ValueError(f"{where}: `format` must be one of {', '.join(FORMATS)}, got {parsed.format!r}.")
+    if parsed.format not in SOURCE_FORMATS:
+        raise ValueError(f"{where}: `format` must be one of {', '.join(SOURCE_FORMATS)}, got {parsed.format!r}.")
     if parsed.format in GLYPHSEARCH:
         if parsed.path is not None or parsed.image_folder is not None:
-            raise ValueError(f"{where}: {parsed.format} draws its pictures: leave `path` and `image_folder` out.")
+            raise ValueError(f"{where}: {parsed.format} generates its pictures: leave `path` and `image_folder` out.")
         try:
             inspect.signature(GLYPHSEARCH[parsed.format]).bind(**options)
         except TypeError as error:  # an argument that is missing, or that isn't one

@@ -1,4 +1,4 @@
-"""What a run remembers beside weights and optimiser, and how it ends when the machine is taken away."""
+"""What a checkpoint holds besides weights and optimiser, and how a preempted run ends."""
 
 import signal
 import threading

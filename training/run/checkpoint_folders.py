@@ -1,4 +1,4 @@
-"""Checkpoints that survive a killed run: which one is whole, and whether it belongs to the run that asks for it."""
+"""Checkpoints that survive a killed run: which are complete, and whether a run can resume from them."""
 
 import shutil
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ class CheckpointError(ValueError):
 
 
 @contextmanager
-def writing(folder: str | Path, main_process: bool = True) -> Iterator[None]:
+def marked_incomplete(folder: str | Path, main_process: bool = True) -> Iterator[None]:
     """Marks a checkpoint as incomplete while it is written; one that fails is removed, to free its space.
 
     Raises:
@@ -40,7 +40,7 @@ def writing(folder: str | Path, main_process: bool = True) -> Iterator[None]:
 
 
 def could_not_write(folder: Path, error: Exception) -> str:
-    """What to tell somebody whose disk is full."""
+    """The message for a checkpoint that could not be written, as on a full disk."""
     free = shutil.disk_usage(folder.parent).free / 2**30
     kept = whole_checkpoints(folder.parent)
     advice = f"{kept[-1]} is whole: resume from it." if kept else "No earlier checkpoint is whole."

@@ -1,4 +1,4 @@
-"""What a run can see of its latents: whether attention falls inside the box, and whether the latents still tell samples apart.
+"""Metrics of latents: the share of attention inside the box, and how much the latents of different samples differ.
 
 Symbols in shapes: G segments, S latent steps, D hidden size, L merged patches.
 """
@@ -80,7 +80,7 @@ class LatentSpread:
 
 
 def collapse_message(spread: float | None, step: int) -> str | None:
-    """What to tell a user whose latents collapsed; `None` if they didn't, or for a spread of `None`."""
+    """The warning for collapsed latents; `None` if they didn't collapse, or for a spread of `None`."""
     if spread is None or spread >= COLLAPSE_THRESHOLD:
         return None
     return (

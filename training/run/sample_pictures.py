@@ -25,7 +25,6 @@ from vreflection_hub_card.inference.drawing import (
 from .latent_metrics import attention_inside
 
 
-NAMES = ("teacher", "student")
 # Inches, and pixels an inch: small files, since a run writes many.
 WIDTH, PANEL, STEP_PANEL, DPI = 10.2, 2.8, 1.09, 80
 
@@ -93,7 +92,7 @@ def draw_sample(
     student: torch.Tensor | None,
     title: str,
 ) -> Figure:
-    """Draws a picture beside the attention of teacher and student: means over the steps, and below them every step.
+    """Draws a picture next to the attention of teacher and student: means over the steps, and below them every step.
 
     Args:
         picture (`PIL.Image.Image`): What the model saw.
@@ -110,7 +109,11 @@ def draw_sample(
     """
     if teacher is None and student is None:
         raise ValueError("Nothing to draw: pass the attention of the teacher, of the student, or of both.")
-    maps = {name: seen.detach().float().cpu() for name, seen in zip(NAMES, (teacher, student)) if seen is not None}
+    maps = {
+        name: seen.detach().float().cpu()
+        for name, seen in (("teacher", teacher), ("student", student))
+        if seen is not None
+    }
     outline = [corner / BOX_UNIT for corner in box]
     steps = len(next(iter(maps.values())))
     lines = [(name, range(steps)[at : at + STEPS_A_LINE]) for name in maps for at in range(0, steps, STEPS_A_LINE)]

@@ -17,7 +17,7 @@ from vreflection_hub_card.card import save_card, write_training_facts
 from ..losses import latent_distance
 from ..stages import STAGES
 from .callbacks import PreemptionCallback, RunProgress, outlive_sigterm
-from .checkpoint_folders import check_same_stage, find_checkpoint, load_progress, remove_incomplete, writing
+from .checkpoint_folders import check_same_stage, find_checkpoint, load_progress, marked_incomplete, remove_incomplete
 from .latent_metrics import LatentSpread, attention_inside, collapse_message
 from .meters import Meters
 from .model_card import RunOrigin, trainer_card, trainer_facts
@@ -141,7 +141,7 @@ class RunMixin:
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             self.progress.gather_skipped()
-            with writing(folder, self.args.should_save):
+            with marked_incomplete(folder, self.args.should_save):
                 self.accelerator.wait_for_everyone()  # nobody writes before the marker
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()

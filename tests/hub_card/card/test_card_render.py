@@ -158,6 +158,12 @@ def test_two_runs_are_two_columns_and_an_option_of_one_is_empty_in_the_other(fol
     assert "| latent_inputs | `bcm` | `dac` |" in told and "| latent_loss | `l1` |  |" in told
 
 
+def test_a_stage_without_a_title_has_its_own_name_and_a_title_breaks_no_table(folder, facts):
+    facts["runs"].append(facts["runs"][0] | {"title": "two | parts\n# heading"})
+    del facts["runs"][0]["title"]  # as files of older versions have none
+    assert "|  | stage 1 | two \\| parts # heading |" in section(load(write_card(folder, facts=facts)), "Training")
+
+
 def test_a_table_has_no_gap_and_as_many_cells_in_each_row(folder, results, facts):
     for given in (facts, None):
         text = load(write_card(folder, results=results, facts=given)).text
