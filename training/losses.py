@@ -3,6 +3,7 @@
 Symbols in shapes: G segments, S latent steps, D hidden size, L merged patches.
 """
 
+import math
 import random
 
 import torch
@@ -190,7 +191,10 @@ def latent_losses(
 
 
 def loss_weights(args) -> dict[str, float]:
-    """The weights of a stage's losses besides cross-entropy, by name."""
-    l_dac = {"L_feat": args.lambda_dac * args.lambda_feat, "L_attn": args.lambda_dac * args.lambda_attn}
-    weights = {"L_BCM": args.lambda_bcm, **l_dac}
-    return {name: weights[name] for name in STAGES[args.stage].losses}
+    """The weights that [`latent_losses`] gives to the stage's losses, by name."""
+    factors = {
+        "L_BCM": ("lambda_bcm",),
+        "L_feat": ("lambda_dac", "lambda_feat"),
+        "L_attn": ("lambda_dac", "lambda_attn"),
+    }
+    return {name: math.prod(getattr(args, key) for key in factors[name]) for name in STAGES[args.stage].losses}

@@ -40,20 +40,26 @@ EQ_2 = ("alignment", "bernoulli_p", "bcm_receives_ce")
 EQ_4 = ("attention_temperature", "attention_epsilon")
 
 STAGES = {
-    "sft": Stage("plain fine-tuning"),
-    "1": Stage("stage 1, BCM", ("bcm",), ("bcm", "hidden"), ("L_BCM",), SLOTS + EQ_2),
+    "sft": Stage(title="plain fine-tuning", options=("freeze_vision",)),
+    "1": Stage(
+        title="stage 1, BCM",
+        trains=("bcm",),
+        latent_inputs=("bcm", "hidden"),
+        losses=("L_BCM",),
+        options=(*SLOTS, *EQ_2, "freeze_vision"),
+    ),
     "2": Stage(
-        "stage 2, DAC",
-        ("dac",),
-        ("dac", "bcm", "hidden"),
-        ("L_feat", "L_attn"),
-        (*SLOTS, *EQ_4, "allow_untrained_bcm"),
+        title="stage 2, DAC",
+        trains=("dac",),
+        latent_inputs=("dac", "bcm", "hidden"),
+        losses=("L_feat", "L_attn"),
+        options=(*SLOTS, *EQ_4, "allow_untrained_bcm", "freeze_vision"),
     ),
     "joint": Stage(
-        "both stages at once",
-        ("bcm", "dac"),
-        ("dac", "bcm", "hidden"),
-        ("L_BCM", "L_feat", "L_attn"),
-        SLOTS + EQ_2 + EQ_4,
+        title="both stages at once",
+        trains=("bcm", "dac"),
+        latent_inputs=("dac", "bcm", "hidden"),
+        losses=("L_BCM", "L_feat", "L_attn"),
+        options=(*SLOTS, *EQ_2, *EQ_4, "freeze_vision"),
     ),
 }

@@ -92,7 +92,7 @@ def run_facts(
         "accumulation": args.gradient_accumulation_steps,
         "processes": args.world_size,
     }
-    if args.sample_packing:
+    if getattr(args, "sample_packing", False):
         batch |= {"samples_per_pack": args.max_samples_per_pack, "max_length": args.max_length}
     stage = STAGES[args.stage]
     return {
@@ -101,7 +101,7 @@ def run_facts(
         "started_from": started_from,
         "data": data,
         "losses": loss_weights(args),
-        "options": {name: getattr(args, name) for name in (*stage.options, "freeze_vision")},
+        "options": {name: getattr(args, name) for name in stage.options},
         "optimiser": {
             "optim": str(getattr(args.optim, "value", args.optim)),
             "learning_rate": args.learning_rate,
