@@ -121,6 +121,7 @@ def test_eq_5_is_the_weighted_sum_of_its_terms():
     assert set(terms) == {"L_attn"} and loss.item() == pytest.approx(2 * 8 * math.log(2))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_has_the_losses_of_its_line_in_the_table(stage):
     outputs = SimpleNamespace(
@@ -137,7 +138,7 @@ def test_a_stage_has_the_losses_of_its_line_in_the_table(stage):
     total, terms = latent_losses(outputs, args, global_step=0)
     assert tuple(terms) == STAGES[stage].losses == tuple(loss_weights(args))
     expected = sum(weight * terms[name].item() for name, weight in loss_weights(args).items())
-    assert total == pytest.approx(expected)
+    assert float(total) == pytest.approx(expected)
     assert loss_weights(args) == {
         name: pytest.approx({"L_BCM": 0.3, "L_feat": 0.14, "L_attn": 0.26}[name]) for name in STAGES[stage].losses
     }
