@@ -173,7 +173,7 @@ class TrainingBench:
         count = (MIXED_BATCHES if arm.mixed else steps) * BATCH_SIZE
         rows = as_dataset(self.rows(arm, number, count), not arm.stock)
         if "sample_packing" in arm.options:
-            rows, _ = pack_dataset(rows, self.processor, trainer.args)
+            rows, _ = pack_dataset(rows, self.processor, trainer.args.packing_rule, seed=trainer.args.packing_seed)
         observer = StepObserver(self.device, memory)
         trainer.add_callback(observer)
         trainer.data_collator.sizes, trainer.train_dataset = [], rows
