@@ -288,7 +288,6 @@ def test_what_the_user_asks_for_is_kept(bases):
         ({"modules_to_save": ["visual"]}, {}, "'visual' means model.visual"),
         ({"modules_to_save": ["lm_head"]}, {}, "tied to the input embeddings"),
         ({"trainable_token_indices": {"lm_head": [3]}}, {}, "tied to the input embeddings"),
-        ({"trainable_token_indices": {"wte": [3]}}, {}, "must be under embed_tokens or lm_head"),
         ({"target_modules": ["q_proj", "qkv"]}, {}, "'qkv' means model.visual.blocks.0.attn.qkv"),
         ({"target_modules": r".*\.bcm\..*_proj"}, {}, "no adapter goes into BCM"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, {}, "takes no adapter"),
@@ -299,6 +298,11 @@ def test_what_the_user_asks_for_is_kept(bases):
 def test_contradictions_raise(bases, fields, options, message):
     with pytest.raises(ValueError, match=message):
         complete_peft_config(LoraConfig(**fields), load(bases[True]), settings(**{"stage": "1", **options}))
+
+
+def test_tokens_of_a_module_that_is_not_there_raise(bases):
+    with pytest.raises(ValueError, match="'wte'} not found in the base model"):
+        adapted(load(bases[True]), LoraConfig(trainable_token_indices={"wte": [3]}), stage="1")
 
 
 def test_other_methods_and_a_base_without_a_folder_raise(bases):
