@@ -17,7 +17,7 @@ from ..inference.checkpoints import checkpoint_config, first_line
 ADAPTER_CONFIG = "adapter_config.json"
 BF16_BYTES = 2
 # As safetensors names them; tensors of 8 bits and less hold packed numbers, which can't be counted by their shape.
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ def read_weights(folder: Path) -> Weights | None:
         raise InputError(f"{folder}: its weights are damaged or incomplete ({first_line(error)})") from error
     tensors = {name: tensor for file in files.values() for name, tensor in file.tensors.items()}
     dtypes = {tensor.dtype for tensor in tensors.values()}
-    if packed := sorted(dtypes - set(DTYPES)):
+    if packed := sorted(dtypes - set(DTYPE_NAMES)):
         raise InputError(f"{folder}: weights of type {', '.join(packed)} are packed and can't be counted")
     total, bcm, dac = (
         sum(tensor.parameter_count for name, tensor in tensors.items() if name.startswith(prefix))
         for prefix in ("", "model.bcm.", "model.dac.")
     )
-    return Weights(total, bcm, dac, tuple(DTYPES[dtype] for dtype in sorted(dtypes)))
+    return Weights(total, bcm, dac, tuple(DTYPE_NAMES[dtype] for dtype in sorted(dtypes)))

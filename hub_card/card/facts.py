@@ -109,12 +109,12 @@ def training_table(facts: dict[str, Any]) -> str:
     """What matters about the runs, as a Markdown table with a column each."""
     rows = {
         "started from": lambda run: code(run["started_from"]) if run.get("started_from") else "nothing",
-        "data": describe_data,
+        "data": describe_run_data,
         "loss": lambda run: " + ".join(["CE", *(f"{weight:g} {name}" for name, weight in run["losses"].items())]),
         "adapter": lambda run: assignments(run.get("adapter", {})),
         "steps": describe_steps,
         "precision": lambda run: run.get("precision", ""),
-        "on": describe_machine,
+        "on": describe_run_machine,
         "versions": lambda run: ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
     }
     return run_table(facts["runs"], rows)
@@ -135,13 +135,13 @@ def options_table(facts: dict[str, Any]) -> str:
 
 def run_table(runs: list[dict[str, Any]], rows: dict[str, Callable[[dict], str]]) -> str:
     """A Markdown table with a column for each run; rows that say nothing of any run are left out."""
-    lines = [["", *(plain(run.get("title", f"stage {run['stage']}")) for run in runs)], ["---"] * (len(runs) + 1)]
+    lines = [["", *(table_text(run.get("title", f"stage {run['stage']}")) for run in runs)], ["---"] * (len(runs) + 1)]
     cells = [[name, *map(cell, runs)] for name, cell in rows.items()]
     lines += [row for row in cells if any(row[1:])]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def describe_data(run: dict[str, Any]) -> str:
+def describe_run_data(run: dict[str, Any]) -> str:
     """The sources of a run's data."""
     described = []
     for source in run["data"]:
@@ -161,7 +161,7 @@ def describe_steps(run: dict[str, Any]) -> str:
     return f"{run['steps']:,} of {of}{processes}" + (f"; {run['tokens']:,} tokens" if "tokens" in run else "")
 
 
-def describe_machine(run: dict[str, Any]) -> str:
+def describe_run_machine(run: dict[str, Any]) -> str:
     """What a run computed on."""
     machine = run.get("machine", {})
     return machine.get("gpu") or machine.get("processor", "")
@@ -174,9 +174,9 @@ def assignments(options: dict[str, Any]) -> str:
 
 def code(text: Any) -> str:
     """Text as Markdown code that no table cell breaks at."""
-    return "`" + plain(text).replace("`", "'") + "`"
+    return "`" + table_text(text).replace("`", "'") + "`"
 
 
-def plain(text: Any) -> str:
+def table_text(text: Any) -> str:
     """Text that no table cell breaks at."""
     return str(text).replace("|", "\\|").replace("\n", " ")

@@ -14,7 +14,7 @@ from ..glyphsearch import draw_question
 from .card_check import CARD, EVAL_RESULTS, is_hub_id
 from .checkpoint import Checkpoint, read_checkpoint
 from .facts import check_training_facts, hub_datasets, only_drawn, options_table, read_training_facts, training_table
-from .results import GLYPHSEARCH, eval_entries, model_index, read_results, results_text
+from .results import GLYPHSEARCH_TASK, eval_entries, model_index, read_results, results_text
 
 
 TEMPLATE = Path(__file__).parent / "card.md"
@@ -199,7 +199,7 @@ def render_card(
         results=results_text(reports),
         study=study,
         hashes=hashes or {},
-        glyphsearch=GLYPHSEARCH in tasks,
+        glyphsearch=GLYPHSEARCH_TASK in tasks,
         benchmarks=bool(tasks & set(BENCHMARKS)),
         license=license_name or license,
         license_link=license_link,

@@ -14,10 +14,10 @@ from ..evaluation.report import glyphsearch_table, percent, with_interval
 from .checkpoint import Checkpoint
 
 
-GLYPHSEARCH = "glyphsearch"
+GLYPHSEARCH_TASK = "glyphsearch"
 NEEDED = ("command", "date", "model", "versions", "machine", "tasks")
-TITLES = {
-    GLYPHSEARCH: "GlyphSearch",
+TABLE_TITLES = {
+    GLYPHSEARCH_TASK: "GlyphSearch",
     "mmvp": "MMVP",
     "vstar": "V*",
     "blink": "BLINK",
@@ -55,7 +55,7 @@ def read_results(paths: Sequence[Path], hashes: dict[str, str]) -> list[dict[str
             raise InputError(f"{path}: no result file of `vreflection evaluate`, it has no {missing[0]!r}")
         if not isinstance(report["model"], dict) or report["model"].get("sha256") != hashes:
             raise InputError(f"{path}: measured with other weights than these; measure this checkpoint")
-        unknown = [name for name in report["tasks"] if name not in TITLES]
+        unknown = [name for name in report["tasks"] if name not in TABLE_TITLES]
         if unknown or not report["tasks"]:
             raise InputError(f"{path}: the card can't show the task {unknown[0] if unknown else 'that is missing'}")
         if report.get("limit") is not None:
@@ -64,7 +64,9 @@ def read_results(paths: Sequence[Path], hashes: dict[str, str]) -> list[dict[str
             for name in report["tasks"]:
                 conditions = (name, *condition(report, name))
                 if conditions in seen:
-                    raise InputError(f"{path}: {TITLES[name]} was measured in the same way in {seen[conditions]}")
+                    raise InputError(
+                        f"{path}: {TABLE_TITLES[name]} was measured in the same way in {seen[conditions]}"
+                    )
                 seen[conditions] = path
             list(model_index([report]))
             results_text([report])
@@ -76,14 +78,14 @@ def read_results(paths: Sequence[Path], hashes: dict[str, str]) -> list[dict[str
 
 def condition(report: dict, task: str) -> tuple:
     """What tells two measurements of a task apart."""
-    if task == GLYPHSEARCH:
+    if task == GLYPHSEARCH_TASK:
         data, decoding = (report["tasks"][task][name] for name in ("data", "decoding"))
         return data["difficulty"], data["split"], decoding["latent_steps"], decoding["latent_feedback"]
     options = report["options"]
     return tuple(options[name] for name in ("latent_steps", "latent_feedback", "reflect", "min_pixels", "max_pixels"))
 
 
-def decoding_of(report: dict) -> str:
+def describe_decoding(report: dict) -> str:
     """How a benchmark was decoded, in words."""
     options = report["options"]
     reflect = {None: "", True: ", `reflect=True`", False: ", `reflect=False`"}[options["reflect"]]
@@ -94,7 +96,9 @@ def model_index(reports: list[dict]) -> Iterator[EvalResult]:
     """All results in the form of a card's model-index; shares as fractions of 1."""
     for report in reports:
         for name, result in report["tasks"].items():
-            yield from (glyphsearch_index(result) if name == GLYPHSEARCH else benchmark_index(report, name, result))
+            yield from (
+                glyphsearch_index(result) if name == GLYPHSEARCH_TASK else benchmark_index(report, name, result)
+            )
 
 
 def glyphsearch_index(result: dict) -> Iterator[EvalResult]:
@@ -110,7 +114,7 @@ def glyphsearch_index(result: dict) -> Iterator[EvalResult]:
         if proportion["count"]:
             yield EvalResult(
                 task_type=TASK_TYPE,
-                dataset_type=GLYPHSEARCH,
+                dataset_type=GLYPHSEARCH_TASK,
                 dataset_name=f"GlyphSearch ({data['difficulty']})",
                 dataset_config=data["difficulty"],
                 dataset_split=data["split"],
@@ -127,12 +131,12 @@ def benchmark_index(report: dict, name: str, result: dict) -> Iterator[EvalResul
         yield EvalResult(
             task_type=TASK_TYPE,
             dataset_type=benchmark.dataset,
-            dataset_name=TITLES[name],
+            dataset_name=TABLE_TITLES[name],
             dataset_config=benchmark.config,
             dataset_split=benchmark.split,
             dataset_revision=result["data"].get("revision"),
             metric_type="accuracy",
-            metric_name=f"accuracy, scored by `{scorer}`, {decoding_of(report)}",
+            metric_name=f"accuracy, scored by `{scorer}`, {describe_decoding(report)}",
             metric_value=result[scorer]["accuracy"]["share"],
         )
 
@@ -151,7 +155,9 @@ def eval_entries(reports: list[dict], checkpoint: Checkpoint) -> dict[str, EvalR
             if any(report["options"][option] != value for option, value in own.items()):
                 continue
             if name in entries:
-                raise InputError(f"{TITLES[name]} was measured at several picture sizes: give the card one of them")
+                raise InputError(
+                    f"{TABLE_TITLES[name]} was measured at several picture sizes: give the card one of them"
+                )
             entries[name] = EvalResultEntry(
                 dataset_id=result["data"]["dataset"],
                 task_id=name,
@@ -159,15 +165,15 @@ def eval_entries(reports: list[dict], checkpoint: Checkpoint) -> dict[str, EvalR
                 dataset_revision=result["data"]["revision"],
                 date=report["date"],
                 notes=f"strict accuracy; by the authors' scorer {result['authors']['accuracy']['share']}; "
-                + decoding_of(report).replace("`", ""),
+                + describe_decoding(report).replace("`", ""),
             )
     return entries
 
 
 def results_text(reports: list[dict]) -> str:
     """All results as Markdown tables, each with the command that measured it."""
-    tables = [glyphsearch_table(report) for report in reports if GLYPHSEARCH in report["tasks"]]
-    tables += [benchmark_table(report) for report in reports if set(report["tasks"]) - {GLYPHSEARCH}]
+    tables = [glyphsearch_table(report) for report in reports if GLYPHSEARCH_TASK in report["tasks"]]
+    tables += [benchmark_table(report) for report in reports if set(report["tasks"]) - {GLYPHSEARCH_TASK}]
     return "\n\n".join(tables)
 
 
@@ -179,13 +185,13 @@ def scorers_of(task: str) -> list[str]:
 def benchmark_table(report: dict) -> str:
     """A run's benchmarks as a Markdown table."""
     lines = [
-        f"| {decoding_of(report)} | items | strict | 95 % interval | authors' scorer | 95 % interval |",
+        f"| {describe_decoding(report)} | items | strict | 95 % interval | authors' scorer | 95 % interval |",
         "|---|---|---|---|---|---|",
     ]
     notes = []
     for name, result in report["tasks"].items():
         scorers = scorers_of(name)
-        rows = {TITLES[name]: [result[scorer]["accuracy"] for scorer in scorers]}
+        rows = {TABLE_TITLES[name]: [result[scorer]["accuracy"] for scorer in scorers]}
         for kind in result[scorers[0]]:
             if kind in ("accuracy", "unparsed"):
                 continue
@@ -201,7 +207,7 @@ def benchmark_table(report: dict) -> str:
         ]
         local = result["data"].get("folder")
         notes.append(
-            f"{TITLES[name]}: {percent(result['reflection_rate']['share'])} of the answers hold a reflection, "
+            f"{TABLE_TITLES[name]}: {percent(result['reflection_rate']['share'])} of the answers hold a reflection, "
             f"{result[scorers[0]]['unparsed']} could not be parsed"
             + (f", items from a local folder, {local}" if local is not None else "")
         )

@@ -79,7 +79,7 @@ def describe(folder: Path, names: Iterable[str], inference_only: bool) -> Target
             raise InputError(f"{folder}: no Qwen2.5-VL, its model type is {fields.get('model_type')!r}")
         if inference_only:
             config.has_bcm = config.has_dac = False
-        decoding = decoding_of(folder, config)
+        decoding = converted_generation_config(folder, config)
     except InputError:
         raise
     # transformers meets JSON of another shape than it expects with any of these.
@@ -174,7 +174,7 @@ def their_modules(fields: dict, names: list[str], hidden_size: int) -> dict:
     return own
 
 
-def decoding_of(folder: Path, config: VReflectionConfig) -> GenerationConfig:
+def converted_generation_config(folder: Path, config: VReflectionConfig) -> GenerationConfig:
     """A checkpoint's generation config with how it reflects, by its own states where it carries no DAC."""
     stored = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
     entries = stored.to_diff_dict() if stored else {}

@@ -19,7 +19,7 @@ from .attention_maps import Reflection
 
 TITLES = {"dac": "DAC's attention", "llm": "LLM's own attention"}
 QUERIES = {"dac": "queries: the model's states", "llm": "from latent positions to image tokens"}
-COLOURS = "inferno"
+COLOUR_MAP = "inferno"
 OPACITY = 0.68
 CAPTION = "0.35"
 BOX_COLOUR = "#35e0a1"
@@ -27,7 +27,7 @@ BOX_COLOUR = "#35e0a1"
 PANEL, STEP_PANEL, DPI = 3.1, 1.75, 160
 STEPS_A_LINE = 8
 QUESTION_LINES = 3
-FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+FIGURE_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 # The side that a picture is scaled down to; a panel has no more pixels.
 PICTURE_SIDE = 1024
 
@@ -74,7 +74,7 @@ def draw_heatmap(
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes a figure in the format that the path's suffix names, one of `FORMATS`."""
+    """Writes a figure in the format that the path's suffix names, one of `FIGURE_FORMATS`."""
     figure.savefig(path, facecolor="white")
 
 
@@ -165,7 +165,7 @@ def show(axes: Axes, picture: Image.Image, box, attention: torch.Tensor | None =
     if attention is not None:
         percent = attention.numpy() * 100
         shown = axes.imshow(
-            percent, extent=extent, cmap=COLOURS, alpha=OPACITY, interpolation="bilinear", vmin=0, vmax=most * 100
+            percent, extent=extent, cmap=COLOUR_MAP, alpha=OPACITY, interpolation="bilinear", vmin=0, vmax=most * 100
         )
     if box is not None:
         x0, y0, x1, y1 = box[0] * width, box[1] * height, box[2] * width, box[3] * height

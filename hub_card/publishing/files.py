@@ -54,7 +54,7 @@ REFUSED = (
     (r"(.*/)?adapter_[^/]*", "an adapter: make a checkpoint of it first, vreflection merge ADAPTER OUTPUT"),
     (r".*", "no part of a published checkpoint: move them elsewhere (pictures stay if README.md shows them)"),
 )
-NAMED = 8
+NAMES_SHOWN = 8
 SMALL = 10 * 2**20  # bytes; the Hub takes no larger file but as LFS or Xet
 
 
@@ -109,7 +109,7 @@ def find_files(folder: Path) -> dict[str, Path]:
     card = found[CARD].read_text(encoding="utf-8", errors="replace") if CARD in found else ""
     foreign = [name for name in found if not is_allowed(name, card)]
     if foreign:
-        raise InputError(f"{folder}: {explain(foreign)}")
+        raise InputError(f"{folder}: {explain_foreign(foreign)}")
     for name, path in found.items():
         if not path.is_file():
             raise InputError(f"{folder}: {name} is no file that can be read")
@@ -124,12 +124,12 @@ def is_allowed(name: str, card: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in ALLOWED) or (name.endswith(PICTURES) and name in card)
 
 
-def explain(foreign: list[str]) -> str:
+def explain_foreign(foreign: list[str]) -> str:
     """Says which files have no place in a published checkpoint, the worst of them first, and what to do."""
     listings = [([name for name in foreign if re.fullmatch(pattern, name)], why) for pattern, why in REFUSED]
     listing, why = next(found for found in listings if found[0])
-    more = f" and {len(listing) - NAMED} more" if len(listing) > NAMED else ""
-    return f"{', '.join(listing[:NAMED])}{more}: {why}"
+    more = f" and {len(listing) - NAMES_SHOWN} more" if len(listing) > NAMES_SHOWN else ""
+    return f"{', '.join(listing[:NAMES_SHOWN])}{more}: {why}"
 
 
 def check_shards(folder: Path, names: set[str]) -> None:
@@ -151,5 +151,5 @@ def check_shards(folder: Path, names: set[str]) -> None:
         raise InputError(f"{folder}: its weights are missing, incomplete or damaged ({first_line(error)})") from error
     if extra := sorted(name for name in names if name.endswith(".safetensors") and name not in needed):
         raise InputError(
-            f"{folder}: {', '.join(extra[:NAMED])}: left from an earlier save, nothing refers to it; delete it"
+            f"{folder}: {', '.join(extra[:NAMES_SHOWN])}: left from an earlier save, nothing refers to it; delete it"
         )

@@ -13,7 +13,7 @@ from ..inference.checkpoints import first_line
 # httpx's base class of all that can go wrong on the way; which httpx it is depends on the client's version.
 TransportError = HfHubHTTPError.__mro__[1]
 LOGIN = "run `hf auth login`, or set HF_TOKEN to one that may write"
-LONGEST = 500  # characters
+MESSAGE_LENGTH = 500  # characters
 BY_STATUS = {
     401: f"the Hub doesn't accept the token: {LOGIN}",
     403: "the token may not write there: is the name right?",
@@ -31,14 +31,14 @@ def hub_errors(repo_id: str, state: str = "nothing was changed") -> Iterator[Non
     except InputError:
         raise
     except Exception as error:  # a Hub that answers nonsense makes the client raise anything
-        raise InputError(f"{repo_id}: {explain(error)}; {state}") from error
+        raise InputError(f"{repo_id}: {explain_hub_error(error)}; {state}") from error
 
 
-def explain(error: BaseException) -> str:
+def explain_hub_error(error: BaseException) -> str:
     """The reason in one line that isn't too long; never with the token in it."""
     while not isinstance(error, TransportError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # the client wraps what goes wrong in a thread
-    return hide_token(reason(error))[:LONGEST]
+    return hide_token(reason(error))[:MESSAGE_LENGTH]
 
 
 def reason(error: BaseException) -> str:

@@ -26,7 +26,7 @@ PERSONAL = (
     "TRANSFORMERS_CACHE",
     "TRANSFORMERS_OFFLINE",
 )
-LONGEST = 900  # seconds; requests have shorter time-outs of their own
+TIME_LIMIT = 900  # seconds; requests have shorter time-outs of their own
 IMAGE_SIZE = 112
 ANSWER_LENGTH = 8
 
@@ -36,7 +36,7 @@ def smoke_test(
     revision: str | None = None,
     token: str | None = None,
     sha256s: dict[str, str] | None = None,
-    seconds: float = LONGEST,
+    seconds: float = TIME_LIMIT,
 ) -> str:
     """Loads a checkpoint by `trust_remote_code` alone and makes it reflect, in a new process with an empty cache.
 

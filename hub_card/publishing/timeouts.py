@@ -6,7 +6,7 @@ import os
 from huggingface_hub import get_session, set_client_factory
 
 
-SECONDS = 30
+TIMEOUT = 30
 
 
 def set_timeouts() -> None:
@@ -30,6 +30,6 @@ def set_timeouts() -> None:
 
 def limit_wait(request) -> None:
     """Sets the time-outs that a request leaves open; many calls of the client pass `None`, so a default wouldn't do."""
-    seconds = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or SECONDS)
+    seconds = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or TIMEOUT)
     given = request.extensions["timeout"]
     request.extensions["timeout"] = {name: seconds if value is None else value for name, value in given.items()}

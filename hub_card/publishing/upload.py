@@ -18,10 +18,10 @@ from ..conversion.converter import convert
 from ..errors import InputError
 from ..inference.checkpoints import checkpoint_config
 from .files import CARD, SMALL, HashedFile, find_files
-from .hub_errors import LOGIN, explain, hide_token, hub_errors
+from .hub_errors import LOGIN, explain_hub_error, hide_token, hub_errors
 from .leaks import check_leaks
 from .license import check_license
-from .smoke_test import LONGEST, smoke_test
+from .smoke_test import TIME_LIMIT, smoke_test
 from .timeouts import set_timeouts
 
 
@@ -46,7 +46,7 @@ class Destination:
     tag: str | None = None
 
 
-def check_checkpoint(folder: Path) -> dict[str, HashedFile]:
+def check_before_publishing(folder: Path) -> dict[str, HashedFile]:
     """Checks all that can be checked without the Hub.
 
     Returns:
@@ -82,7 +82,7 @@ def check_unchanged(files: dict[str, HashedFile], sent: dict[str, str] | None = 
 
 def longest_test(files: dict[str, HashedFile]) -> float:
     """How many seconds a smoke test may take."""
-    return LONGEST + sum(file.size for file in files.values()) / SLOWEST
+    return TIME_LIMIT + sum(file.size for file in files.values()) / SLOWEST
 
 
 def find_destination(api: HfApi, repo_id: str, private: bool, tag: str | None) -> Destination:
@@ -140,11 +140,11 @@ def publish(folder: Path, destination: Destination, api: HfApi, tell: Callable[[
         `str`: The commit.
 
     Raises:
-        InputError: See `check_checkpoint`, `upload`, `read_back` and `set_tag`.
+        InputError: See `check_before_publishing`, `upload`, `read_back` and `set_tag`.
     """
     set_timeouts()
     check_license(folder, api, tell)
-    files = check_checkpoint(folder)
+    files = check_before_publishing(folder)
     tell(f"Checked: {len(files)} files.")
     commit = upload(files, destination, api)
     tell(f"Uploaded: {destination.repo_id} at {commit}.")
@@ -212,10 +212,10 @@ def make_repository(destination: Destination, api: HfApi) -> str:
     try:
         about = api.model_info(repo_id, revision=BRANCH)
     except RepositoryNotFoundError as error:
-        raise InputError(f"{repo_id}: {explain(failure or error)}; nothing was changed") from error
+        raise InputError(f"{repo_id}: {explain_hub_error(failure or error)}; nothing was changed") from error
     except Exception as error:
         state = "whether the repository was made can't be found out, nothing was uploaded"
-        raise InputError(f"{repo_id}: {explain(failure or error)}; {state}") from error
+        raise InputError(f"{repo_id}: {explain_hub_error(failure or error)}; {state}") from error
     if destination.private and not about.private:
         raise InputError(f"{repo_id} is public: make it private in its settings; nothing was uploaded")
     if about.sha is None:
@@ -234,7 +234,7 @@ def find_commit(error: Exception, parent: str, files: dict[str, HashedFile], rep
     Raises:
         InputError: It wasn't, or this can't be found out.
     """
-    reason = f"{repo_id}: {explain(error)}"
+    reason = f"{repo_id}: {explain_hub_error(error)}"
     try:
         head = api.model_info(repo_id, revision=BRANCH).sha
         if head != parent and not find_differences(repo_id, head, files, api):
@@ -242,7 +242,7 @@ def find_commit(error: Exception, parent: str, files: dict[str, HashedFile], rep
     except Exception as second:
         history = f"{api.endpoint}/{repo_id}/commits/{BRANCH}"
         raise InputError(
-            f"{reason}; whether the commit was made can't be found out ({explain(second)}): look at {history}"
+            f"{reason}; whether the commit was made can't be found out ({explain_hub_error(second)}): look at {history}"
         ) from error
     if head != parent:
         raise InputError(
@@ -304,7 +304,7 @@ def set_tag(destination: Destination, commit: str, api: HfApi) -> None:
     with hub_errors(repo_id, f"{commit} is uploaded, and whether it has the tag {tag} can't be found out"):
         tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
     if tags.get(tag) != commit:
-        reason = explain(failure) if failure else "the Hub says that it set the tag"
+        reason = explain_hub_error(failure) if failure else "the Hub says that it set the tag"
         where = f"{tag} is at {tags[tag]}" if tag in tags else "there is no such tag"
         raise InputError(f"{repo_id}: {reason}; {where}: {commit} is uploaded, and not tagged") from failure
 

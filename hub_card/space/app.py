@@ -10,14 +10,14 @@ if "SPACE_ID" in os.environ:
     import spaces  # noqa: F401  ZeroGPU wants to come before torch
 
 from vreflection_hub_card.inference.checkpoints import checkpoint_folder, load_checkpoint
-from vreflection_hub_card.space.page import build_page, launch
+from vreflection_hub_card.space.page import build_page, launch_page
 
 
 def main() -> None:
     """Loads the checkpoint and serves the page, where and on the port that the Space says."""
     name = os.environ.get("MODEL")
     model, processor = load_checkpoint(checkpoint_folder(name))
-    launch(build_page(model, processor, embedded=name is None), prevent_thread_lock=False)
+    launch_page(build_page(model, processor, embedded=name is None), prevent_thread_lock=False)
 
 
 if __name__ == "__main__":

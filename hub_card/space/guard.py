@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
-from .upload import MAX_BYTES, NO_PICTURE
+from .uploaded_picture import MAX_BYTES, NO_PICTURE
 from .uploads import Uploads
 
 

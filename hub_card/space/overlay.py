@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from ..inference.drawing import COLOURS, new_figure, show
+from ..inference.drawing import COLOUR_MAP, new_figure, show
 
 
 # Of a frame's longer side, in pixels: small pictures are enlarged to it, large ones shrunk.
@@ -70,4 +70,4 @@ def draw_frame(picture: Image.Image, attention: np.ndarray, most: float) -> Imag
 
 def colour_stops(count: int = 9) -> list[str]:
     """The map's colours from none to the most, as hexadecimal names."""
-    return [to_hex(colormaps[COLOURS](place)) for place in np.linspace(0, 1, count)]
+    return [to_hex(colormaps[COLOUR_MAP](place)) for place in np.linspace(0, 1, count)]

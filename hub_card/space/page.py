@@ -23,7 +23,7 @@ from .frames import FrameStore
 from .guard import Page, RequestGuard
 from .overlay import Frame, draw_frames
 from .texts import EMBEDDED_NOTES, HEADER, NOTES, READING, caption_of
-from .upload import MAX_BYTES, open_upload
+from .uploaded_picture import MAX_BYTES, open_upload
 from .uploads import Uploads, private_folder
 from .zero_gpu import on_gpu
 
@@ -47,7 +47,7 @@ MAX_SESSIONS = 1000
 def build_page(
     model: VReflectionForConditionalGeneration, processor: VReflectionProcessor, embedded: bool = False
 ) -> Page:
-    """Builds the page; `launch` starts it.
+    """Builds the page; `launch_page` starts it.
 
     Args:
         model (`VReflectionForConditionalGeneration`): The model.
@@ -222,7 +222,7 @@ def add_events(decode: Decoder, picture, ask, asked, answer, plain, heatmap, ste
     checked.failure(lambda: None, outputs=picture, queue=False, api_visibility="private")
 
 
-def launch(page: Page, **options) -> str:
+def launch_page(page: Page, **options) -> str:
     """Starts the page in the background, without telemetry or a tunnel, and returns its address.
 
     Args:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 # Of a visitor's two answers, at most; a longer time waits longer in ZeroGPU's queue.
-SECONDS = 120
+GPU_SECONDS = 120
 
 
 def on_gpu(function: Callable) -> Callable:
@@ -16,4 +16,4 @@ def on_gpu(function: Callable) -> Callable:
         import spaces
     except ImportError:
         return function
-    return spaces.GPU(duration=SECONDS)(function)
+    return spaces.GPU(duration=GPU_SECONDS)(function)

@@ -155,7 +155,7 @@ def choose_sources(source: str | None, folder: Path) -> tuple[str, ...]:
 
 def check_suffix(path: Path) -> None:
     """Checks that the name of a figure ends in a format that can be written."""
-    from vreflection_hub_card.inference.drawing import FORMATS
+    from vreflection_hub_card.inference.drawing import FIGURE_FORMATS
 
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"{path}: the name of a heatmap must end in one of {', '.join(FORMATS)}")
+    if path.suffix.lower() not in FIGURE_FORMATS:
+        raise InputError(f"{path}: the name of a heatmap must end in one of {', '.join(FIGURE_FORMATS)}")

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
 
     from vreflection_hub_card.inference.checkpoints import checkpoint_config
     from vreflection_hub_card.publishing.upload import (
-        check_checkpoint,
+        check_before_publishing,
         check_names,
         find_destination,
         inference_only,
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     source = inference_only(options.checkpoint, name) if options.inference_only else nullcontext(options.checkpoint)
     with source as folder:
         if destination is None:
-            list_files(check_checkpoint(folder), name)
+            list_files(check_before_publishing(folder), name)
         else:
             enable_progress_bars()  # `vreflection` turns them off; an upload takes long
             publish(folder, destination, api)

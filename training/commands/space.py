@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     from vreflection_hub_card.inference.checkpoints import checkpoint_folder, load_checkpoint
 
     try:
-        from vreflection_hub_card.space.page import build_page, launch
+        from vreflection_hub_card.space.page import build_page, launch_page
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     model, processor = load_checkpoint(checkpoint_folder(options.model), options.device)
     page = build_page(model, processor, embedded=options.model is None)
     try:
-        address = launch(page, server_name=HOST, server_port=options.port)
+        address = launch_page(page, server_name=HOST, server_port=options.port)
     except (OSError, OverflowError) as error:
         where = f"port {options.port}" if options.port else "all ports from 7860 on"
         raise InputError(f"{where} can't be used, perhaps it is taken; --port names another") from error

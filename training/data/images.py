@@ -35,7 +35,7 @@ def load_image(image: RowImage, image_processor: Qwen2VLImageProcessor) -> Image
         ValueError: A picture that is too narrow.
         OSError: A picture that can't be downloaded.
     """
-    picture = open_picture(download(image), image) if is_url(image) else open_picture(image)
+    picture = open_picture(download_picture(image), image) if is_url(image) else open_picture(image)
     count_image_tokens(*picture.size, image_processor)  # what can't be counted can't be trained on
     return fetch_image(
         {"image": picture, **pixel_limits(image_processor)},
@@ -48,10 +48,10 @@ def image_size(image: RowImage) -> tuple[int, int]:
 
     Raises:
         PictureError: As for `load_image`.
-        ValueError: A URL, which only a download can measure.
+        ValueError: A URL, which only a download_picture can measure.
     """
     if is_url(image):
-        raise ValueError(f"{image}: a picture on the web can't be measured; download it, and give its path.")
+        raise ValueError(f"{image}: a picture on the web can't be measured; download_picture it, and give its path.")
     return picture_size(image)
 
 
@@ -79,7 +79,7 @@ def pixel_limits(image_processor: Qwen2VLImageProcessor) -> dict[str, int]:
     return {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
 
 
-def download(url: str) -> bytes:
+def download_picture(url: str) -> bytes:
     """What lies at a web address; raises an `OSError` where it can't be had."""
     response = requests.get(url, timeout=DOWNLOAD_TIMEOUT)
     response.raise_for_status()

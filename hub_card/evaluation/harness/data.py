@@ -17,7 +17,7 @@ PICTURE_FILES = {
 }
 
 
-def load_rows(benchmark: Benchmark, folder: str | Path | None = None) -> Dataset:
+def load_benchmark(benchmark: Benchmark, folder: str | Path | None = None) -> Dataset:
     """Loads all rows of a benchmark, its subsets one after another.
 
     Args:
@@ -36,7 +36,7 @@ def load_rows(benchmark: Benchmark, folder: str | Path | None = None) -> Dataset
         parts = [load_folder(Path(folder) / subset, benchmark) for subset in benchmark.counts]
     else:
         try:
-            parts = download(benchmark)
+            parts = download_rows(benchmark)
         except OSError as error:
             raise InputError(f"{benchmark.name}: {benchmark.dataset} can't be downloaded ({error})") from error
     rows = concatenate_datasets(parts)
@@ -47,7 +47,7 @@ def load_rows(benchmark: Benchmark, folder: str | Path | None = None) -> Dataset
     return rows
 
 
-def download(benchmark: Benchmark) -> list[Dataset]:
+def download_rows(benchmark: Benchmark) -> list[Dataset]:
     """Loads the subsets from the Hub."""
     if benchmark.name in PICTURE_FILES:
         root = snapshot_download(benchmark.dataset, repo_type="dataset", revision=benchmark.revision)

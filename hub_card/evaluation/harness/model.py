@@ -90,7 +90,7 @@ class VReflection(lmms):
         except ValueError as error:
             raise InputError(str(error)) from error
         self.reflection = asdict(options)
-        limit_pixels(self.processor.image_processor, min_pixels, max_pixels)
+        set_pixel_limits(self.processor.image_processor, min_pixels, max_pixels)
         pixels = self.processor.image_processor.size
         self.description = describe_model(self.model, folder, pretrained) | {"revision": revision}
         self.options = self.reflection | {
@@ -196,7 +196,7 @@ def bare_answer(text: str) -> str:
     return (answer.partition("</answer>")[0] if tag else text).strip()
 
 
-def limit_pixels(image_processor, min_pixels: int | None, max_pixels: int | None) -> None:
+def set_pixel_limits(image_processor, min_pixels: int | None, max_pixels: int | None) -> None:
     """Sets how many pixels a picture has at least and at most; `None` leaves the checkpoint's."""
     given = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     size = {name: image_processor.size[name] if pixels is None else int(pixels) for name, pixels in given.items()}

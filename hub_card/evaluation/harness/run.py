@@ -82,7 +82,7 @@ def evaluate(
         "machine": describe_machine(asked.device) | {"processes": asked.world_size},
         "tasks": {
             benchmark.name: {
-                "data": describe_data(benchmark, configs[task].get("dataset_path")),
+                "data": describe_benchmark(benchmark, configs[task].get("dataset_path")),
                 **summarise_task(benchmark, samples[task], limit),
             }
             for task, benchmark in benchmarks.items()
@@ -114,7 +114,7 @@ def join_samples(benchmark: Benchmark, logged: list[dict], log: AnswerLog) -> li
     return rows
 
 
-def describe_data(benchmark: Benchmark, folder: str | None) -> dict:
+def describe_benchmark(benchmark: Benchmark, folder: str | None) -> dict:
     """Where the items came from: the Hub, or a local folder, whose path stays private."""
     if benchmark.rows is not None:
         return {"dataset": benchmark.dataset, "split": benchmark.split}

@@ -7,7 +7,7 @@ from PIL import ImageFile
 
 from ..benchmarks import BENCHMARKS, Benchmark
 from ..scorers import SCORERS
-from .data import check_rows, load_rows
+from .data import check_rows, load_benchmark
 
 
 PREFIX = "vreflection_"
@@ -21,7 +21,7 @@ class BenchmarkTask(ConfigurableMessagesTask):
 
     Args:
         config (`dict`): The task's YAML file, see `task_benchmark`. Its `dataset_path`, if any, is a local folder to load
-            instead of the data set on the Hub, see `load_rows`.
+            instead of the data set on the Hub, see `load_benchmark`.
 
     Raises:
         InputError: Data that isn't complete, see `check_rows`.
@@ -34,7 +34,7 @@ class BenchmarkTask(ConfigurableMessagesTask):
 
     def download(self, dataset_kwargs=None):
         """Loads all subsets as one split and checks them."""
-        rows = load_rows(self.benchmark, self.config.dataset_path)
+        rows = load_benchmark(self.benchmark, self.config.dataset_path)
         check_rows(self.benchmark, rows)
         # Encoded pictures cost little, so there is no need for a second copy of the data without them.
         self.dataset = self.dataset_no_image = {self.benchmark.split: rows}

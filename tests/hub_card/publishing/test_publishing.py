@@ -86,7 +86,7 @@ def test_a_checkpoint_is_published_and_loads(hub_server, hub_environment, ready,
 @pytest.fixture
 def quick(monkeypatch):
     """Skips the two processes that load the checkpoint: these tests are about the Hub."""
-    monkeypatch.setattr(publishing, "check_checkpoint", hashed)
+    monkeypatch.setattr(publishing, "check_before_publishing", hashed)
     monkeypatch.setattr(publishing, "smoke_test", lambda *arguments, **options: "")
 
 

@@ -21,7 +21,7 @@ NONSENSE = [(b"<html>gateway</html>", 200), ({}, 200), ([], 200), (b"", 502), (b
 @pytest.fixture
 def publish(checkpoint, capsys, monkeypatch):
     """Publishes a checkpoint in this process, without the smoke tests; returns the exit code, stdout and an error's line."""
-    monkeypatch.setattr(publishing, "check_checkpoint", hashed)
+    monkeypatch.setattr(publishing, "check_before_publishing", hashed)
     monkeypatch.setattr(publishing, "smoke_test", lambda *arguments, **options: "")
     monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
 
@@ -73,7 +73,7 @@ def test_a_file_that_changed_after_its_check_is_not_sent(hub, publish, checkpoin
         spoil(folder / name, how)
         return files
 
-    monkeypatch.setattr(publishing, "check_checkpoint", check)
+    monkeypatch.setattr(publishing, "check_before_publishing", check)
     repo = hub.add_repo("ann/changed")
     head = repo.head
     code, out, line = publish("ann/changed")
@@ -90,7 +90,7 @@ def test_large_files_are_hashed_as_they_are_sent(hub, publish, checkpoint, monke
         spoil(folder / WEIGHTS, "same time")
         return files
 
-    monkeypatch.setattr(publishing, "check_checkpoint", check)
+    monkeypatch.setattr(publishing, "check_before_publishing", check)
     repo = hub.add_repo("ann/large")
     head = repo.head
     code, _, line = publish("ann/large")
@@ -111,7 +111,7 @@ def test_a_file_that_changes_during_its_upload_is_not_committed(hub, publish, ch
 def test_files_that_changed_during_their_checks(checkpoint, monkeypatch):
     monkeypatch.setattr(publishing, "smoke_test", lambda folder, **_: spoil(folder / "config.json", "in place"))
     with pytest.raises(InputError, match="config.json has changed"):
-        publishing.check_checkpoint(checkpoint)
+        publishing.check_before_publishing(checkpoint)
 
 
 # A Hub that hangs.

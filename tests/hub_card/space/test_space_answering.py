@@ -18,7 +18,7 @@ from vreflection_hub_card.space import answering, zero_gpu
 from vreflection_hub_card.space.answering import answer_twice
 from vreflection_hub_card.space.overlay import SIDE, draw_frames
 from vreflection_hub_card.space.texts import NO_REFLECTION, caption_of
-from vreflection_hub_card.space.upload import MAX_BYTES, open_upload
+from vreflection_hub_card.space.uploaded_picture import MAX_BYTES, open_upload
 
 
 def messages(picture, question):
@@ -146,6 +146,6 @@ def test_the_gpu_is_asked_for_on_a_space_only(monkeypatch):
     monkeypatch.delenv("SPACE_ID", raising=False)
     assert zero_gpu.on_gpu(decode) is decode and marked == []
     monkeypatch.setenv("SPACE_ID", "someone/something")
-    assert zero_gpu.on_gpu(decode) is decode and marked == [(zero_gpu.SECONDS, decode)]
+    assert zero_gpu.on_gpu(decode) is decode and marked == [(zero_gpu.GPU_SECONDS, decode)]
     monkeypatch.setitem(sys.modules, "spaces", None)  # a Space without it
     assert zero_gpu.on_gpu(decode) is decode

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from vreflection_hub_card.glyphsearch import draw_question
-from vreflection_hub_card.space.upload import MAX_BYTES, NO_PICTURE
+from vreflection_hub_card.space.uploaded_picture import MAX_BYTES, NO_PICTURE
 
 
 META = {"meta": {"_type": "gradio.FileData"}}

@@ -13,7 +13,7 @@ from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.glyphsearch import draw_question, make_scene, questions, scene_seed
 from vreflection_hub_card.inference.look import look
 from vreflection_hub_card.space.overlay import draw_frames
-from vreflection_hub_card.space.upload import MAX_BYTES
+from vreflection_hub_card.space.uploaded_picture import MAX_BYTES
 
 
 pytest.importorskip("selenium", reason="needs pip install selenium")

@@ -14,7 +14,7 @@ MAX_BYTES = 20 * 2**20
 # A small file can hold a picture that fills the memory.
 MAX_PIXELS = 40_000_000
 # Pillow reads many more, some of them by starting other programs.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 # Said of every file that isn't the visitor's, whether it exists or not.
 NO_PICTURE = "Pick a picture first: an example, or upload one here. Uploads are kept for an hour at most."
 
@@ -42,6 +42,6 @@ def open_upload(path: str, name: str) -> Image.Image:
                 f"{name} has {stat.st_size / 2**20:.0f} MB; this page takes up to {MAX_BYTES / 2**20:.0f}."
             )
         try:
-            return open_picture(file, name, FORMATS, MAX_PIXELS)
+            return open_picture(file, name, PICTURE_FORMATS, MAX_PIXELS)
         except PictureError as error:
             raise InputError(str(error)) from error
