@@ -216,7 +216,7 @@ def test_bad_rows_are_named_or_stop(processor, tmp_path, num_proc):
         assert inspected["id"] == f"r{number}"
         if number in (3, 8):
             assert inspected["problem"].startswith(f"Sample r{number}: ") and inspected["kind"] == "missing picture"
-            assert inspected["problem"].endswith("gone.jpg: no such file.") and inspected["tokens"] == 0
+            assert "gone.jpg: no such file" in inspected["problem"] and inspected["tokens"] == 0
         else:
             assert inspected["problem"] is None and inspected["tokens"] == measure_row(row, processor).tokens
     with pytest.raises(BadRow, match="Sample r3: .*gone.jpg"):
