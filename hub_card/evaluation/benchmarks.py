@@ -15,8 +15,6 @@ from typing import Any
 
 from PIL import Image
 
-from modeling_vreflection.processing_vreflection import PictureError, open_picture, picture_size
-
 from ..errors import InputError
 from ..glyphsearch import GLYPHS, draw_question
 from .prompts import INSTRUCTION, LETTERS, lettered, mmvp_question, with_options
@@ -48,6 +46,9 @@ class Item:
         Raises:
             InputError: A damaged picture.
         """
+        # Imported here, since the command line reads the benchmarks' names and must not wait for torch.
+        from modeling_vreflection.processing_vreflection import PictureError, open_picture
+
         try:
             return [open_picture(image) for image in self.images]
         except PictureError as error:
@@ -224,6 +225,8 @@ def one_of(value: str, known: tuple[str, ...], name: str) -> str:
 
 def read_image(value: Any, name: str) -> Any:
     """Checks, by its header, that `open_picture` can open a picture, and returns it still encoded; or an `InputError`."""
+    from modeling_vreflection.processing_vreflection import PictureError, picture_size
+
     if not value or (isinstance(value, dict) and not any(value.values())):
         raise InputError(f"item {name}: its image is missing")
     try:
