@@ -44,12 +44,7 @@ PARTS = {
 
 
 class BadRow(ValueError):
-    """A row that can't be trained on; the message names the row and says what is wrong.
-
-    Args:
-        message (`str`): Which row, and what is wrong with it.
-        kind (`str`, *optional*, defaults to `"other"`): Under which heading a report counts it.
-    """
+    """A row that can't be trained on; the message names it and says what is wrong, `kind` is a report's heading for it."""
 
     def __init__(self, message: str, kind: str = "other"):
         super().__init__(message)
@@ -71,15 +66,14 @@ def row_images(row: dict[str, Any]) -> list[Any]:
 def row_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages of a row with its pictures, as given, in their places, and without the keys that Arrow fills with None.
 
-    Raises:
-        BadRow: Messages that aren't any, another number of pictures than places, or what the row's reader found wrong.
+    Raises a `BadRow` for messages that aren't any, too many or few pictures, or what the row's reader found wrong.
     """
     if row.get("error") is not None:
         raise BadRow(f"{row_name(row)}: {row['error']}", "format")
     messages = row.get("messages")
     if not _is_list(messages) or len(messages) == 0:
         raise BadRow(f"{row_name(row)} has no `messages`.", "messages")
-    cleaned = [_clean_message(message, row) for message in messages]
+    cleaned = [_clean_message(message, row_name(row)) for message in messages]
     try:
         return prepare_multimodal_messages(cleaned, images=row_images(row))
     except ValueError as error:
@@ -89,10 +83,10 @@ def row_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
 def check_past_reflections(messages: list[dict[str, Any]], row: dict[str, Any]):
     """Raises where a reflection stands before the last question: the chat template would drop it, and train on the answer."""
     given = sum(part["type"] == "reflection" for message in messages for part in message["content"])
-    if len(rendered_reflections(messages)) < given:
+    if lost := given - len(rendered_reflections(messages)):
         raise BadRow(
-            f"{row_name(row)}: {given - len(rendered_reflections(messages))} of its reflections belong to turns before the "
-            "last question, where what was seen is forgotten: make a row of each turn.",
+            f"{row_name(row)}: {lost} of its reflections belong to turns before the last question, where what was seen is "
+            "forgotten: make a row of each turn.",
             "past reflection",
         )
 
@@ -120,10 +114,7 @@ def reflection_part(box: Sequence[float], image_index: int = 0) -> dict[str, Any
 def normalise_row(row: dict[str, Any], row_id: str, dataset: str) -> dict[str, Any]:
     """Brings a row in the project's format, pictures inline or as placeholders, text as string or parts, to `FEATURES`.
 
-    Args:
-        row (`dict`): The row.
-        row_id (`str`): Its id, if it has none.
-        dataset (`str`): The name of its data set, if it has none.
+    `row_id` and `dataset` name the row where it doesn't itself.
     """
     row_id = row_id if row.get("id") is None else str(row["id"])
     dataset = row["dataset"] if isinstance(row.get("dataset"), str) else dataset
@@ -131,7 +122,10 @@ def normalise_row(row: dict[str, Any], row_id: str, dataset: str) -> dict[str, A
         messages = row_messages({**row, "id": row_id})
         images = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
         for image in images:
-            _check_image(image)
+            if not isinstance(image, (str, dict, PIL.Image.Image)):
+                raise BadRow(
+                    f"a picture must be a path, a dict with `path` or `bytes`, or a PIL image, got {image!r}."
+                )
         messages = [
             {"role": message["role"], "content": [_plain_part(part) for part in message["content"]]}
             for message in messages
@@ -142,11 +136,7 @@ def normalise_row(row: dict[str, Any], row_id: str, dataset: str) -> dict[str, A
 
 
 def flatten_boxes(boxes: Any) -> list[list[float]]:
-    """Boxes in a flat list: one box, a list of them, or lists of lists of them.
-
-    Raises:
-        ValueError: Something else.
-    """
+    """Boxes in a flat list: one box, a list of them, or lists of lists of them; a `ValueError` for anything else."""
     if not _is_list(boxes):
         raise ValueError(f"boxes must be a list of [x0, y0, x1, y1], got {boxes!r}.")
     if len(boxes) == 4 and all(isinstance(corner, (int, float)) for corner in boxes):
@@ -160,41 +150,31 @@ def _plain_part(part: dict[str, Any]) -> dict[str, Any]:
     """A part with nothing in it that `FEATURES` can't hold."""
     box, image_index = part.get("box"), part.get("image_index")
     if box is not None and not (_is_list(box) and all(isinstance(corner, (int, float)) for corner in box)):
-        raise BadRow(f"`box` must be [x0, y0, x1, y1], got {box!r}.", "box")
+        raise BadRow(f"`box` must be [x0, y0, x1, y1], got {box!r}.")
     if image_index is not None and not isinstance(image_index, int):
-        raise BadRow(f"`image_index` must be a number, got {image_index!r}.", "image_index")
+        raise BadRow(f"`image_index` must be a number, got {image_index!r}.")
     return {key: part[key] for key in ("type", "text", "box", "image_index") if key in part}
 
 
-def _check_image(image: Any):
-    if not isinstance(image, (str, dict, PIL.Image.Image)):
-        raise BadRow(
-            f"a picture must be a path, a dict with `path` or `bytes`, or a PIL image, got {image!r}.", "picture"
-        )
-
-
-def _clean_message(message: Any, row: dict[str, Any]) -> dict[str, Any]:
+def _clean_message(message: Any, name: str) -> dict[str, Any]:
+    """A message without the keys that Arrow fills with None; `name` is the row's, for errors."""
     content = message.get("content") if isinstance(message, dict) else None
     if content is None or message.get("role") not in PARTS:
         roles = ", ".join(PARTS)
-        raise BadRow(
-            f"{row_name(row)}: a message needs `content` and a `role` of {roles}, got {message!r}.", "messages"
-        )
+        raise BadRow(f"{name}: a message needs `content` and a `role` of {roles}, got {message!r}.", "messages")
+    role = message["role"]
     if isinstance(content, str):
-        return {"role": message["role"], "content": content}
+        return {"role": role, "content": content}
     if not _is_list(content) or not all(isinstance(part, dict) and part.get("type") for part in content):
-        raise BadRow(f"{row_name(row)}: `content` must be text or parts with a `type`, got {content!r}.", "messages")
+        raise BadRow(f"{name}: `content` must be text or parts with a `type`, got {content!r}.", "messages")
     parts = [{key: value for key, value in part.items() if value is not None} for part in content]
     for part in parts:
-        if part["type"] not in PARTS[message["role"]]:
-            kinds = " or ".join(map(repr, PARTS[message["role"]]))
-            raise BadRow(
-                f"{row_name(row)}: a content part of role {message['role']!r} is {kinds}, not {part['type']!r}.",
-                "messages",
-            )
+        if part["type"] not in PARTS[role]:
+            kinds = " or ".join(map(repr, PARTS[role]))
+            raise BadRow(f"{name}: a content part of role {role!r} is {kinds}, not {part['type']!r}.", "messages")
         if part["type"] == "text" and not isinstance(part.get("text"), str):
-            raise BadRow(f"{row_name(row)}: a part of type 'text' needs `text`, got {part!r}.", "messages")
-    return {"role": message["role"], "content": parts}
+            raise BadRow(f"{name}: a part of type 'text' needs `text`, got {part!r}.", "messages")
+    return {"role": role, "content": parts}
 
 
 def _is_list(value: Any) -> bool:

@@ -1,3 +1,4 @@
+# ruff: noqa: F401  these imports are what the package offers
 """GlyphSearch: seeded scenes of coloured shapes, each with a glyph on it, and questions whose region is known exactly.
 
 A scene is a square picture divided into cells. Some cells hold one shape, somewhere inside the cell, with a letter on
@@ -44,30 +45,3 @@ from .scenes import (
     make_scene,
     scene_seed,
 )
-
-
-__all__ = [
-    "BACKGROUND",
-    "CLUTTER",
-    "COLOURS",
-    "DESCRIBE",
-    "DIFFICULTIES",
-    "GLYPHS",
-    "RELATIONS",
-    "SHAPES",
-    "SPLITS",
-    "SPLIT_SIZE",
-    "Difficulty",
-    "Question",
-    "Scene",
-    "SceneObject",
-    "choose_questions",
-    "draw_question",
-    "get_difficulty",
-    "glyphsearch_curriculum",
-    "glyphsearch_dataset",
-    "make_scene",
-    "questions",
-    "scene_row",
-    "scene_seed",
-]

@@ -19,16 +19,9 @@ RowFunction = Callable[[int], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its only right answer.
+    """A question with its only right answer, the glyph of `target`, whose box is where to look."""
 
-    Args:
-        kind (`str`): `"attribute"` or `"relation"`.
-        text (`str`): The question.
-        answer (`str`): The glyph.
-        target (`SceneObject`): The shape that carries the glyph; its box is where to look.
-    """
-
-    kind: str
+    kind: str  # "attribute" or "relation"
     text: str
     answer: str
     target: SceneObject
@@ -71,9 +64,15 @@ def choose_questions(scene: Scene, count: int, rng: random.Random) -> list[Quest
 
 def draw_question(split: str, index: int, difficulty: str | Difficulty = "default") -> tuple[Scene, Question]:
     """The scene of an index and the question that [`glyphsearch_dataset`] asks about it."""
+    scene, (question,) = _draw_questions(split, index, difficulty, 1)
+    return scene, question
+
+
+def _draw_questions(split: str, index: int, difficulty: str | Difficulty, count: int) -> tuple[Scene, list[Question]]:
+    """A scene and questions about it; their own random stream keeps the picture the same, however many are asked."""
     seed = scene_seed(split, index)
     scene = make_scene(seed, difficulty)
-    return scene, choose_questions(scene, 1, _questions_stream(seed))[0]
+    return scene, choose_questions(scene, count, random.Random(f"questions {seed}"))
 
 
 def glyphsearch_dataset(
@@ -97,13 +96,8 @@ def glyphsearch_dataset(
     Returns:
         `Dataset`: Rows of `id`, `images` (one picture) and `messages`.
     """
-    row = partial(
-        scene_row,
-        split=split,
-        difficulty=get_difficulty(difficulty),
-        reflection=reflection,
-        questions_per_scene=questions_per_scene,
-    )
+    options = {"split": split, "difficulty": get_difficulty(difficulty)}
+    row = partial(scene_row, reflection=reflection, questions_per_scene=questions_per_scene, **options)
     return _lazy_dataset([(count, row)], start)
 
 
@@ -122,15 +116,10 @@ def glyphsearch_curriculum(
     whose answer is the next word: the model learns to find. Only then do questions about scenes pay.
 
     Args:
-        crops (`int`): Rows of the first part: one scene each, one turn and one picture for each of its objects.
-        lists (`int`): Rows of the second part: one scene each, one turn that names all its objects.
-        scenes (`int`): Rows of the third part: one scene each, `questions_per_scene` turns.
-        split (`str`): One of `SPLITS`.
-        difficulty (`str` or `Difficulty`): A preset's name, or a difficulty.
-        questions_per_scene (`int`): Turns of a row of the third part; fewer where a scene allows no more.
-
-    Returns:
-        `Dataset`: Rows of `id`, `images` and `messages`.
+        crops, lists, scenes (`int`): Rows of each part, one scene each. A row of crops has a turn and a picture for each
+            object, a row of lists one turn that names all, and a row of scenes `questions_per_scene` turns, or all that
+            the scene allows.
+        split, difficulty: See [`glyphsearch_dataset`].
     """
     options = {"split": split, "difficulty": get_difficulty(difficulty)}
     questions_row = partial(scene_row, reflection=False, questions_per_scene=questions_per_scene, **options)
@@ -142,10 +131,9 @@ def scene_row(
     index: int, split: str, difficulty: Difficulty, reflection: bool = True, questions_per_scene: int = 1
 ) -> dict[str, Any]:
     """One scene and a conversation about it, as a row."""
-    seed = scene_seed(split, index)
-    scene = make_scene(seed, difficulty)
+    scene, asked = _draw_questions(split, index, difficulty, questions_per_scene)
     messages = []
-    for question in choose_questions(scene, questions_per_scene, _questions_stream(seed)):
+    for question in asked:
         content = [{"type": "text", "text": question.text}]
         if not messages:
             content.insert(0, {"type": "image"})
@@ -174,11 +162,6 @@ def list_row(index: int, split: str, difficulty: Difficulty) -> dict[str, Any]:
     return {"id": f"glyphsearch-{split}-{index}-list", "images": [scene.image], "messages": messages}
 
 
-def _questions_stream(seed: int) -> random.Random:
-    """The questions have a random stream of their own: how many are asked doesn't change the picture."""
-    return random.Random(f"questions {seed}")
-
-
 def _description(objects: Sequence[SceneObject]) -> list[dict[str, Any]]:
     """A turn that shows a picture and names the objects in it, each with its glyph.
 
@@ -192,10 +175,7 @@ def _description(objects: Sequence[SceneObject]) -> list[dict[str, Any]]:
 
 
 def _lazy_dataset(parts: list[tuple[int, RowFunction]], start: int = 0) -> "Dataset":
-    """A dataset that stores indices and draws rows as they are read: drawing 100,000 of them ahead takes minutes.
-
-    `parts` holds, in order, how many rows to draw by which function.
-    """
+    """A dataset of so many rows by each function, drawn as they are read: drawing 100,000 of them ahead takes minutes."""
     from datasets import Dataset  # not everything that draws scenes has it
 
     part = [number for number, (count, _) in enumerate(parts) for _ in range(count)]

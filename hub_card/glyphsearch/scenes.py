@@ -47,31 +47,21 @@ INK = (16, 16, 16)
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How hard a scene is to search.
+    """How hard a scene is to search; sizes are in pixels.
 
-    Args:
-        grid (`int`): Cells a side; the picture is `grid * cell` pixels wide and high.
-        cell (`int`): Side of a cell, in pixels.
-        min_objects (`int`): Fewest shapes in a scene.
-        max_objects (`int`): Most shapes in a scene, at most `grid**2`.
-        extent (`int`): Width and height of a shape, in pixels. It stands anywhere inside its cell, so that the slack
-            `cell - extent` is the range of its jitter.
-        glyph_cell (`int`): Side of one of the 5 x 5 cells of a glyph, in pixels.
-        distinct_colours (`bool`): Whether no colour comes twice in a scene, so that finding a shape takes one feature
-            instead of the conjunction of two; `max_objects` is at most 8 then.
-        clutter (`int`): Grey strokes drawn under the shapes.
-        relation_share (`float`): Share of relation questions; the others are attribute questions.
+    A shape stands anywhere inside its cell. Where no colour comes twice, finding a shape takes one feature instead of the
+    conjunction of two.
     """
 
-    grid: int = 3
+    grid: int = 3  # cells a side
     cell: int = 56
     min_objects: int = 4
-    max_objects: int = 8
-    extent: int = 48
-    glyph_cell: int = 6
+    max_objects: int = 8  # at most `grid**2`, and 8 with distinct colours
+    extent: int = 48  # width and height of a shape
+    glyph_cell: int = 6  # of the 5 x 5 cells of a glyph
     distinct_colours: bool = True
-    clutter: int = 0
-    relation_share: float = 0.0
+    clutter: int = 0  # grey strokes under the shapes
+    relation_share: float = 0.0  # of the questions; the others are attribute questions
 
     @property
     def image_size(self) -> int:
@@ -99,23 +89,14 @@ DIFFICULTIES = {
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape of a scene.
-
-    Args:
-        colour (`str`): A key of `COLOURS`.
-        shape (`str`): One of `SHAPES`.
-        glyph (`str`): A key of `GLYPHS`.
-        cell (`tuple[int, int]`): Row and column.
-        pixel_box (`tuple[int, int, int, int]`): The tight box of what is drawn, in pixels, high corner exclusive.
-        box (`tuple[float, float, float, float]`): The same box as fractions of the picture: x0, y0, x1, y1.
-    """
+    """One shape of a scene."""
 
     colour: str
     shape: str
     glyph: str
-    cell: tuple[int, int]
-    pixel_box: tuple[int, int, int, int]
-    box: tuple[float, float, float, float]
+    cell: tuple[int, int]  # row and column
+    pixel_box: tuple[int, int, int, int]  # tight, x0, y0, x1, y1, the high corner exclusive
+    box: tuple[float, float, float, float]  # the same as fractions of the picture
 
     @property
     def name(self) -> str:
@@ -186,19 +167,20 @@ def neighbour(cell: tuple[int, int], occupied: Iterable[tuple[int, int]], relati
     """The occupied cell next to `cell`, if it is the only one on that side of it in its row or column."""
     down, right = RELATIONS[relation]
     row, column = cell
+    next_cell = (row + down, column + right)
     on_that_side = [
         (other_row, other_column)
         for other_row, other_column in occupied
-        if ((other_row - row) * down + (other_column - column) * right > 0)
+        if (other_row - row) * down + (other_column - column) * right > 0
         and (other_column == column if down else other_row == row)
     ]
-    return (row + down, column + right) if on_that_side == [(row + down, column + right)] else None
+    return next_cell if on_that_side == [next_cell] else None
 
 
 def _draw_object(
     image: Image.Image, x: int, y: int, colour: str, shape: str, glyph: str, difficulty: Difficulty
 ) -> tuple[int, int, int, int]:
-    """Draws a shape of `extent` pixels with its low corner at (x, y), and its glyph; returns the tight box in pixels."""
+    """Draws a shape with its low corner at (x, y), and its glyph; returns the tight box in pixels."""
     extent = difficulty.extent
     form = Image.new("1", (extent, extent))
     draw = ImageDraw.Draw(form)
@@ -206,7 +188,8 @@ def _draw_object(
     if shape == "circle":
         draw.ellipse((0, 0, last, last), fill=1)
     elif shape == "square":
-        draw.rectangle((third // 4, third // 4, last - third // 4, last - third // 4), fill=1)
+        inset = third // 4
+        draw.rectangle((inset, inset, last - inset, last - inset), fill=1)
     elif shape == "triangle":
         draw.polygon([(0, last), (last, last), (last / 2, 0)], fill=1)
     elif shape == "diamond":

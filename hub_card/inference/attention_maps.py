@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration
+from modeling_vreflection.compression_vreflection import pad_features
 from modeling_vreflection.generation_vreflection import CACHE
+from modeling_vreflection.regions_vreflection import merged_grids
 
 from ..errors import InputError
 
@@ -39,14 +41,11 @@ class Reflection:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """What the language model got and gave in one decoding step, each (B, T, D) or (3 or 4, B, T).
+    """What the language model got and gave in one decoding step; T = 1, but the prompt's step keeps all of `embeds`."""
 
-    The prompt's step keeps all of `embeds`, for the image features in it, and otherwise the last position, T = 1.
-    """
-
-    embeds: torch.Tensor
-    positions: torch.Tensor
-    state: torch.Tensor
+    embeds: torch.Tensor  # (B, T, D)
+    positions: torch.Tensor  # (3 or 4, B, 1)
+    state: torch.Tensor  # (B, 1, D)
 
 
 def offered_sources(config: VReflectionConfig) -> tuple[str, ...]:
@@ -95,7 +94,7 @@ def generate_and_look(
         mask = inputs["attention_mask"]
         attention["llm"] = language_attention(model, steps, is_image, mask, output[CACHE], found)
 
-    reflections: list[list[Reflection]] = [[] for _ in range(len(prompt))]
+    reflections: list[list[Reflection]] = [[] for _ in prompt]
     for number, (row, _, count) in enumerate(found):
         maps = {source: split_by_image(rows[number], grids[row]) for source, rows in attention.items()}
         reflections[row].append(Reflection(count, maps))
@@ -132,14 +131,14 @@ def image_grids(
     is_image: torch.BoolTensor, image_grid_thw: torch.LongTensor | None, config: VReflectionConfig
 ) -> list[list[tuple[int, int]]]:
     """The merged grids (h, w) of each row's images, from the batch's list of images and the mask of image tokens (B, T)."""
-    merge = config.vision_config.spatial_merge_size
-    shapes = [] if image_grid_thw is None else image_grid_thw.tolist()
-    remaining = [(height // merge, width // merge) for _, height, width in shapes]
+    if image_grid_thw is None:
+        return [[] for _ in is_image]
+    remaining = iter(merged_grids(image_grid_thw, config.vision_config.spatial_merge_size))
     grids = []
     for count in is_image.sum(1).tolist():
         row = []
         while sum(height * width for height, width in row) < count:
-            row.append(remaining.pop(0))
+            row.append(next(remaining))
         grids.append(row)
     return grids
 
@@ -163,9 +162,8 @@ def dac_attention(
     offset = first + (model.config.query_position == "at")
     states = torch.cat([step.state[row] for step in steps[offset : offset + count]])
     features = steps[0].embeds[row, is_image[row]]  # F_global, as it stands among the prompt's embeddings
-    mask = torch.ones(1, len(features), dtype=torch.bool, device=features.device)
     with torch.no_grad():
-        return model.model.dac(states[None], features[None], mask)[1][0].cpu()
+        return model.model.dac(states[None], *pad_features([features]))[1][0].cpu()
 
 
 def language_attention(
@@ -178,11 +176,7 @@ def language_attention(
 ) -> list[torch.Tensor]:
     """For each reflection (S, L): the language model's attention from slots to image tokens, over layers and heads averaged.
 
-    Args:
-        model, steps, is_image: As above.
-        attention_mask (`torch.LongTensor` of shape `(B, T)`): Of the prompts.
-        cache (`Cache`): Of the whole generation; it is cut back, reflection by reflection from the last one on.
-        found (`list[tuple[int, int, int]]`): See `find_reflections`.
+    `cache` is that of the whole generation; it is cut back, reflection by reflection from the last one on.
     """
     prompt_length = attention_mask.shape[1]
     attention = {}

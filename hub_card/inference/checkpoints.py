@@ -15,42 +15,27 @@ from ..errors import InputError
 
 EMBEDDED = Path(__file__).parents[1] / "vreflection_tiny"
 # By name: a repository may hold gigabytes of data in other JSON files.
-NEEDED_FILES = [
-    "config.json",
-    "*_config.json",
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "*.jinja",
-    "*.safetensors",
-    "*.safetensors.index.json",
-]
+TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
+MODEL_FILES = ["config.json", "*_config.json", "*.jinja", "*.safetensors", "*.safetensors.index.json"]
 
 
 def checkpoint_folder(model: str | Path | None = None, revision: str | None = None) -> Path:
-    """Returns a checkpoint's folder, downloaded first if `model` is a Hub id.
-
-    Args:
-        model (`str` or `Path`, *optional*): A folder or a Hub id; without it the checkpoint embedded in the package.
-        revision (`str`, *optional*): A Hub id's branch, tag or commit.
+    """The folder of a checkpoint: of a Hub id, which is downloaded first, or without a model of the embedded one.
 
     Raises:
         InputError: Neither a folder nor an id that the Hub knows; a revision of a folder.
     """
-    if revision is not None and (model is None or Path(model).exists()):
+    folder = EMBEDDED if model is None else Path(model)
+    if revision is not None and (model is None or folder.exists()):
         raise InputError(f"revision {revision!r}: only a model on the Hub has revisions")
+    if folder.is_dir():
+        return folder
     if model is None:
-        if not EMBEDDED.is_dir():
-            raise InputError(f"this installation holds no embedded checkpoint ({EMBEDDED}); pass a model")
-        return EMBEDDED
-    if Path(model).is_dir():
-        return Path(model)
-    if Path(model).exists():
+        raise InputError(f"this installation holds no embedded checkpoint ({EMBEDDED}); pass a model")
+    if folder.exists():
         raise InputError(f"{model}: not a checkpoint's folder")
     try:
-        return Path(snapshot_download(str(model), revision=revision, allow_patterns=NEEDED_FILES))
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=MODEL_FILES + TOKENIZER_FILES))
     except HFValidationError as error:
         raise InputError(f"{model}: no such folder, and no Hub id either") from error
     except OSError as error:
@@ -58,11 +43,7 @@ def checkpoint_folder(model: str | Path | None = None, revision: str | None = No
 
 
 def checkpoint_config(folder: Path) -> VReflectionConfig:
-    """Reads a checkpoint's configuration alone.
-
-    Raises:
-        InputError: A folder that holds no V-Reflection checkpoint.
-    """
+    """Reads a checkpoint's configuration alone; a folder that holds no V-Reflection checkpoint is an `InputError`."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no checkpoint, it has no config.json")
     try:

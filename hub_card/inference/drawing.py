@@ -58,17 +58,17 @@ def draw_heatmap(
         `Figure`: Not registered with pyplot; `save_figure` writes it.
     """
     pictures = [shrink(picture) for picture in pictures]
-    rows = [(picture, index, reflection) for reflection in reflections for index, picture in enumerate(pictures)]
-    names = [
-        ("picture" if len(pictures) == 1 else f"picture {index + 1}")
-        + ("" if len(reflections) == 1 else f", reflection {number + 1}")
-        for number in range(len(reflections))
-        for index in range(len(pictures))
-    ]
-    draw = _draw_steps if per_step else _draw_means
-    figure = draw(rows, names, box)
-    width = figure.get_size_inches()[0]
-    title = wrap(question, int(width * 10)) + "\n" + wrap(f"→ {answer or '(an empty answer)'}", int(width * 10))
+    rows = []  # name, picture, outline, and for each source a map of each step (S, h, w)
+    for number, reflection in enumerate(reflections, 1):
+        for index, picture in enumerate(pictures):
+            name = "picture" if len(pictures) == 1 else f"picture {index + 1}"
+            if len(reflections) > 1:
+                name += f", reflection {number}"
+            maps = {source: of_pictures[index] for source, of_pictures in reflection.maps.items()}
+            rows.append((name, picture, box if index == 0 else None, maps))
+    figure = _draw_steps(rows) if per_step else _draw_means(rows)
+    letters = int(figure.get_size_inches()[0] * 10)
+    title = wrap(question, letters) + "\n" + wrap(f"→ {answer or '(an empty answer)'}", letters)
     figure.suptitle(title, fontsize=12, parse_math=False, linespacing=1.35)
     return figure
 
@@ -91,53 +91,46 @@ def wrap(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(text, width, max_lines=QUESTION_LINES, placeholder=" …"))
 
 
-def _draw_means(rows: list[tuple], names: list[str], box) -> Figure:
+def _draw_means(rows: list[tuple]) -> Figure:
     """A line for each picture: the picture, and one map of each source, averaged over the steps."""
-    sources = list(rows[0][2].maps)
-    heights = [PANEL * panel_shape(picture) + 0.65 for picture, *_ in rows]
-    figure = new_figure((PANEL * (1 + len(sources)) + 0.6 * len(sources), sum(heights) + 0.55))
-    grid = figure.add_gridspec(len(rows), 1 + len(sources), height_ratios=heights)
-    for line, ((picture, index, reflection), name) in enumerate(zip(rows, names)):
-        outline = box if index == 0 else None
-        axes = figure.add_subplot(grid[line, 0])
-        show(axes, picture, outline)
-        axes.set_title(name, fontsize=10.5)
-        for column, source in enumerate(sources, 1):
-            maps = reflection.maps[source][index]
-            mean = maps.mean(0)
-            axes = figure.add_subplot(grid[line, column])
+    sources = len(rows[0][3])
+    heights = [PANEL * panel_shape(picture) + 0.65 for _, picture, *_ in rows]
+    figure = new_figure((PANEL * (1 + sources) + 0.6 * sources, sum(heights) + 0.55))
+    panels = figure.subplots(len(rows), 1 + sources, squeeze=False, height_ratios=heights)
+    for (first, *others), (name, picture, outline, maps) in zip(panels, rows):
+        show(first, picture, outline)
+        first.set_title(name, fontsize=10.5)
+        for axes, (source, steps) in zip(others, maps.items()):
+            mean = steps.mean(0)
             shown = show(axes, picture, outline, mean, mean.max().item())
             axes.set_title(TITLES[source], fontsize=10.5, fontweight="bold")
-            axes.set_xlabel(f"{_caption(source, maps)}\nmean of {len(maps)} latent steps", fontsize=8, color=CAPTION)
+            axes.set_xlabel(f"{_caption(source, steps)}\nmean of {len(steps)} latent steps", fontsize=8, color=CAPTION)
             colour_bar(figure, shown, axes)
     return figure
 
 
-def _draw_steps(rows: list[tuple], names: list[str], box) -> Figure:
+def _draw_steps(rows: list[tuple]) -> Figure:
     """Lines for each picture and source: the picture, and one map for each step."""
-    sources = list(rows[0][2].maps)
-    lines = []  # (picture, index, reflection), name, source, steps
-    for row, name in zip(rows, names):
-        steps = range(row[2].steps)
-        lines += [
-            (row, name, source, steps[at : at + STEPS_A_LINE]) for source in sources for at in steps[::STEPS_A_LINE]
-        ]
-    columns = max(len(steps) for *_, steps in lines)
-    heights = [STEP_PANEL * panel_shape(picture) + 0.75 for (picture, *_), *_ in lines]
+    lines = [
+        (name, picture, outline, source, steps, range(len(steps))[start : start + STEPS_A_LINE])
+        for name, picture, outline, maps in rows
+        for source, steps in maps.items()
+        for start in range(0, len(steps), STEPS_A_LINE)
+    ]
+    columns = max(len(numbers) for *_, numbers in lines)
+    heights = [STEP_PANEL * panel_shape(picture) + 0.75 for _, picture, *_ in lines]
     figure = new_figure((STEP_PANEL * (columns + 1) + 1.3, sum(heights) + 0.55))
     grid = figure.add_gridspec(len(lines), columns + 1, height_ratios=heights)
-    for line, ((picture, index, reflection), name, source, steps) in enumerate(lines):
-        outline = box if index == 0 else None
-        maps = reflection.maps[source][index]
+    for line, (name, picture, outline, source, steps, numbers) in enumerate(lines):
         axes = figure.add_subplot(grid[line, 0])
         show(axes, picture, outline)
         axes.set_title(name, fontsize=9.5)
         axes.set_ylabel(TITLES[source].replace(" att", "\natt"), fontsize=10.5, fontweight="bold")
-        axes.set_xlabel(wrap(_caption(source, maps), 28), fontsize=7.5, color=CAPTION)
-        for column, step in enumerate(steps, 1):
+        axes.set_xlabel(wrap(_caption(source, steps), 28), fontsize=7.5, color=CAPTION)
+        for column, number in enumerate(numbers, 1):
             axes = figure.add_subplot(grid[line, column])
-            shown = show(axes, picture, outline, maps[step], maps.max().item())
-            axes.set_title(f"step {step + 1}", fontsize=9.5)
+            shown = show(axes, picture, outline, steps[number], steps.max().item())
+            axes.set_title(f"step {number + 1}", fontsize=9.5)
         colour_bar(figure, shown, axes)
     return figure
 

@@ -14,9 +14,7 @@ def user_turn(pictures: list[Any], question: str) -> list[dict]:
     return [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
 
 
-def encode_prompts(
-    processor: VReflectionProcessor, conversations: list, device: str | torch.device | None = None
-) -> BatchFeature:
+def encode_prompts(processor: VReflectionProcessor, conversations: list, device: str | torch.device) -> BatchFeature:
     """The inputs of `generate` for a conversation, or for a list of them, padded on the left."""
     return processor.apply_chat_template(
         conversations,

@@ -6,18 +6,8 @@ import torch
 from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.inference.attention_maps import generate_and_look, recorded_steps
 from vreflection_hub_card.inference.checkpoints import load_checkpoint
+from vreflection_hub_card.inference.encoding import encode_prompts
 from vreflection_hub_card.inference.look import look
-
-
-def prepare(processor, conversations):
-    return processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
 
 
 def flat(maps):
@@ -27,7 +17,7 @@ def flat(maps):
 @pytest.mark.parametrize("index", [0, 1])
 def test_states_and_dac_maps_are_those_of_one_pass_over_the_sequence(tiny, conversations, index):
     model, processor = tiny
-    inputs = prepare(processor, [conversations[index]])
+    inputs = encode_prompts(processor, [conversations[index]], "cpu")
     with recorded_steps(model) as steps:
         tokens, reflections = generate_and_look(model, inputs, ("dac",), reflect=True, max_new_tokens=12)
     extra = torch.zeros_like(tokens)
@@ -45,7 +35,7 @@ def test_states_and_dac_maps_are_those_of_one_pass_over_the_sequence(tiny, conve
 @pytest.mark.parametrize("latent_feedback", ["hidden", "dac"])
 def test_llm_maps_are_the_attention_of_an_eager_decoding(tiny, tiny_folder, conversations, latent_feedback):
     model, processor = tiny
-    inputs = prepare(processor, conversations)
+    inputs = encode_prompts(processor, conversations, "cpu")
     options = {"reflect": True, "latent_feedback": latent_feedback, "max_new_tokens": 12}
     tokens, reflections = generate_and_look(model, inputs, ("llm",), **options)
 
@@ -68,7 +58,7 @@ def test_llm_maps_are_the_attention_of_an_eager_decoding(tiny, tiny_folder, conv
 def test_a_batch_gives_the_maps_of_single_runs(tiny, conversations, latent_feedback):
     model, processor = tiny
     options = {"reflect": True, "latent_feedback": latent_feedback, "latent_steps": 5, "max_new_tokens": 9}
-    _, batch = generate_and_look(model, prepare(processor, conversations), **options)
+    _, batch = generate_and_look(model, encode_prompts(processor, conversations, "cpu"), **options)
     for conversation, (together,) in zip(conversations, batch):
         (alone,) = look(model, processor, conversation, **options).reflections
         assert alone.steps == together.steps == 5
@@ -80,7 +70,7 @@ def test_a_batch_gives_the_maps_of_single_runs(tiny, conversations, latent_feedb
 def test_every_reflection_of_an_answer_is_found_in_its_order(tiny, conversations):
     """A row that reflects twice, beside one that reflects once and later."""
     model, processor = tiny
-    inputs = prepare(processor, conversations[:2])
+    inputs = encode_prompts(processor, conversations[:2], "cpu")
     length, start = inputs["input_ids"].shape[1], model.config.latent_start_token_id
 
     def open_reflections(input_ids, scores):
@@ -121,7 +111,7 @@ def test_without_a_reflection_there_are_no_maps(tiny, conversations):
 
 
 def test_a_cut_reflection_is_left_out(tiny, conversations):
-    inputs = prepare(tiny[1], conversations[:1])
+    inputs = encode_prompts(tiny[1], conversations[:1], "cpu")
     length, start = inputs["input_ids"].shape[1], tiny[0].config.latent_start_token_id
 
     def open_late(input_ids, scores):
