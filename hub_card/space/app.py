@@ -17,7 +17,9 @@ def main() -> None:
     """Loads the checkpoint and serves the page, where and on the port that the Space says."""
     name = os.environ.get("MODEL")
     model, processor = load_checkpoint(checkpoint_folder(name))
-    launch_page(build_page(model, processor, embedded=name is None), prevent_thread_lock=False)
+    page = build_page(model, processor, embedded=name is None)
+    launch_page(page)
+    page.block_thread()
 
 
 if __name__ == "__main__":

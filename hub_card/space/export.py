@@ -13,13 +13,9 @@ ROOT_FILES = ("app.py", "requirements.txt", "README.md")
 
 
 def export_space(folder: Path) -> None:
-    """Writes the folder; `hf upload --repo-type space` takes it as it is.
+    """Writes the folder, which `hf upload --repo-type space` takes as it is.
 
-    Args:
-        folder (`Path`): Where to; it must be empty or not exist.
-
-    Raises:
-        InputError: A folder that holds something, or a file.
+    Raises an `InputError` for a file, or a folder that holds something.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: is there already; name a folder that is empty or doesn't exist")

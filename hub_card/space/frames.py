@@ -24,11 +24,7 @@ class FrameStore:
             del self._frames[next(iter(self._frames))]
 
     def get(self, visitor: str, number: int) -> Frame:
-        """A visitor's frame, counted from 1.
-
-        Raises:
-            InputError: Frames that were never there or have been dropped, or a number beyond them.
-        """
+        """A visitor's frame, counted from 1; one that isn't there, or not any more, is an `InputError`."""
         frames = self._frames.get(visitor, [])
         if number not in range(1, len(frames) + 1):
             raise InputError(NO_FRAMES)

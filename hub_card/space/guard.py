@@ -22,9 +22,6 @@ class Page(gr.Blocks):
     """Blocks whose events get plain values and the sending visitor's own files only; see `Blocks` for the rest.
 
     gradio reads and downloads any file or URL that stands in any field, before the event's function sees it.
-
-    Args:
-        uploads (`Uploads`): Which files are whose.
     """
 
     def __init__(self, uploads: Uploads, **options):
@@ -40,7 +37,7 @@ class Page(gr.Blocks):
             ]
         return await super().process_api(block_fn, inputs, request=request, iterator=iterator, **options)
 
-    def check_file(self, value: Any, visitor: str | None) -> dict[str, Any]:
+    def check_file(self, value: Any, visitor: str | None) -> dict[str, str]:
         """What a file's field holds, nothing but the path and the name."""
         path = value.get("path") if isinstance(value, dict) else None
         if not isinstance(path, str) or not self.uploads.allows(path, visitor):
@@ -58,12 +55,7 @@ def check_plain(value: Any) -> str | float | None:
 
 
 class RequestGuard:
-    """ASGI middleware: bounds what a request brings, notes uploads, and fetches no URL for anybody.
-
-    Args:
-        app: The application.
-        uploads (`Uploads`): Where uploads are noted.
-    """
+    """ASGI middleware: bounds what a request brings, notes uploads, and fetches no URL for anybody."""
 
     def __init__(self, app, uploads: Uploads):
         self.app = app

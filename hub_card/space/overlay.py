@@ -20,31 +20,29 @@ DPI = 72
 class Frame:
     """One latent step, drawn when it is looked at: drawn frames of many visitors would fill the memory.
 
-    Args:
-        picture (`Image.Image`): The picture, RGB, as large as the frame; all frames of an answer share it.
-        attention (`np.ndarray`): The map (h, w).
-        name (`str`): Which step of which reflection.
-        most (`float`): The share of attention that has the brightest colour, the same in all frames of an answer.
+    All frames of an answer share their picture, and the share of attention that has the brightest colour.
     """
 
-    picture: Image.Image
-    attention: np.ndarray
+    picture: Image.Image  # RGB, as large as the frame
+    attention: np.ndarray  # (h, w)
     name: str
     most: float
 
     @property
     def image(self) -> Image.Image:
-        """The map over the picture."""
-        return draw_frame(self.picture, self.attention, self.most)
+        """The map over the picture, coloured from zero to `most`."""
+        # A tenth of a pixel more, since the canvas is cut down to whole ones.
+        figure = new_figure(tuple((side + 0.1) / DPI for side in self.picture.size), DPI)
+        figure.set_layout_engine("none")
+        axes = figure.add_axes((0, 0, 1, 1))
+        show(axes, self.picture, None, torch.from_numpy(self.attention), self.most)
+        axes.set_aspect("auto")
+        figure.canvas.draw()
+        return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
 
 
 def draw_frames(picture: Image.Image, maps: list[np.ndarray]) -> list[Frame]:
-    """Makes the frames of an answer, one for each step.
-
-    Args:
-        picture (`Image.Image`): The picture, RGB.
-        maps (`list[np.ndarray]`): A map (S, h, w) for each reflection.
-    """
+    """Makes the frames of an answer, one for each step, from a map (S, h, w) for each reflection."""
     scale = SIDE / max(picture.size)
     picture = picture.resize(tuple(max(round(side * scale), 1) for side in picture.size), Image.Resampling.LANCZOS)
     most = max((float(steps.max()) for steps in maps), default=0.0)
@@ -56,18 +54,6 @@ def draw_frames(picture: Image.Image, maps: list[np.ndarray]) -> list[Frame]:
     return frames
 
 
-def draw_frame(picture: Image.Image, attention: np.ndarray, most: float) -> Image.Image:
-    """Draws a map (h, w), coloured from zero to `most`, exactly as large as the picture."""
-    # A tenth of a pixel more, since the canvas is cut down to whole ones.
-    figure = new_figure(tuple((side + 0.1) / DPI for side in picture.size), DPI)
-    figure.set_layout_engine("none")
-    axes = figure.add_axes((0, 0, 1, 1))
-    show(axes, picture, None, torch.from_numpy(attention), most)
-    axes.set_aspect("auto")
-    figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-
-
-def colour_stops(count: int = 9) -> list[str]:
+def colour_stops() -> list[str]:
     """The map's colours from none to the most, as hexadecimal names."""
-    return [to_hex(colormaps[COLOUR_MAP](place)) for place in np.linspace(0, 1, count)]
+    return [to_hex(colormaps[COLOUR_MAP](place)) for place in np.linspace(0, 1, 9)]

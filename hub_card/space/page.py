@@ -4,13 +4,12 @@ Visitors share the model, whose questions wait in one queue, and nothing else.
 """
 
 import html
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import gradio as gr
 import torch
-from PIL import Image
 from starlette.middleware import Middleware
 
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
@@ -18,7 +17,8 @@ from modeling_vreflection.generation_vreflection import LATENT_FEEDBACK
 
 from ..errors import InputError
 from ..glyphsearch import draw_question
-from .answering import Progress, answer_twice, shown_source
+from ..inference.attention_maps import offered_sources
+from .answering import answer_twice
 from .frames import FrameStore
 from .guard import Page, RequestGuard
 from .overlay import Frame, draw_frames
@@ -27,8 +27,6 @@ from .uploaded_picture import MAX_BYTES, open_upload
 from .uploads import Uploads, private_folder
 from .zero_gpu import on_gpu
 
-
-Decoder = Callable[[Image.Image, str, int, str, bool], Iterator[Progress]]
 
 STYLE = Path(__file__).with_name("style.css")
 MAX_LATENT_STEPS = 16
@@ -47,15 +45,13 @@ MAX_SESSIONS = 1000
 def build_page(
     model: VReflectionForConditionalGeneration, processor: VReflectionProcessor, embedded: bool = False
 ) -> Page:
-    """Builds the page; `launch_page` starts it.
+    """Builds the page, which `launch_page` starts; about the `embedded` checkpoint it says what was measured."""
 
-    Args:
-        model (`VReflectionForConditionalGeneration`): The model.
-        processor (`VReflectionProcessor`): Its processor.
-        embedded (`bool`, *optional*, defaults to `False`): Whether this is the embedded checkpoint, about which the page
-            says what was measured.
-    """
-    uploads = Uploads(private_folder())
+    def decode(*asked):
+        # In one function what needs the GPU; nothing that goes in or comes out holds the model or lives on a GPU.
+        yield from answer_twice(model, processor, *asked)
+
+    uploads = Uploads(private_folder().name)
     with Page(uploads, analytics_enabled=False, title="V-Reflection", delete_cache=CLEANING) as page:
         gr.HTML(HEADER, elem_id="header")
         with gr.Row(elem_id="main"):
@@ -63,20 +59,16 @@ def build_page(
                 picture, ask, asked = add_inputs(model)
             with gr.Column(scale=6, min_width=320):
                 outputs = add_outputs()
-        notes = NOTES.format(reading=READING[shown_source(model)]) + (EMBEDDED_NOTES if embedded else "")
+        notes = NOTES.format(reading=READING[offered_sources(model.config)[0]]) + (EMBEDDED_NOTES if embedded else "")
         gr.Markdown(notes, elem_id="notes")
-        add_events(make_decoder(model, processor), picture, ask, asked, *outputs)
+        add_events(on_gpu(decode), picture, ask, asked, *outputs)
     uploads.examples.update(picture.keep_in_cache)
     # Attention is read by hooks on the one model, so one question at a time, and none beside the queue.
     return page.queue(default_concurrency_limit=1, max_size=WAITING_VISITORS, api_open=False)
 
 
 def add_inputs(model: VReflectionForConditionalGeneration) -> tuple[gr.Image, gr.Button, list[gr.Component]]:
-    """Adds the fields that a visitor fills in.
-
-    Returns:
-        `tuple`: The picture, the button, and the other fields in the decoder's order, the question first.
-    """
+    """Adds the fields that a visitor fills in: the picture, the button, and the others in the order of `answer_twice`."""
     defaults = model.reflection_options()
     examples = [[scene.image, asked.text] for scene, asked in (draw_question("test", seed) for seed in EXAMPLE_SEEDS)]
     picture = gr.Image(
@@ -92,12 +84,7 @@ def add_inputs(model: VReflectionForConditionalGeneration) -> tuple[gr.Image, gr
     )
     with gr.Row(elem_id="asking"):
         question = gr.Textbox(
-            examples[0][1],
-            label="Question",
-            max_length=MAX_QUESTION,
-            max_lines=4,
-            scale=5,
-            elem_id="question",
+            examples[0][1], label="Question", max_length=MAX_QUESTION, max_lines=4, scale=5, elem_id="question"
         )
         ask = gr.Button("Ask", variant="primary", scale=1, min_width=96, elem_id="ask")
     gr.Examples(
@@ -126,9 +113,7 @@ def add_inputs(model: VReflectionForConditionalGeneration) -> tuple[gr.Image, gr
             elem_id="latent-feedback",
         )
         always = gr.Checkbox(
-            label="Always begin with a reflection",
-            info="Otherwise the model decides.",
-            elem_id="always-reflect",
+            label="Always begin with a reflection", info="Otherwise the model decides.", elem_id="always-reflect"
         )
     return picture, ask, [question, latent_steps, latent_feedback, always]
 
@@ -153,8 +138,11 @@ def add_outputs() -> tuple[gr.Textbox, gr.Textbox, gr.Image, gr.Slider, gr.HTML]
     return answer, plain, heatmap, step, caption
 
 
-def add_events(decode: Decoder, picture, ask, asked, answer, plain, heatmap, step, caption) -> None:
-    """Adds what happens when something is pressed, moved or uploaded; the fields are those of the functions above."""
+def add_events(decode, picture, ask, asked, answer, plain, heatmap, step, caption) -> None:
+    """Adds what happens when something is pressed, moved or uploaded.
+
+    `decode` is `answer_twice` with the model; the fields are those of the functions above.
+    """
     frames = FrameStore()
 
     def answer_question(payload, text, count, fed_back, begin, request: gr.Request) -> Iterator[dict]:
@@ -163,16 +151,14 @@ def add_events(decode: Decoder, picture, ask, asked, answer, plain, heatmap, ste
             check_options(text, count, fed_back)
             frames.put(request.session_hash, [])
             yield {answer: "", plain: "", heatmap: None, step: gr.Slider(visible=False), caption: ""}
-            drawn = None
             for progress in decode(opened, text.strip(), int(count), fed_back, begin):
                 if progress.maps is None:
                     yield {answer: progress.answer}
-                    continue
-                if drawn is None:
+                elif progress.plain is None:  # the maps have just come
                     drawn = draw_frames(opened, progress.maps)
                     frames.put(request.session_hash, drawn)
                     yield {answer: progress.answer or "(an empty answer)", **show_frames(drawn)}
-                if progress.plain is not None:
+                else:
                     yield {plain: progress.plain}
             if not progress.plain:
                 yield {plain: "(an empty answer)"}
@@ -223,12 +209,7 @@ def add_events(decode: Decoder, picture, ask, asked, answer, plain, heatmap, ste
 
 
 def launch_page(page: Page, **options) -> str:
-    """Starts the page in the background, without telemetry or a tunnel, and returns its address.
-
-    Args:
-        page (`Page`): From `build_page`.
-        options: Of gradio's `launch`.
-    """
+    """Starts the page in the background, without telemetry or a tunnel, and returns its address; see gradio's `launch`."""
     theme = gr.themes.Default(
         primary_hue="violet",
         neutral_hue="slate",
@@ -236,30 +217,22 @@ def launch_page(page: Page, **options) -> str:
         font=["ui-sans-serif", "system-ui", "sans-serif"],  # none is fetched from anywhere
         font_mono=["ui-monospace", "monospace"],
     )
-    settings = {
-        "theme": theme,
-        "css_paths": STYLE,
-        "footer_links": [],
-        "max_file_size": MAX_BYTES,
-        "state_session_capacity": MAX_SESSIONS,
-        "app_kwargs": {"middleware": [Middleware(RequestGuard, uploads=page.uploads)]},
-        "share": False,
-        "ssr_mode": False,
-        "run_history": False,
-        "enable_monitoring": False,
-        "quiet": True,
-        "prevent_thread_lock": True,
-    }
-    return page.launch(**settings | options)[1]
-
-
-def make_decoder(model: VReflectionForConditionalGeneration, processor: VReflectionProcessor) -> Decoder:
-    """What needs the GPU, in one function; neither what goes in nor what comes out holds the model or anything on a GPU."""
-
-    def decode(picture, question, latent_steps, latent_feedback, always_reflect):
-        yield from answer_twice(model, processor, picture, question, latent_steps, latent_feedback, always_reflect)
-
-    return on_gpu(decode)
+    _, address, _ = page.launch(
+        theme=theme,
+        css_paths=STYLE,
+        footer_links=[],
+        max_file_size=MAX_BYTES,
+        state_session_capacity=MAX_SESSIONS,
+        app_kwargs={"middleware": [Middleware(RequestGuard, uploads=page.uploads)]},
+        share=False,
+        ssr_mode=False,
+        run_history=False,
+        enable_monitoring=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        **options,
+    )
+    return address
 
 
 @contextmanager

@@ -20,14 +20,9 @@ NO_PICTURE = "Pick a picture first: an example, or upload one here. Uploads are 
 
 
 def open_upload(path: str, name: str) -> Image.Image:
-    """Opens an uploaded picture.
+    """Opens an uploaded picture; `name` is what its owner calls it, and `path` is never shown to anybody.
 
-    Args:
-        path (`str`): Where it lies; never shown to anybody.
-        name (`str`): What its owner calls it.
-
-    Raises:
-        InputError: No regular file, no picture, a damaged one, or one that is too large.
+    Raises an `InputError` for no regular file, no picture, a damaged one, or one that is too large.
     """
     try:  # neither follows a link nor waits for a pipe's other end
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -1,8 +1,6 @@
 """The files that visitors leave in gradio's folder: who may ask about which, and how much room they take together."""
 
-import atexit
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,14 +15,13 @@ LEAST_SIZE = 2**16
 
 
 @cache
-def private_folder() -> Path:
+def private_folder() -> tempfile.TemporaryDirectory:
     """Makes gradio keep its files in a folder of this process only; its usual one is shared by all of a user's pages."""
     base = os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()
     Path(base).mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix="vreflection-", dir=base)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["GRADIO_TEMP_DIR"] = folder
-    return Path(folder)
+    folder = tempfile.TemporaryDirectory(prefix="vreflection-", dir=base, ignore_cleanup_errors=True)
+    os.environ["GRADIO_TEMP_DIR"] = folder.name
+    return folder
 
 
 class Uploads:
@@ -32,12 +29,9 @@ class Uploads:
 
     gradio's upload doesn't say whose it is, and equal pictures of two visitors are one file. So each upload of a path
     lets one visitor take it: the page does so at once, by the check that follows an upload.
-
-    Args:
-        folder (`Path`): Where gradio puts uploads.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: str):
         self.folder = folder
         self.examples: set[str] = set()  # everybody's, and never deleted
         self._visitors: dict[str, list[str | None]] = {}  # of each path; None: nobody took this upload yet

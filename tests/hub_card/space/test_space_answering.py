@@ -13,6 +13,7 @@ from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.glyphsearch import draw_question
 from vreflection_hub_card.inference.checkpoints import load_checkpoint
 from vreflection_hub_card.inference.drawing import OPACITY
+from vreflection_hub_card.inference.encoding import user_turn
 from vreflection_hub_card.inference.look import look
 from vreflection_hub_card.space import answering, zero_gpu
 from vreflection_hub_card.space.answering import answer_twice
@@ -21,17 +22,13 @@ from vreflection_hub_card.space.texts import NO_REFLECTION, caption_of
 from vreflection_hub_card.space.uploaded_picture import MAX_BYTES, open_upload
 
 
-def messages(picture, question):
-    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
-
-
 @pytest.mark.parametrize("steps, feedback", [(8, "hidden"), (3, "hidden"), (12, "dac")])
 def test_both_answers_and_the_maps_are_those_of_separate_runs(embedded, steps, feedback):
     scene, asked = draw_question("test", 3)
     told = list(answer_twice(*embedded, scene.image, asked.text, steps, feedback))
     options = {"latent_feedback": feedback, "max_new_tokens": answering.MAX_NEW_TOKENS}
-    seen = look(*embedded, messages(scene.image, asked.text), ("dac",), latent_steps=steps, **options)
-    plain = look(*embedded, messages(scene.image, asked.text), (), latent_steps=0, max_new_tokens=512)
+    seen = look(*embedded, user_turn([scene.image], asked.text), ("dac",), latent_steps=steps, **options)
+    plain = look(*embedded, user_turn([scene.image], asked.text), (), latent_steps=0, max_new_tokens=512)
     assert told[-1].answer == seen.answer and told[-1].plain == plain.answer
     assert seen.answer != plain.answer
     assert len(told[-1].maps) == len(seen.reflections) == 1
@@ -58,7 +55,7 @@ def test_without_dac_the_language_models_attention_is_shown(no_dac_folder):
     stream = answer_twice(model, processor, scene.image, asked.text, 2, "hidden", always_reflect=True)
     maps = next(progress.maps for progress in stream if progress.maps is not None)
     options = {"latent_steps": 2, "reflect": True, "max_new_tokens": answering.MAX_NEW_TOKENS}
-    seen = look(model, processor, messages(scene.image, asked.text), ("llm",), **options)
+    seen = look(model, processor, user_turn([scene.image], asked.text), ("llm",), **options)
     assert np.allclose(maps[0], seen.reflections[0].maps["llm"][0], atol=1e-6)
 
 

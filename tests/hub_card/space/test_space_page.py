@@ -11,6 +11,7 @@ from PIL import Image
 
 from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.glyphsearch import draw_question, make_scene, questions, scene_seed
+from vreflection_hub_card.inference.encoding import user_turn
 from vreflection_hub_card.inference.look import look
 from vreflection_hub_card.space.overlay import draw_frames
 from vreflection_hub_card.space.uploaded_picture import MAX_BYTES
@@ -97,8 +98,7 @@ def ask_directly(embedded):
     """The answer and the frames that the page should show, decoded here."""
 
     def ask(picture, question, **options):
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-        seen = look(*embedded, [{"role": "user", "content": content}], ("dac",), max_new_tokens=64, **options)
+        seen = look(*embedded, user_turn([picture], question), ("dac",), max_new_tokens=64, **options)
         return seen.answer, draw_frames(picture, [seen.reflections[0].maps["dac"][0].numpy()])
 
     return ask
