@@ -1,8 +1,8 @@
 """One checkpoint into another, tensor by tensor."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -13,8 +13,8 @@ from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGen
 from ..errors import InputError
 from ..inference.checkpoints import first_line
 from .folders import atomic_directory, check_free
-from .layouts import holds_module, our_names, stored_shape
-from .shards import Stored, Weight, are_equal, read_headers, write_shards
+from .layouts import MODULES, holds_module, our_names, stored_shape
+from .shards import Stored, Weight, read_headers, write_shards
 from .target import Target, check_checkpoint, describe
 
 
@@ -31,16 +31,8 @@ class LayoutError(InputError):
         self.problems = problems
 
 
-@dataclass
-class Conversion:
-    """What was written.
-
-    Args:
-        config (`VReflectionConfig`): The configuration.
-        weights (`int`): The number of weights.
-        size (`int`): Their bytes.
-        files (`int`): The number of files that hold them.
-    """
+class Conversion(NamedTuple):
+    """What was written: the configuration, the number of weights, their bytes, the number of files that hold them."""
 
     config: VReflectionConfig
     weights: int
@@ -61,6 +53,9 @@ def convert(
         inference_only (`bool`, *optional*, defaults to `False`): Leave BCM and DAC out.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): The size of a file with weights, and what of
             them is in memory at a time.
+
+    Returns:
+        `Conversion`: The configuration, and the numbers of weights, of their bytes, and of the files that hold them.
 
     Raises:
         LayoutError: Weights that have no place here, that are missing, or of another shape.
@@ -106,20 +101,18 @@ def empty_model(target: Target, stored: dict[str, Stored]) -> VReflectionForCond
 def assign(
     stored: dict[str, Stored], target: Target, model: VReflectionForConditionalGeneration, inference_only: bool
 ) -> tuple[dict[str, Weight], list[str]]:
-    """Finds out what each of the model's weights is made of.
+    """The model's weights by name, in the order in which they are stored, and what is wrong, a line each.
 
-    Returns:
-        `tuple`: The weights by name, in the order in which they are stored, and what is wrong, a line each: weights without
-        a place, of another shape, missing, or there twice.
+    Wrong are weights without a place, of another shape, missing, or there twice.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = target.config.tie_word_embeddings and shapes.pop(HEAD)
     weights, problems = {}, []
     for name, weight in stored.items():
-        if inference_only and (holds_module(name, "bcm") or holds_module(name, "dac")):
+        if inference_only and any(holds_module(name, module) for module in MODULES):
             continue
         if tied and name == HEAD:
-            if not any(EMBEDDING in our_names(other) and are_equal(stored[other], weight) for other in stored):
+            if not any(EMBEDDING in our_names(other) and stored[other].is_equal(weight) for other in stored):
                 problems.append(f"{name}: config.json ties it to the embedding, from which it differs")
             continue
         ours = our_names(name)
@@ -134,12 +127,8 @@ def assign(
         needed = (target.stored_vocabulary, *shape[1:]) if in_vocabulary else stored_shape(name, shape)
         if weight.shape != needed:
             problems.append(f"{name}: of shape {list(weight.shape)}, and {list(needed)} is needed")
+        filled_from = target.first_new_id if in_vocabulary else None
         for part, new in enumerate(ours):
-            weights[new] = Weight(
-                weight,
-                shape,
-                part=part if len(ours) > 1 else None,
-                filled_from=target.first_new_id if in_vocabulary else None,
-            )
+            weights[new] = Weight(weight, shape, part if len(ours) > 1 else None, filled_from)
     problems += [f"{name}: missing" for name in shapes if name not in weights]
     return weights, problems

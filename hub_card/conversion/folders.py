@@ -22,10 +22,7 @@ def check_free(out: Path) -> None:
 
 @contextmanager
 def atomic_directory(out: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `out`, which takes its place in the end; a failure removes it.
-
-    What an earlier, killed run left there is replaced.
-    """
+    """Yields a temporary folder beside `out`, which takes its place in the end; a failure, or the next run, removes it."""
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.incomplete")
@@ -35,8 +32,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
     except Timeout as error:
         raise InputError(f"{out}: another process is writing it") from error
     try:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
         check_free(out)

@@ -1,8 +1,7 @@
 """What the weights of other layouts are called here: names alone, no tensors.
 
-The authors' names are those of `src/model/lvr_heads.py` and `qwen_lvr_model.py` in their released code. There, both modules
-also know projections of features of another width (`vision_proj`, `kv_proj`, `q_proj`), which Qwen2.5-VL never needs and
-which have no place here.
+The authors' names are those of `src/model/lvr_heads.py` and `qwen_lvr_model.py` in their released code. Projections of features
+of another width (`vision_proj`, `kv_proj`, `q_proj`), which Qwen2.5-VL never needs, have no place here.
 """
 
 import re
@@ -10,10 +9,10 @@ import re
 from modeling_vreflection import VReflectionForConditionalGeneration
 
 
-# The authors' module, ours, and the field of their config.json that announces it.
+# Our module, the authors', and the field of their config.json that announces it.
 MODULES = {
-    "box_feature_resampler": ("bcm", "use_box_feature_resampler"),
-    "student_resampler": ("dac", "use_stage2_distillation"),
+    "bcm": ("box_feature_resampler", "use_box_feature_resampler"),
+    "dac": ("student_resampler", "use_stage2_distillation"),
 }
 # torch's `MultiheadAttention` stores the projections of queries, keys and values as one, in this order.
 PACKED = ("q_proj", "k_proj", "v_proj")
@@ -31,8 +30,9 @@ LEAVES = {
 def our_names(name: str) -> tuple[str, ...]:
     """Our names for what one stored weight holds: three for a packed projection, none for an unknown part of a module."""
     module, _, leaf = name.partition(".")
-    if module in MODULES:
-        return tuple(f"model.{MODULES[module][0]}.{ours}" for ours in LEAVES.get(leaf, ()))
+    for ours, (theirs, _) in MODULES.items():
+        if module == theirs:
+            return tuple(f"model.{ours}.{part}" for part in LEAVES.get(leaf, ()))
     for pattern, replacement in VReflectionForConditionalGeneration.stock_key_mapping.items():
         name = re.sub(pattern, replacement, name)
     return (name,)
@@ -48,5 +48,4 @@ def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def holds_module(name: str, ours: str) -> bool:
     """Whether a stored weight belongs to a module, `"bcm"` or `"dac"`, under the authors' name or under ours."""
-    theirs = [module for module, (mine, _) in MODULES.items() if mine == ours]
-    return name.startswith((f"model.{ours}.", *(f"{module}." for module in theirs)))
+    return name.startswith((f"model.{ours}.", f"{MODULES[ours][0]}."))

@@ -1,9 +1,7 @@
 """Weights on disk: what a checkpoint's shards hold, and writing others of which one at a time is in memory."""
 
 import json
-from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from ..inference.checkpoints import first_line
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-COMPARED_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -30,13 +27,16 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    def is_equal(self, other: "Stored") -> bool:
+        """Whether another holds the same numbers; both files are mapped into memory for that."""
+        if (self.shape, self.dtype) != (other.shape, other.dtype):
+            return False
+        with safe_open(self.file, framework="pt") as mine, safe_open(other.file, framework="pt") as theirs:
+            return torch.equal(mine.get_tensor(self.name), theirs.get_tensor(other.name))
+
 
 def find_shards(folder: Path) -> list[Path]:
-    """The files with a checkpoint's weights.
-
-    Raises:
-        InputError: None, pickled ones, a broken index, or files that it names and that aren't there.
-    """
+    """The files with a checkpoint's weights; an `InputError` where there are none, or not all that the index names."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         if (folder / SAFE_WEIGHTS_NAME).is_file():
@@ -65,8 +65,7 @@ def find_shards(folder: Path) -> list[Path]:
 def read_headers(folder: Path) -> dict[str, Stored]:
     """What the shards of a checkpoint hold, in the order in which it lies there; no weight is read.
 
-    Raises:
-        InputError: See `find_shards`; and damaged files, a name that comes twice, weights that are no floats.
+    Damaged files, a name that comes twice, and weights that are no floats raise an `InputError`.
     """
     found = {}
     for path in find_shards(folder):
@@ -87,40 +86,21 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def are_equal(one: Stored, other: Stored) -> bool:
-    """Whether two stored weights hold the same numbers, compared a few rows at a time."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    with safe_open(one.file, framework="pt") as first, safe_open(other.file, framework="pt") as second:
-        left, right = first.get_slice(one.name), second.get_slice(other.name)
-        return all(
-            torch.equal(left[row : row + COMPARED_ROWS], right[row : row + COMPARED_ROWS])
-            for row in range(0, one.shape[0], COMPARED_ROWS)
-        )
-
-
 @dataclass(frozen=True)
 class Weight:
-    """A weight to be written.
-
-    Args:
-        stored (`Stored`): What it is made of.
-        shape (`tuple[int, ...]`): Its shape.
-        part (`int`, *optional*): Which of several such weights, packed along the first dimension, it is.
-        filled_from (`int`, *optional*): The three rows from here on start at the mean of the rows before them.
-    """
+    """A weight to be written: what it is made of, and its shape."""
 
     stored: Stored
     shape: tuple[int, ...]
-    part: int | None = None
-    filled_from: int | None = None
+    part: int | None = None  # which of several such weights, packed along the first dimension
+    filled_from: int | None = None  # the three rows from here on start at the mean of the rows before them
 
-    def read(self, shard) -> torch.Tensor:
-        """Reads it from its opened file."""
+    def read(self) -> torch.Tensor:
+        """Reads it, mapped into memory where it stays as it is."""
+        with safe_open(self.stored.file, framework="pt") as shard:
+            tensor = shard.get_tensor(self.stored.name)
         if self.part is not None:
-            rows = self.shape[0]
-            return shard.get_slice(self.stored.name)[self.part * rows : (self.part + 1) * rows]
-        tensor = shard.get_tensor(self.stored.name)
+            return tensor.split(self.shape[0])[self.part]
         if self.filled_from is None:
             return tensor.reshape(self.shape)
         grown = tensor.new_zeros(self.shape)
@@ -132,39 +112,21 @@ class Weight:
 def write_shards(
     folder: Path, weights: dict[str, Weight], max_shard_size: int | str, progress: Callable[[], object]
 ) -> list[str]:
-    """Writes weights, at most one shard of them in memory, and the index if there are several shards.
+    """Writes weights, one shard of them in memory at a time, and the index if there are several shards.
 
-    Args:
-        folder (`Path`): Where to.
-        weights (`dict[str, Weight]`): The weights by name. Neighbours should lie in the same file.
-        max_shard_size (`int` or `str`): The size of a shard, such as `"5GB"`; a weight beyond it gets one of its own.
-        progress (`Callable`): Called after every weight.
-
-    Returns:
-        `list[str]`: The names of the files with weights.
+    A weight beyond the size of a shard gets one of its own. `progress` is called after every weight. Returns the files' names.
     """
     shapes = {
         name: torch.empty(weight.shape, dtype=weight.stored.dtype, device="meta") for name, weight in weights.items()
     }
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
-        write_shard(folder / file, {name: weights[name] for name in names}, progress)
+        tensors = {}
+        for name in names:
+            tensors[name] = weights[name].read().contiguous()
+            progress()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return list(split.filename_to_tensors)
-
-
-def write_shard(path: Path, weights: dict[str, Weight], progress: Callable[[], object]) -> None:
-    """Writes one file; the files that it is read from are mapped into memory only while it is written."""
-    by_file = defaultdict(dict)
-    for name, weight in weights.items():
-        by_file[weight.stored.file][name] = weight
-    with ExitStack() as stack:
-        tensors = {}
-        for file, held in by_file.items():
-            shard = stack.enter_context(safe_open(file, framework="pt"))
-            for name, weight in held.items():
-                tensors[name] = weight.read(shard).contiguous()
-                progress()
-        save_file(tensors, path, metadata={"format": "pt"})

@@ -1,12 +1,12 @@
 """What a checkpoint is, and the configurations and the processor that it gets as one of ours."""
 
 import inspect
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2_5_VLConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, Qwen2_5_VLConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from modeling_vreflection import VReflectionConfig, VReflectionProcessor
@@ -24,27 +24,19 @@ LVR_TOKENS = {
     "lvr_end_id": "<|lvr_end|>",
     "lvr_latent_end_id": "<|lvr_latent_end|>",
 }
+IMAGE_TOKEN = "<|image_pad|>"
 # The authors' modules have a head for every 64 dimensions, and no more than 8.
 MOST_HEADS, HEAD_SIZE = 8, 64
 
 
-@dataclass
-class Target:
-    """What a checkpoint becomes, but for its weights.
-
-    Args:
-        config (`VReflectionConfig`): The configuration.
-        processor (`VReflectionProcessor`): The processor.
-        generation_config (`GenerationConfig`): How it decodes.
-        first_new_id (`int`, *optional*): The id of the first of three tokens that the checkpoint doesn't know yet.
-        stored_vocabulary (`int`): The rows of its embeddings, before they grow for such tokens.
-    """
+class Target(NamedTuple):
+    """What a checkpoint becomes, but for its weights."""
 
     config: VReflectionConfig
     processor: VReflectionProcessor
     generation_config: GenerationConfig
-    first_new_id: int | None
-    stored_vocabulary: int
+    first_new_id: int | None  # of three tokens that the checkpoint doesn't know yet
+    stored_vocabulary: int  # the rows of its embeddings, before they grow for such tokens
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -55,12 +47,12 @@ def check_checkpoint(folder: Path) -> None:
         raise InputError(f"{folder}: no checkpoint, it has no config.json{hint}")
 
 
-def describe(folder: Path, names: Iterable[str], inference_only: bool) -> Target:
+def describe(folder: Path, names: Collection[str], inference_only: bool) -> Target:
     """Finds out what a checkpoint with weights of these names is, and what it becomes.
 
     Raises:
-        InputError: Neither a Qwen2.5-VL nor made from one; files that can't be read, or that contradict one another;
-            one of ours, which only `inference_only` changes.
+        InputError: Neither a Qwen2.5-VL nor made from one; one of ours, but for `inference_only`; files that can't be read,
+            or that contradict one another.
     """
     try:
         fields, _ = PreTrainedConfig.get_config_dict(folder)
@@ -74,7 +66,7 @@ def describe(folder: Path, names: Iterable[str], inference_only: bool) -> Target
             processor = VReflectionProcessor.from_pretrained(folder)
             first_new_id, stored_vocabulary = None, config.text_config.vocab_size
         elif fields.get("model_type") == Qwen2_5_VLConfig.model_type:
-            config, processor, first_new_id, stored_vocabulary = from_stock_layout(folder, fields, list(names))
+            config, processor, first_new_id, stored_vocabulary = from_stock_layout(folder, fields, names)
         else:
             raise InputError(f"{folder}: no Qwen2.5-VL, its model type is {fields.get('model_type')!r}")
         if inference_only:
@@ -88,29 +80,27 @@ def describe(folder: Path, names: Iterable[str], inference_only: bool) -> Target
     return Target(config, processor, decoding, first_new_id, stored_vocabulary)
 
 
-def from_stock_layout(folder: Path, fields: dict, names: list[str]) -> tuple:
-    """The configuration and the processor of a checkpoint whose model type is Qwen2.5-VL's; see `Target`."""
+def from_stock_layout(folder: Path, fields: dict, names: Collection[str]) -> tuple:
+    """What a checkpoint becomes whose model type is Qwen2.5-VL's: a `Target` without its generation config."""
     # No code of the checkpoint's runs.
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     backbone = Qwen2_5_VLConfig.from_dict(fields)
-    image_token = "<|image_pad|>"
-    if tokenizer.get_vocab().get(image_token) != backbone.image_token_id:
+    known = tokenizer.get_vocab()
+    if known.get(IMAGE_TOKEN) != backbone.image_token_id:
         raise InputError(
-            f"{folder}: {image_token} is {backbone.image_token_id} in config.json (image_token_id) and "
-            f"{tokenizer.get_vocab().get(image_token)} in the tokenizer, whose files must lie beside the weights"
+            f"{folder}: {IMAGE_TOKEN} is {backbone.image_token_id} in config.json (image_token_id) and "
+            f"{known.get(IMAGE_TOKEN)} in the tokenizer, whose files must lie beside the weights"
         )
     own = architecture(backbone)
-    first_new_id = None
-    if is_lvr(fields, tokenizer):
-        tokens = tuple(LVR_TOKENS.values())[:3]
-        ids = lvr_ids(folder, fields, tokenizer)
+    vocabulary = backbone.text_config.vocab_size
+    if "<|lvr_start|>" in known or any(fields.get(name) is not None for name in LVR_TOKENS):
+        tokens, first_new_id = tuple(LVR_TOKENS.values())[:3], None
+        ids = lvr_ids(folder, fields, known)
         own |= their_modules(fields, names, backbone.text_config.hidden_size)
     else:
         tokens, first_new_id = LATENT_TOKENS, len(tokenizer)
         ids = tuple(range(first_new_id, first_new_id + 3))
         own |= {"has_bcm": False, "has_dac": False}  # nothing has trained them
-    vocabulary = backbone.text_config.vocab_size
-    if first_new_id is not None:
         own["text_config"]["vocab_size"] = max(vocabulary, ids[-1] + 1)
     own |= dict(zip(("latent_start_token_id", "latent_token_id", "latent_end_token_id"), ids))
     config = VReflectionConfig(**own)
@@ -137,37 +127,26 @@ def architecture(backbone: Qwen2_5_VLConfig) -> dict:
     return own
 
 
-def is_lvr(fields: dict, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a checkpoint reasons in latents in the authors' way: its configuration or its tokenizer says so."""
-    return any(fields.get(name) is not None for name in LVR_TOKENS) or "<|lvr_start|>" in tokenizer.get_vocab()
-
-
-def lvr_ids(folder: Path, fields: dict, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
+def lvr_ids(folder: Path, fields: dict, known: dict[str, int]) -> tuple[int, ...]:
     """The ids of the start, slot and end token, about which config.json and the tokenizer must agree."""
-    ids = {}
     for name, token in LVR_TOKENS.items():
-        known, stated = tokenizer.get_vocab().get(token), fields.get(name)
-        if known is None and name == "lvr_latent_end_id":
-            continue  # nothing uses it
-        if known is None:
+        if token not in known and name != "lvr_latent_end_id":
             raise InputError(f"{folder}: the tokenizer has no token {token}, which config.json speaks of")
-        if stated not in (None, known):
-            raise InputError(f"{folder}: {token} is {stated} in config.json ({name}) and {known} in the tokenizer")
-        ids[name] = known
-    return ids["lvr_start_id"], ids["lvr_id"], ids["lvr_end_id"]
+        if token in known and fields.get(name) not in (None, known[token]):
+            raise InputError(
+                f"{folder}: {token} is {fields[name]} in config.json ({name}) and {known[token]} in the tokenizer"
+            )
+    return tuple(known[token] for token in list(LVR_TOKENS.values())[:3])
 
 
-def their_modules(fields: dict, names: list[str], hidden_size: int) -> dict:
+def their_modules(fields: dict, names: Collection[str], hidden_size: int) -> dict:
     """Which of the two modules a checkpoint of the authors' layout has or should have, and the fields that describe them."""
     present = {
         ours: bool(fields.get(flag)) or any(holds_module(name, ours) for name in names)
-        for ours, flag in MODULES.values()
+        for ours, (_, flag) in MODULES.items()
     }
-    own = {
-        "has_bcm": present["bcm"],
-        "has_dac": present["dac"],
-        "num_latent_tokens": fields.get("num_latent_tokens", 8),
-    }
+    own = {f"has_{ours}": has for ours, has in present.items()}
+    own["num_latent_tokens"] = fields.get("num_latent_tokens", 8)
     if any(present.values()):
         heads = max(1, min(MOST_HEADS, hidden_size // HEAD_SIZE))
         own |= {"query_position": "at", "compression_num_heads": heads}
@@ -176,15 +155,15 @@ def their_modules(fields: dict, names: list[str], hidden_size: int) -> dict:
 
 def converted_generation_config(folder: Path, config: VReflectionConfig) -> GenerationConfig:
     """A checkpoint's generation config with how it reflects, by its own states where it carries no DAC."""
-    stored = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
-    entries = stored.to_diff_dict() if stored else {}
+    entries = {}
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        entries = GenerationConfig.from_pretrained(folder).to_diff_dict()
     known = vars(GenerationConfig())
-    kept = {name: value for name, value in entries.items() if name in known}
-    steps = entries.get("latent_steps", config.num_latent_tokens)
-    feedback = entries.get("latent_feedback", "hidden") if config.has_dac else "hidden"
-    reflecting = {"latent_steps": steps, "latent_feedback": feedback}
-    # Only an explicit generation config keeps entries that transformers doesn't know.
-    decoding = GenerationConfig(**{**kept, **reflecting, "_from_model_config": False, "use_cache": True})
+    decoding = GenerationConfig(**{name: value for name, value in entries.items() if name in known})
+    decoding.use_cache = True
+    decoding._from_model_config = False  # else it wouldn't keep the entries below, which transformers doesn't know
+    decoding.latent_steps = entries.get("latent_steps", config.num_latent_tokens)
+    decoding.latent_feedback = entries.get("latent_feedback", "hidden") if config.has_dac else "hidden"
     try:
         decoding.validate(strict=True)  # else it can be loaded, and not saved
     except ValueError as error:

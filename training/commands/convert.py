@@ -40,8 +40,6 @@ def run(options: argparse.Namespace) -> None:
     except LayoutError as error:
         print(*error.problems, sep="\n", file=sys.stderr)
         raise
-    modules = [name for name, has in (("BCM", done.config.has_bcm), ("DAC", done.config.has_dac)) if has]
-    with_modules = f"with {' and '.join(modules)}" if modules else "without BCM and DAC"
-    print(
-        f"{options.out}: {done.weights} weights, {done.size / 2**20:,.0f} MiB in {done.files} files, {with_modules}."
-    )
+    modules = [name.upper() for name in ("bcm", "dac") if getattr(done.config, f"has_{name}")]
+    found = f"with {' and '.join(modules)}" if modules else "without BCM and DAC"
+    print(f"{options.out}: {done.weights} weights, {done.size / 2**20:,.0f} MiB in {done.files} files, {found}.")
