@@ -9,13 +9,12 @@ from huggingface_hub import get_local_safetensors_metadata
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from huggingface_hub.utils.sha import git_hash
 
-from ..card import TRAINING_FACTS
+from ..card import CARD, TRAINING_FACTS
 from ..errors import InputError
 from ..evaluation.provenance import sha256
 from ..inference.checkpoints import first_line
 
 
-CARD = "README.md"
 ALLOWED = (
     "config.json",
     "generation_config.json",
@@ -39,8 +38,6 @@ ALLOWED = (
     ".gitattributes",
 )
 PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
-# What git and a download leave in a folder beside the repository's files.
-NOT_FILES = (".git", ".cache")
 # Why files have no place in a published checkpoint, the worst first: patterns of names, and what to do.
 REFUSED = (
     (
@@ -54,21 +51,15 @@ REFUSED = (
     (r"(.*/)?adapter_[^/]*", "an adapter: make a checkpoint of it first, vreflection merge ADAPTER OUTPUT"),
     (r".*", "no part of a published checkpoint: move them elsewhere (pictures stay if README.md shows them)"),
 )
+# What the client meets damaged weights, or an index of another shape, with.
+UNREADABLE = (NotASafetensorsRepoError, SafetensorsParsingError, OSError, ValueError, TypeError, AttributeError)
 NAMES_SHOWN = 8
 SMALL = 10 * 2**20  # bytes; the Hub takes no larger file but as LFS or Xet
 
 
 @dataclass(frozen=True)
 class HashedFile:
-    """A file, and what was in it when its checks began.
-
-    Args:
-        path (`Path`): Where it lies.
-        size (`int`): Its bytes.
-        mtime_ns (`int`): When it was written, in nanoseconds.
-        sha256 (`str`): The hash by which the Hub names a large file.
-        blob_id (`str`, *optional*): The hash by which git names a small file; `None` for large ones.
-    """
+    """A file, and what was in it when its checks began. The Hub names small files by git's hash, large ones by SHA-256."""
 
     path: Path
     size: int
@@ -78,7 +69,6 @@ class HashedFile:
 
     @classmethod
     def read(cls, path: Path) -> "HashedFile":
-        """Hashes a file."""
         stat = path.stat()
         blob_id = git_hash(path.read_bytes()) if stat.st_size <= SMALL else None
         return cls(path, stat.st_size, stat.st_mtime_ns, sha256(path), blob_id)
@@ -93,22 +83,19 @@ class HashedFile:
 
 
 def find_files(folder: Path) -> dict[str, Path]:
-    """Lists what is to be published: paths in the repository, and where they lie.
+    """What is to be published: paths in the repository, and where they lie.
 
-    Raises:
-        InputError: Files that don't belong into a published checkpoint; a picture that the card doesn't show; shards that
-            don't fit their index.
+    Any file that doesn't belong there, or isn't loaded, raises an `InputError`.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    found = {}
+    found = {}  # without what git and a download leave beside the repository's files
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if name.parts[0] not in NOT_FILES and (path.is_symlink() or not path.is_dir()):
+        if name.parts[0] not in (".git", ".cache") and (path.is_symlink() or not path.is_dir()):
             found[name.as_posix()] = path
     card = found[CARD].read_text(encoding="utf-8", errors="replace") if CARD in found else ""
-    foreign = [name for name in found if not is_allowed(name, card)]
-    if foreign:
+    if foreign := [name for name in found if not is_allowed(name, card)]:
         raise InputError(f"{folder}: {explain_foreign(foreign)}")
     for name, path in found.items():
         if not path.is_file():
@@ -118,10 +105,10 @@ def find_files(folder: Path) -> dict[str, Path]:
 
 
 def is_allowed(name: str, card: str) -> bool:
-    """Whether a file may be published: by its name, or as a picture that the card shows."""
-    if name.count("/") > name.startswith(".eval_results/"):
-        return name.endswith(PICTURES) and name in card
-    return any(fnmatchcase(name, pattern) for pattern in ALLOWED) or (name.endswith(PICTURES) and name in card)
+    """Whether a file belongs to a checkpoint by its name, or is a picture that the card shows."""
+    if name.endswith(PICTURES):
+        return name in card
+    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in ALLOWED)
 
 
 def explain_foreign(foreign: list[str]) -> str:
@@ -133,21 +120,10 @@ def explain_foreign(foreign: list[str]) -> str:
 
 
 def check_shards(folder: Path, names: set[str]) -> None:
-    """Checks that the files of weights are those that are loaded.
-
-    Raises:
-        InputError: No weights, missing or damaged shards, or shards of an earlier save.
-    """
+    """Raises an `InputError` for missing or damaged weights, and for shards of an earlier save, which nothing loads."""
     try:
         needed = set(get_local_safetensors_metadata(folder).files_metadata)
-    except (
-        NotASafetensorsRepoError,
-        SafetensorsParsingError,
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except UNREADABLE as error:
         raise InputError(f"{folder}: its weights are missing, incomplete or damaged ({first_line(error)})") from error
     if extra := sorted(name for name in names if name.endswith(".safetensors") and name not in needed):
         raise InputError(

@@ -35,14 +35,14 @@ def hub_errors(repo_id: str, state: str = "nothing was changed") -> Iterator[Non
 
 
 def explain_hub_error(error: BaseException) -> str:
-    """The reason in one line that isn't too long; never with the token in it."""
+    """The reason, and what to do, in one line without the token."""
     while not isinstance(error, TransportError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # the client wraps what goes wrong in a thread
-    return hide_token(reason(error))[:MESSAGE_LENGTH]
+    return hide_token(find_reason(error))[:MESSAGE_LENGTH]
 
 
-def reason(error: BaseException) -> str:
-    """The reason, and what to do."""
+def find_reason(error: BaseException) -> str:
+    """The line of `explain_hub_error`, of any length."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, and publishing needs the Hub"
     if isinstance(error, HFValidationError):

@@ -19,18 +19,10 @@ SECRET_LENGTH = 16
 
 
 def check_leaks(files: dict[str, Path], folder: Path) -> None:
-    """Checks that no file holds a local path, or a secret of this machine; of weights, the names and the metadata.
-
-    Args:
-        files (`dict[str, Path]`): Names and where they lie.
-        folder (`Path`): The folder that they are of, whose own path is looked for too.
-
-    Raises:
-        InputError: The first leak of each file, without the secret.
-    """
+    """Raises an `InputError` for files that hold a local path or a secret of this machine, which it doesn't repeat."""
     own_paths = [os.fsencode(path) for path in (Path.home(), folder.resolve()) if len(path.parts) > 2]
-    secrets = [get_token() or "", *(value for name, value in os.environ.items() if SECRET_NAME.fullmatch(name))]
-    secrets = [secret.encode() for secret in secrets if len(secret) >= SECRET_LENGTH]
+    values = [get_token() or "", *(value for name, value in os.environ.items() if SECRET_NAME.fullmatch(name))]
+    secrets = [value.encode() for value in values if len(value) >= SECRET_LENGTH]
     leaks = []
     for name, path in files.items():
         # In JSON, a backslash is two, and a slash may have one.

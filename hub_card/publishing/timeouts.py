@@ -1,5 +1,4 @@
-"""Time-outs for the Hub's client, which waits without end for most answers. Imports nothing else of this package: the smoke
-test's process, which doesn't see the package, runs this file, too."""
+"""Time-outs for the Hub's client, which waits without end for most answers. The smoke test's process runs this file alone."""
 
 import os
 
@@ -10,10 +9,9 @@ TIMEOUT = 30
 
 
 def set_timeouts() -> None:
-    """Ends each request of `huggingface_hub` in this process after 30 s without a byte, or `HF_HUB_DOWNLOAD_TIMEOUT`.
+    """Ends the client's requests in this process after 30 s without a byte, or `HF_HUB_DOWNLOAD_TIMEOUT`.
 
-    It sets the client's factory (`set_client_factory`). Requests with a time-out of their own keep it. What can be repeated,
-    the client repeats.
+    Those with a time-out of their own keep it. What can be repeated, the client repeats.
     """
     session = get_session()
     hooks = session.event_hooks

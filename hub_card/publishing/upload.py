@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,14 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm, validate_repo_id
 
-from ..card import TRAINING_FACTS, check_card, write_card
+from ..card import CARD, TRAINING_FACTS, check_card, write_card
 from ..conversion.converter import convert
 from ..errors import InputError
 from ..inference.checkpoints import checkpoint_config
-from .files import CARD, SMALL, HashedFile, find_files
+from .files import SMALL, HashedFile, find_files
 from .hub_errors import LOGIN, explain_hub_error, hide_token, hub_errors
 from .leaks import check_leaks
-from .license import check_license
+from .license import FIELDS, check_license
 from .smoke_test import TIME_LIMIT, smoke_test
 from .timeouts import set_timeouts
 
@@ -33,13 +33,7 @@ SLOWEST = 10**6  # bytes of weights a second: what is slower in the smoke test c
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a checkpoint goes.
-
-    Args:
-        repo_id (`str`): The repository, with its namespace.
-        private (`bool`): Whether one that has to be made is private; else the namespace's default.
-        tag (`str`, *optional*): The tag to set.
-    """
+    """A repository with its namespace, whether to make it private if it has to be made, and the tag to set."""
 
     repo_id: str
     private: bool = False
@@ -66,15 +60,7 @@ def check_before_publishing(folder: Path) -> dict[str, HashedFile]:
 
 
 def check_unchanged(files: dict[str, HashedFile], sent: dict[str, str] | None = None) -> None:
-    """Checks that files are what they were when their checks began.
-
-    Args:
-        files (`dict[str, HashedFile]`): The files.
-        sent (`dict[str, str]`, *optional*): SHA-256 of what was read for the upload.
-
-    Raises:
-        InputError: A file isn't.
-    """
+    """Raises an `InputError` for a file that has changed since its checks began, or of which another SHA-256 was `sent`."""
     for name, file in files.items():
         if not file.is_unchanged() or (sent is not None and sent[name] != file.sha256):
             raise InputError(f"{file.path} has changed since its checks began; nothing was changed on the Hub")
@@ -112,47 +98,37 @@ def find_destination(api: HfApi, repo_id: str, private: bool, tag: str | None) -
 
 
 def check_names(repo_id: str, tag: str | None) -> None:
-    """Checks that a repository and a tag may be called so.
-
-    Raises:
-        InputError: They may not.
-    """
+    """Raises an `InputError` where a repository or a tag can't be called so."""
     with hub_errors(repo_id):
         validate_repo_id(repo_id)
     if tag is not None and (not TAG.fullmatch(tag) or tag.endswith((".", ".lock")) or ".." in tag or tag == BRANCH):
         raise InputError(f"{tag!r} can't be the name of a tag: take letters, digits, dots, dashes and underscores")
 
 
-def publish(folder: Path, destination: Destination, api: HfApi, tell: Callable[[str], None] = print) -> str:
-    """Checks a folder and publishes it; sets the client's time-outs, see `set_timeouts`.
+def publish(folder: Path, destination: Destination, api: HfApi) -> str:
+    """Checks a folder and publishes it, and prints a line about each step; sets the client's time-outs, see `set_timeouts`.
 
     The commit holds all files, and removes those that the folder doesn't have: readers see the old revision or the new one.
     What is sent is what was checked. Where anything fails before it, the repository is as it was. The tag comes last, after
     the checkpoint was loaded from the Hub, so that the same call can be repeated wherever it was interrupted.
 
-    Args:
-        folder (`Path`): The checkpoint.
-        destination (`Destination`): Where to, see `find_destination`.
-        api (`HfApi`): The Hub.
-        tell (`Callable`): Takes a line about each step.
-
     Returns:
         `str`: The commit.
 
     Raises:
-        InputError: See `check_before_publishing`, `upload`, `read_back` and `set_tag`.
+        InputError: The folder isn't fit, see `check_before_publishing` and `check_license`; what a step on the Hub says.
     """
     set_timeouts()
-    check_license(folder, api, tell)
+    check_license(folder, api)
     files = check_before_publishing(folder)
-    tell(f"Checked: {len(files)} files.")
+    print(f"Checked: {len(files)} files.")
     commit = upload(files, destination, api)
-    tell(f"Uploaded: {destination.repo_id} at {commit}.")
+    print(f"Uploaded: {destination.repo_id} at {commit}.")
     read_back(destination.repo_id, commit, files, api)
-    tell("Loaded from the Hub.")
+    print("Loaded from the Hub.")
     if destination.tag is not None:
         set_tag(destination, commit, api)
-        tell(f"Tagged: {destination.tag}.")
+        print(f"Tagged: {destination.tag}.")
     return commit
 
 
@@ -185,20 +161,15 @@ def upload(files: dict[str, HashedFile], destination: Destination, api: HfApi) -
         raise
     check_unchanged(files, {addition.path_in_repo: addition.upload_info.sha256.hex() for addition in additions})
     operations = [*additions, *(CommitOperationDelete(name) for name in sorted(old - set(files) - HUB_FILES))]
-    tag = f" {destination.tag}" if destination.tag else ""
+    message = f"Publish{f' {destination.tag}' if destination.tag else ''} with vreflection"
     try:
-        return api.create_commit(
-            repo_id, operations, commit_message=f"Publish{tag} with vreflection", parent_commit=parent
-        ).oid
+        return api.create_commit(repo_id, operations, commit_message=message, parent_commit=parent).oid
     except Exception as error:  # whatever it is, the Hub may have made the commit
         return find_commit(error, parent, files, repo_id, api)
 
 
 def make_repository(destination: Destination, api: HfApi) -> str:
-    """Makes the repository if it doesn't exist.
-
-    Returns:
-        `str`: The head of its branch.
+    """Makes the repository if it doesn't exist, and returns the head of its branch.
 
     Raises:
         InputError: It doesn't exist afterwards; it is public and should be private.
@@ -211,43 +182,31 @@ def make_repository(destination: Destination, api: HfApi) -> str:
         failure = error
     try:
         about = api.model_info(repo_id, revision=BRANCH)
-    except RepositoryNotFoundError as error:
-        raise InputError(f"{repo_id}: {explain_hub_error(failure or error)}; nothing was changed") from error
     except Exception as error:
         state = "whether the repository was made can't be found out, nothing was uploaded"
+        if isinstance(error, RepositoryNotFoundError):
+            state = "nothing was changed"
         raise InputError(f"{repo_id}: {explain_hub_error(failure or error)}; {state}") from error
     if destination.private and not about.private:
         raise InputError(f"{repo_id} is public: make it private in its settings; nothing was uploaded")
-    if about.sha is None:
-        raise InputError(
-            f"{repo_id}: the Hub names no commit of {BRANCH}, which the next one needs; nothing was uploaded"
-        )
+    if about.sha is None:  # a commit without a parent would go over anybody's
+        raise InputError(f"{repo_id}: the Hub names no commit of {BRANCH}; nothing was uploaded")
     return about.sha
 
 
 def find_commit(error: Exception, parent: str, files: dict[str, HashedFile], repo_id: str, api: HfApi) -> str:
-    """Finds out whether a commit was made though the client raised an error, by the head of the branch.
-
-    Returns:
-        `str`: The commit, if it was made.
-
-    Raises:
-        InputError: It wasn't, or this can't be found out.
-    """
+    """Returns the commit if it was made though the client raised an error; else, or where nobody can say, an `InputError`."""
     reason = f"{repo_id}: {explain_hub_error(error)}"
     try:
         head = api.model_info(repo_id, revision=BRANCH).sha
         if head != parent and not find_differences(repo_id, head, files, api):
             return head
     except Exception as second:
-        history = f"{api.endpoint}/{repo_id}/commits/{BRANCH}"
-        raise InputError(
-            f"{reason}; whether the commit was made can't be found out ({explain_hub_error(second)}): look at {history}"
-        ) from error
+        state = f"whether the commit was made can't be found out ({explain_hub_error(second)})"
+        raise InputError(f"{reason}; {state}: look at {api.endpoint}/{repo_id}/commits/{BRANCH}") from error
     if head != parent:
-        raise InputError(
-            f"{reason}; {BRANCH} is at {head} now, which isn't this checkpoint: somebody else has committed meanwhile"
-        ) from error
+        state = f"{BRANCH} is at {head} now, which isn't this checkpoint: somebody else has committed meanwhile"
+        raise InputError(f"{reason}; {state}") from error
     answered = isinstance(error, HfHubHTTPError) and error.response.status_code not in (408, 504)
     state = "nothing was changed" if answered else f"{BRANCH} has no new commit, but the Hub may still be making it"
     raise InputError(f"{reason}; {state}: run the command again later") from error
@@ -274,27 +233,19 @@ def read_back(repo_id: str, commit: str, files: dict[str, HashedFile], api: HfAp
     with hub_errors(repo_id, f"the Hub says that it made the commit {commit}, which was not read back and has no tag"):
         about = api.model_info(repo_id, revision=commit)
         wrong = find_differences(repo_id, commit, files, api)
+    state = f"{BRANCH} is at this commit, {commit}, and it has no tag"
     if wrong:
-        names = ", ".join(wrong)
-        raise InputError(
-            f"{repo_id} at {commit}: not what was checked ({names}); {BRANCH} is at this commit, and it has no tag"
-        )
+        raise InputError(f"{repo_id}: not what was checked ({', '.join(wrong)}); {state}")
     sha256s = {name: file.sha256 for name, file in files.items()}
     token = get_token() if about.private or about.gated else None
     try:
         smoke_test(repo_id, commit, token, sha256s, seconds=longest_test(files))
     except InputError as error:
-        raise InputError(
-            f"{hide_token(str(error))}; {BRANCH} is at this commit, {commit}, and it has no tag"
-        ) from error
+        raise InputError(f"{hide_token(str(error))}; {state}") from error
 
 
 def set_tag(destination: Destination, commit: str, api: HfApi) -> None:
-    """Tags a commit, and sees the tag at this commit.
-
-    Raises:
-        InputError: It isn't there, or can't be seen.
-    """
+    """Tags a commit, and sees the tag at this commit; else raises an `InputError`."""
     repo_id, tag = destination.repo_id, destination.tag
     failure = None
     try:
@@ -310,7 +261,7 @@ def set_tag(destination: Destination, commit: str, api: HfApi) -> None:
 
 
 @contextmanager
-def inference_only(folder: Path, repo_id: str, tell: Callable[[str], None] = print) -> Iterator[Path]:
+def inference_only(folder: Path, repo_id: str) -> Iterator[Path]:
     """Yields a temporary copy of a checkpoint without BCM and DAC, with a card that says so.
 
     Raises:
@@ -323,19 +274,16 @@ def inference_only(folder: Path, repo_id: str, tell: Callable[[str], None] = pri
         for name in (TRAINING_FACTS, "LICENSE"):
             if name in files:
                 shutil.copy(files[name], copy / name)
-        base = card.base_model if isinstance(card.base_model, str) else None
         write_card(
             copy,
             repo_id,
-            base_model=base,
-            license=card.license,
-            license_name=card.get("license_name"),
-            license_link=card.get("license_link"),
+            base_model=card.base_model if isinstance(card.base_model, str) else None,
             datasets=card.datasets or (),
             tags=card.tags or (),
+            **{field: card.get(field) for field in FIELDS},
         )
         note = f"{CARD} is written anew"
         if card.eval_results or any(name.startswith(".eval_results/") for name in files):
             note += ", without the results, which were measured on the whole weights"
-        tell(f"BCM and DAC are left out; {note}.")
+        print(f"BCM and DAC are left out; {note}.")
         yield copy

@@ -39,6 +39,7 @@ def run(options: argparse.Namespace) -> None:
 
     from vreflection_hub_card.inference.checkpoints import checkpoint_config
     from vreflection_hub_card.publishing.upload import (
+        Destination,
         check_before_publishing,
         check_names,
         find_destination,
@@ -48,24 +49,19 @@ def run(options: argparse.Namespace) -> None:
 
     check_names(options.repo, options.revision)
     checkpoint_config(options.checkpoint)
-    destination = None
+    api = HfApi()
+    destination = Destination(options.repo)
     if not options.dry_run:  # first of all: a wrong token costs no time
-        api = HfApi()
         destination = find_destination(api, options.repo, options.private, options.revision)
-    name = options.repo if destination is None else destination.repo_id
-    source = inference_only(options.checkpoint, name) if options.inference_only else nullcontext(options.checkpoint)
+    repo = destination.repo_id
+    source = inference_only(options.checkpoint, repo) if options.inference_only else nullcontext(options.checkpoint)
     with source as folder:
-        if destination is None:
-            list_files(check_before_publishing(folder), name)
+        if options.dry_run:
+            sizes = {name: file.size for name, file in check_before_publishing(folder).items()}
+            for name, size in sizes.items():
+                print(f"{size:>16,}  {name}")
+            print(f"{sum(sizes.values()):>16,}  bytes in {len(sizes)} files would go to {repo}; nothing was uploaded.")
         else:
             enable_progress_bars()  # `vreflection` turns them off; an upload takes long
             publish(folder, destination, api)
-            print(f"{api.endpoint}/{name}")
-
-
-def list_files(files: dict, repo_id: str) -> None:
-    """Prints what would be uploaded, see `HashedFile`."""
-    sizes = {name: file.size for name, file in files.items()}
-    for name, size in sizes.items():
-        print(f"{size:>16,}  {name}")
-    print(f"{sum(sizes.values()):>16,}  bytes in {len(sizes)} files would go to {repo_id}; nothing was uploaded.")
+            print(f"{api.endpoint}/{repo}")
