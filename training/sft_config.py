@@ -1,7 +1,8 @@
 """The configuration of `VReflectionSFTTrainer`: trl's, and the options of V-Reflection."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from transformers.hf_argparser import HfArg
 from transformers.integrations.integration_utils import is_trackio_available
 from trl import SFTConfig
 
@@ -32,53 +33,39 @@ class VReflectionSFTConfig(SFTConfig):
     Configuration of [`VReflectionSFTTrainer`]: trl's [`~trl.SFTConfig`] and the options of V-Reflection.
 
     Args:
-        stage (`str`, *optional*, defaults to `"1"`):
-            `"sft"`: plain fine-tuning, reflections are left out. `"1"`: the model and BCM, L = CE + λ_BCM L_BCM (Eq. 2).
-            `"2"`: the model and DAC with BCM frozen, L = CE + λ_DAC L_DAC (Eq. 5). `"joint"`: everything at once.
-        lambda_bcm (`float`, *optional*, defaults to `0.1`):
-            Weight of L_BCM.
-        lambda_dac (`float`, *optional*, defaults to `0.1`):
-            Weight of L_DAC.
-        lambda_feat (`float`, *optional*, defaults to `1.0`):
-            Weight of the feature term in L_DAC.
-        lambda_attn (`float`, *optional*, defaults to `1.0`):
-            Weight of the attention term in L_DAC.
-        latent_loss (`str`, *optional*, defaults to `"l1"`):
-            Distance of Eq. 2 and 5: `"l1"` or `"mse"`.
-        alignment (`str`, *optional*, defaults to `"stochastic"`):
-            Which side learns in Eq. 2: `"stochastic"`, one side a step; `"symmetric"`, both, each towards a detached other;
-            `"joint"`, both without stop-gradient.
-        bernoulli_p (`float`, *optional*, defaults to `0.5`):
-            Probability that the states learn, with `alignment="stochastic"`.
-        bcm_receives_ce (`bool`, *optional*, defaults to `True`):
-            Whether the cross-entropy trains BCM through the slots that it fills.
-        latent_inputs (`str`, *optional*):
-            What fills the slots: `"bcm"`, `"dac"` or `"hidden"`. Defaults to the stage's, see [`STAGES`](stages.py).
-        attention_temperature (`float`, *optional*, defaults to `1.0`):
-            τ of Eq. 4.
-        attention_epsilon (`float`, *optional*, defaults to `1e-9`):
-            ε of Eq. 4.
-        slot_ce (`bool`, *optional*, defaults to `False`):
-            Whether the cross-entropy also supervises the slot and end tokens, which decoding forces.
-        freeze_vision (`bool`, *optional*, defaults to `True`):
-            Whether the vision encoder and its merger stay as they are.
-        allow_untrained_bcm (`bool`, *optional*, defaults to `False`):
-            Whether stage 2 may run with a BCM that was never trained, or without one: the ablations.
-        sample_packing (`bool`, *optional*, defaults to `False`):
-            Whether several samples share a row, each with its own attention. `per_device_train_batch_size` then counts
-            packs, and `max_length` is the length of a pack.
-        max_samples_per_pack (`int`, *optional*, defaults to `4`):
-            Most samples in a pack.
-        long_sample_length (`int`, *optional*, defaults to `4096`):
-            A sample with more tokens is packed alone.
-        packing_lookahead (`int`, *optional*, defaults to `256`):
-            Samples among which the best fit is looked for.
-        on_bad_row (`str`, *optional*, defaults to `"error"`):
-            What to do with an invalid row (a missing picture, a wrong box, too many tokens): `"error"` stops the run;
-            `"skip"` leaves it out, and the run ends with the count of such rows and the first ten.
-        sample_every (`int`, *optional*, defaults to `250`):
-            Steps between two pictures of the teacher's and the student's attention, in `samples/` of the output folder;
-            0 draws none.
+        stage (`str`, *optional*, defaults to `"1"`): `"sft"`: plain fine-tuning, reflections are left out. `"1"`: the
+            model and BCM, L = CE + λ_BCM L_BCM (Eq. 2). `"2"`: the model and DAC with BCM frozen, L = CE + λ_DAC L_DAC
+            (Eq. 5). `"joint"`: everything at once.
+        lambda_bcm (`float`, *optional*, defaults to `0.1`): Weight of L_BCM.
+        lambda_dac (`float`, *optional*, defaults to `0.1`): Weight of L_DAC.
+        lambda_feat (`float`, *optional*, defaults to `1.0`): Weight of the feature term in L_DAC.
+        lambda_attn (`float`, *optional*, defaults to `1.0`): Weight of the attention term in L_DAC.
+        latent_loss (`str`, *optional*, defaults to `"l1"`): Distance of Eq. 2 and 5: `"l1"` or `"mse"`.
+        alignment (`str`, *optional*, defaults to `"stochastic"`): Which side learns in Eq. 2: `"stochastic"`, one side
+            a step; `"symmetric"`, both, each towards a detached other; `"joint"`, both without stop-gradient.
+        bernoulli_p (`float`, *optional*, defaults to `0.5`): Probability that the states learn, with
+            `alignment="stochastic"`.
+        bcm_receives_ce (`bool`, *optional*, defaults to `True`): Whether the cross-entropy trains BCM through the
+            slots that it fills.
+        latent_inputs (`str`, *optional*): What fills the slots: `"bcm"`, `"dac"` or `"hidden"`. Defaults to the
+            stage's, see [`STAGES`](stages.py).
+        attention_temperature (`float`, *optional*, defaults to `1.0`): τ of Eq. 4.
+        attention_epsilon (`float`, *optional*, defaults to `1e-9`): ε of Eq. 4.
+        slot_ce (`bool`, *optional*, defaults to `False`): Whether the cross-entropy also supervises the slot and end
+            tokens, which decoding forces.
+        freeze_vision (`bool`, *optional*, defaults to `True`): Whether the vision encoder and its merger stay as is.
+        allow_untrained_bcm (`bool`, *optional*, defaults to `False`): Whether stage 2 may run with a BCM that was
+            never trained, or without one: the ablations.
+        sample_packing (`bool`, *optional*, defaults to `False`): Whether several samples share a row, each with its
+            own attention. `per_device_train_batch_size` then counts packs, and `max_length` is the length of a pack.
+        max_samples_per_pack (`int`, *optional*, defaults to `4`): Most samples in a pack.
+        long_sample_length (`int`, *optional*, defaults to `4096`): A sample with more tokens is packed alone.
+        packing_lookahead (`int`, *optional*, defaults to `256`): Samples among which the best fit is looked for.
+        on_bad_row (`str`, *optional*, defaults to `"error"`): What to do with an invalid row (a missing picture, a
+            wrong box, too many tokens): `"error"` stops the run; `"skip"` leaves it out, and the run ends with the
+            count of such rows and the first ten.
+        sample_every (`int`, *optional*, defaults to `250`): Steps between two pictures of the teacher's and the
+            student's attention, in `samples/` of the output folder; 0 draws none.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]: `max_length` is `None` (16,384 with
@@ -86,65 +73,50 @@ class VReflectionSFTConfig(SFTConfig):
     > reads raw rows; `logging_nan_inf_filter` is `False`; `report_to` is trackio if that is installed.
     """
 
-    stage: str = field(default="1", metadata={"help": "Training stage.", "choices": tuple(STAGES)})
-    lambda_bcm: float = field(default=0.1, metadata={"help": "Weight of L_BCM (Eq. 2)."})
-    lambda_dac: float = field(default=0.1, metadata={"help": "Weight of L_DAC (Eq. 5)."})
-    lambda_feat: float = field(default=1.0, metadata={"help": "Weight of the feature term in L_DAC."})
-    lambda_attn: float = field(default=1.0, metadata={"help": "Weight of the attention term in L_DAC."})
-    latent_loss: str = field(default="l1", metadata={"help": "Distance of Eq. 2 and 5.", "choices": DISTANCES})
-    alignment: str = field(
-        default="stochastic", metadata={"help": "Which side learns in Eq. 2.", "choices": ALIGNMENTS}
+    stage: str = HfArg(default="1", help="Training stage.", metadata={"choices": tuple(STAGES)})
+    lambda_bcm: float = HfArg(default=0.1, help="Weight of L_BCM (Eq. 2).")
+    lambda_dac: float = HfArg(default=0.1, help="Weight of L_DAC (Eq. 5).")
+    lambda_feat: float = HfArg(default=1.0, help="Weight of the feature term in L_DAC.")
+    lambda_attn: float = HfArg(default=1.0, help="Weight of the attention term in L_DAC.")
+    latent_loss: str = HfArg(default="l1", help="Distance of Eq. 2 and 5.", metadata={"choices": DISTANCES})
+    alignment: str = HfArg(default="stochastic", help="Which side learns in Eq. 2.", metadata={"choices": ALIGNMENTS})
+    bernoulli_p: float = HfArg(default=0.5, help="Probability that the states learn in Eq. 2.")
+    bcm_receives_ce: bool = HfArg(default=True, help="Whether the cross-entropy trains BCM.")
+    latent_inputs: str | None = HfArg(
+        default=None, help="What fills the slots: bcm, dac or hidden. Defaults to the stage's."
     )
-    bernoulli_p: float = field(default=0.5, metadata={"help": "Probability that the states learn in Eq. 2."})
-    bcm_receives_ce: bool = field(default=True, metadata={"help": "Whether the cross-entropy trains BCM."})
-    latent_inputs: str | None = field(
-        default=None, metadata={"help": "What fills the slots: bcm, dac or hidden. Defaults to the stage's."}
+    attention_temperature: float = HfArg(default=1.0, help="Temperature of Eq. 4.")
+    attention_epsilon: float = HfArg(default=1e-9, help="Smoothing constant of Eq. 4.")
+    slot_ce: bool = HfArg(default=False, help="Supervise the slot and end tokens as well.")
+    freeze_vision: bool = HfArg(default=True, help="Freeze the vision encoder and its merger.")
+    allow_untrained_bcm: bool = HfArg(
+        default=False, help="Let stage 2 run with an untrained BCM or none: the ablations."
     )
-    attention_temperature: float = field(default=1.0, metadata={"help": "Temperature of Eq. 4."})
-    attention_epsilon: float = field(default=1e-9, metadata={"help": "Smoothing constant of Eq. 4."})
-    slot_ce: bool = field(default=False, metadata={"help": "Supervise the slot and end tokens as well."})
-    freeze_vision: bool = field(default=True, metadata={"help": "Freeze the vision encoder and its merger."})
-    allow_untrained_bcm: bool = field(
-        default=False, metadata={"help": "Let stage 2 run with an untrained BCM or none: the ablations."}
+    sample_packing: bool = HfArg(default=False, help="Pack several samples into a row.")
+    max_samples_per_pack: int = HfArg(default=4, help="Most samples in a pack.")
+    long_sample_length: int = HfArg(default=4096, help="A sample with more tokens is packed alone.")
+    packing_lookahead: int = HfArg(default=256, help="Samples among which the best fit is looked for.")
+    on_bad_row: str = HfArg(default="error", help="What to do with an invalid row.", metadata={"choices": ON_BAD_ROW})
+    sample_every: int = HfArg(default=250, help="Steps between two pictures of attention; 0: none.")
+    report_to: None | str | list[str] = HfArg(
+        default=None, help="Where to log, besides the terminal: trackio, wandb, tensorboard, none."
     )
-    sample_packing: bool = field(default=False, metadata={"help": "Pack several samples into a row."})
-    max_samples_per_pack: int = field(default=4, metadata={"help": "Most samples in a pack."})
-    long_sample_length: int = field(default=4096, metadata={"help": "A sample with more tokens is packed alone."})
-    packing_lookahead: int = field(default=256, metadata={"help": "Samples among which the best fit is looked for."})
-    on_bad_row: str = field(
-        default="error", metadata={"help": "What to do with an invalid row.", "choices": ON_BAD_ROW}
+    max_length: int | None = HfArg(
+        default=None, help="Longest sample, or pack, in tokens; nothing longer is ever cut."
     )
-    sample_every: int = field(default=250, metadata={"help": "Steps between two pictures of attention; 0: none."})
-    report_to: None | str | list[str] = field(
-        default=None, metadata={"help": "Where to log, besides the terminal: trackio, wandb, tensorboard, none."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest sample, or pack, in tokens; nothing longer is ever cut."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay off: the collator reads raw rows."}
-    )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
+    remove_unused_columns: bool = HfArg(default=False, help="Must stay off: the collator reads raw rows.")
+    logging_nan_inf_filter: bool = HfArg(default=False, help="Hide non-finite losses from the log.")
 
     def __post_init__(self):
         self.stage = str(self.stage)  # YAML reads 1 as a number
-        choices = {
-            "stage": STAGES,
-            "latent_loss": DISTANCES,
-            "alignment": ALIGNMENTS,
-            "latent_inputs": (None, "bcm", "dac", "hidden"),
-            "on_bad_row": ON_BAD_ROW,
-        }
+        choices = {"stage": STAGES, "latent_loss": DISTANCES, "alignment": ALIGNMENTS, "on_bad_row": ON_BAD_ROW}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 names = ", ".join(map(str, allowed))
                 raise ValueError(f"`{name}` must be one of {names}, got {getattr(self, name)!r}.")
+        weights = ("lambda_bcm", "lambda_dac", "lambda_feat", "lambda_attn")
         for names, holds, rule in (
-            (
-                ("lambda_bcm", "lambda_dac", "lambda_feat", "lambda_attn", "sample_every"),
-                lambda x: x >= 0,
-                "not be negative",
-            ),
+            ((*weights, "sample_every"), lambda x: x >= 0, "not be negative"),
             (("bernoulli_p",), lambda x: 0 <= x <= 1, "lie in [0, 1]"),
             (("attention_temperature", "attention_epsilon"), lambda x: x > 0, "be above 0"),
             (("max_samples_per_pack", "long_sample_length", "packing_lookahead"), lambda x: x >= 1, "be at least 1"),
