@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
 from modeling_vreflection import VReflectionProcessor
@@ -88,7 +89,8 @@ class VReflectionDataCollator:
                 pack.append(encoded)
                 names.append(name)
                 reflections.append(count)
-            packs += [pack] if pack else []
+            if pack:
+                packs.append(pack)
         num_tokens = sum(len(row["input_ids"]) for pack in packs for row in pack)
         used = any(reflections) if self.reflect else any("pixel_values" in row for pack in packs for row in pack)
         dummy = not names or (self.every_module and not used)
@@ -145,28 +147,19 @@ class VReflectionDataCollator:
     def _join(self, packs: list[list[dict[str, torch.Tensor]]], packed: bool) -> dict[str, torch.Tensor]:
         """Puts rows side by side in their packs, and pads these."""
         rows = [row for pack in packs for row in pack]
-        padding = {
-            "input_ids": self.processor.tokenizer.pad_token_id,
-            "labels": -100,
-            "attention_mask": 0,
-            "mm_token_type_ids": 0,
-        }
         shifts = self._shifts(rows) if self.align_segments and not packed else [0] * len(packs)
-        lengths = [[len(row["input_ids"]) for row in pack] for pack in packs]
-        longest = max(shift + sum(pack) for shift, pack in zip(shifts, lengths))
-        batch = {
-            key: torch.stack(
-                [
-                    F.pad(torch.cat([row[key] for row in pack]), (shift, longest - shift - sum(sizes)), value=value)
-                    for pack, shift, sizes in zip(packs, shifts, lengths)
-                ]
-            )
-            for key, value in padding.items()
-        }
+        pad_token_id = self.processor.tokenizer.pad_token_id
+        padding = {"input_ids": pad_token_id, "labels": -100, "attention_mask": 0, "mm_token_type_ids": 0}
+        batch = {}
+        for key, value in padding.items():
+            joined = [torch.cat([row[key] for row in pack]) for pack in packs]
+            shifted = [F.pad(text, (shift, 0), value=value) for text, shift in zip(joined, shifts)]
+            batch[key] = pad_sequence(shifted, batch_first=True, padding_value=value)
         if packed:
             del batch["attention_mask"]
+            lengths = [[len(row["input_ids"]) for row in pack] for pack in packs]
             # What pads a pack is one more sample.
-            sizes = [[*pack, longest - sum(pack)] for pack in lengths]
+            sizes = [[*pack, batch["input_ids"].shape[1] - sum(pack)] for pack in lengths]
             batch["position_ids"] = torch.stack([torch.cat([torch.arange(n) for n in pack]) for pack in sizes])
         for key in ("pixel_values", "image_grid_thw", "boxes"):
             if found := [row[key] for row in rows if key in row]:
@@ -179,7 +172,7 @@ class VReflectionDataCollator:
 
     def _shifts(self, rows: list[dict[str, torch.Tensor]]) -> list[int]:
         """How far to the right each row goes, so that all segments start where the last of them does."""
-        slots = [(row["input_ids"] == self.config.latent_token_id).nonzero() for row in rows]
-        starts = [int(found[0]) if len(found) else None for found in slots]
-        last = max((start for start in starts if start is not None), default=0)
-        return [max(last - (len(row["input_ids"]) if start is None else start), 0) for row, start in zip(rows, starts)]
+        slots = [row["input_ids"] == self.config.latent_token_id for row in rows]
+        starts = [int(slot.int().argmax()) if slot.any() else len(slot) for slot in slots]
+        last = max((start for start, slot in zip(starts, slots) if slot.any()), default=0)
+        return [max(last - start, 0) for start in starts]
