@@ -3,7 +3,6 @@
 Symbols in shapes: G segments, S latent steps, D hidden size, L merged patches.
 """
 
-import math
 import random
 
 import torch
@@ -192,9 +191,9 @@ def latent_losses(
 
 def loss_weights(args) -> dict[str, float]:
     """The weights that [`latent_losses`] gives to the stage's losses, by name."""
-    factors = {
-        "L_BCM": ("lambda_bcm",),
-        "L_feat": ("lambda_dac", "lambda_feat"),
-        "L_attn": ("lambda_dac", "lambda_attn"),
+    weights = {
+        "L_BCM": args.lambda_bcm,
+        "L_feat": args.lambda_dac * args.lambda_feat,
+        "L_attn": args.lambda_dac * args.lambda_attn,
     }
-    return {name: math.prod(getattr(args, key) for key in factors[name]) for name in STAGES[args.stage].losses}
+    return {name: weights[name] for name in STAGES[args.stage].losses}
