@@ -10,16 +10,14 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .meters import sum_over_ranks
+
 
 NAMED_ROWS = 10
 
 
 class RunProgress(TrainerCallback, ExportableState):
-    """Kept in each checkpoint's trainer_state.json: the stage, the tokens seen, the rows that were skipped.
-
-    Args:
-        stage (`str`): The training stage.
-    """
+    """Kept in each checkpoint's trainer_state.json: the stage, the tokens seen, the rows that were skipped."""
 
     def __init__(self, stage: str):
         self.stage = stage
@@ -51,13 +49,9 @@ class RunProgress(TrainerCallback, ExportableState):
 
 
 class PreemptionCallback(TrainerCallback):
-    """On SIGTERM the run writes a checkpoint after the step it is in, and ends.
+    """On SIGTERM, which schedulers send before they take a machine, the run writes a checkpoint and ends.
 
-    Schedulers of preemptible machines send SIGTERM some time before they take the machine. All ranks stop after the same
-    step, whichever of them got the signal.
-
-    Args:
-        accelerator (`Accelerator`): Tells the ranks of one another.
+    All ranks stop after the same step, whichever of them got the signal.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -71,9 +65,7 @@ class PreemptionCallback(TrainerCallback):
             self._previous = signal.signal(signal.SIGTERM, self._request)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.accelerator.num_processes > 1:
-            requests = torch.tensor(float(self.requested), device=self.accelerator.device)
-            self.requested = bool(self.accelerator.reduce(requests, reduction="sum"))
+        self.requested = bool(sum_over_ranks(torch.tensor(float(self.requested)), self.accelerator))
         if self.requested:
             control.should_save = control.should_training_stop = True
 
@@ -86,13 +78,9 @@ class PreemptionCallback(TrainerCallback):
 
 
 def outlive_sigterm(worker_id: int, running: torch.Tensor, then: Callable[[int], None] | None = None):
-    """`worker_init_fn` of a data loader: where the signal goes to all processes, workers go on until the run ends them.
+    """`worker_init_fn` of a data loader: its workers ignore SIGTERM while `running`, in shared memory, is true.
 
-    Args:
-        worker_id (`int`): The worker's number.
-        running (`torch.BoolTensor`): In shared memory, whether the run still goes on. After a run that failed, Python ends
-            workers by this very signal, and waits for them.
-        then (`Callable`, *optional*): Called next.
+    After a run that failed, Python ends workers by this very signal, and waits for them. `then` is called next.
     """
 
     def ignore_while_running(signum, frame):

@@ -13,16 +13,10 @@ COLLAPSE_THRESHOLD = 0.05
 
 
 def attention_inside(attention: torch.Tensor, boxes: torch.LongTensor, grids: list[tuple[int, int]]) -> torch.Tensor:
-    """The share of attention on the patches that a box overlaps, mean over the latent steps.
+    """The share of attention (G, S, L) on the patches that boxes (G, 5) overlap, mean over the latent steps: (G,).
 
-    Args:
-        attention (`torch.FloatTensor` of shape `(G, S, L)`): Maps of the boxes' images, row by row, zero on padding.
-        boxes (`torch.LongTensor` of shape `(G, 5)`): Image, and x0, y0, x1, y1 in 1/65,536 of its sides.
-        grids (`list[tuple[int, int]]`): h and w of each image's merged grid.
-
-    Returns:
-        `torch.FloatTensor` of shape `(G,)`: On the device of `attention`. `roi_align` reads between patches, so there the
-        teacher's share may lie a little below one.
+    `grids` are h and w of each image's merged grid. `roi_align` reads between patches, so there the teacher's share may lie
+    a little below one.
     """
     inside = torch.zeros(len(attention), attention.shape[2])
     for row, (image, *box) in zip(inside, boxes.tolist()):
@@ -42,39 +36,29 @@ class LatentSpread:
 
     Plain sums in float64, which add up over batches and ranks, are precise enough: n additions leave spread² uncertain by
     at most some n · 2⁻⁵³, so that for 10,000 segments only a spread below 1e-6 is lost in rounding. They live on the CPU.
-
-    Args:
-        num_steps (`int`): S.
-        hidden_size (`int`): D.
     """
 
     def __init__(self, num_steps: int, hidden_size: int):
-        self.count = 0
-        self.totals = torch.zeros(num_steps, hidden_size, dtype=torch.float64)
-        self.squares = torch.zeros(num_steps, dtype=torch.float64)
+        self.shape = num_steps, hidden_size
+        # Flat, to be summed over the ranks: the number of segments; |h|² by step, (S,); h by step, (S, D).
+        self.sums = torch.zeros(1 + num_steps + num_steps * hidden_size, dtype=torch.float64)
 
     def add(self, latents: torch.Tensor) -> None:
         """Takes in the latents (G, S, D) of further segments; G may be one or zero. `ValueError` for another S or D."""
-        if latents.shape[1:] != self.totals.shape:
-            raise ValueError(f"Latents must be (G, {', '.join(map(str, self.totals.shape))}), got {latents.shape}.")
+        if latents.shape[1:] != self.shape:
+            raise ValueError(f"Latents must be (G, {', '.join(map(str, self.shape))}), got {latents.shape}.")
         latents = latents.detach().cpu().double()  # not every accelerator has float64
-        self.count += len(latents)
-        self.totals += latents.sum(0)
-        self.squares += latents.square().sum((0, 2))
+        count = torch.tensor([len(latents)])
+        self.sums += torch.cat([count, latents.square().sum((0, 2)), latents.sum(0).flatten()])
 
-    def state(self) -> torch.Tensor:
-        """Flat, float64, of the same length for all ranks, to be summed over them."""
-        return torch.cat([torch.tensor([self.count], dtype=torch.float64), self.squares, self.totals.flatten()])
-
-    def value(self, state: torch.Tensor | None = None) -> float | None:
-        """The spread; of `state`, the sum of all ranks' states, if given. `None` for fewer than two segments."""
-        count, squares, totals = (self.state() if state is None else state.cpu()).split(
-            [1, len(self.squares), self.totals.numel()]
-        )
+    def value(self, sums: torch.Tensor | None = None) -> float | None:
+        """The spread; that of all ranks, given the sum of their `sums`. `None` for fewer than two segments."""
+        sums = self.sums if sums is None else sums
+        count, squares, totals = sums.split([1, self.shape[0], self.shape[0] * self.shape[1]])
         if count < 2:
             return None
         mean_square = squares / count
-        differing = mean_square - totals.view_as(self.totals).div(count).square().sum(1)
+        differing = mean_square - totals.view(self.shape).div(count).square().sum(1)
         shares = differing / mean_square.clamp(min=torch.finfo(torch.float64).tiny)  # all latents zero: 0
         return (count / (count - 1) * shares).mean().clamp(min=0).sqrt().item()
 

@@ -4,12 +4,15 @@ import torch
 from accelerate import Accelerator
 
 
-class Meters:
-    """Sums and counts under fixed names, so that every rank brings the same ones in the same order.
+def sum_over_ranks(tensor: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """The sum of all ranks' tensors, on the CPU; all of them have to call it."""
+    if accelerator.num_processes == 1:  # its device may not have float64
+        return tensor
+    return accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu()
 
-    Args:
-        names (`tuple[str, ...]`): All names that will ever be added.
-    """
+
+class Meters:
+    """Sums and counts under fixed names, so that every rank brings the same ones in the same order."""
 
     def __init__(self, names: tuple[str, ...]):
         self.names = names
@@ -23,8 +26,6 @@ class Meters:
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
         """The means since the last call, of what was seen on any rank."""
-        totals = torch.tensor(list(self._totals.values()), dtype=torch.float64)
-        if accelerator.num_processes > 1:
-            totals = accelerator.reduce(totals.to(accelerator.device), reduction="sum").cpu()
+        totals = sum_over_ranks(torch.tensor(list(self._totals.values()), dtype=torch.float64), accelerator)
         self._totals = {name: [0.0, 0.0] for name in self.names}
         return {name: (total / count).item() for name, (total, count) in zip(self.names, totals) if count > 0}

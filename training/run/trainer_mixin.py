@@ -19,7 +19,7 @@ from ..stages import STAGES
 from .callbacks import PreemptionCallback, RunProgress, outlive_sigterm
 from .checkpoint_folders import check_same_stage, find_checkpoint, load_progress, marked_incomplete, remove_incomplete
 from .latent_metrics import LatentSpread, attention_inside, collapse_message
-from .meters import Meters
+from .meters import Meters, sum_over_ranks
 from .model_card import RunOrigin, trainer_card, trainer_facts
 from .sample_pictures import save_sample
 
@@ -85,8 +85,7 @@ class RunMixin:
         if self.is_world_process_zero():
             remove_incomplete(self.args.output_dir)
         self.accelerator.wait_for_everyone()
-        self._total_train_tokens = self.progress.num_tokens
-        self._clock = (time.perf_counter(), self._total_train_tokens)
+        self._clock = (time.perf_counter(), self.progress.num_tokens)
         self._running.fill_(True)
         try:
             result = super().train(checkpoint, **kwargs)
@@ -166,6 +165,7 @@ class RunMixin:
             means (`tuple`): The trainer's own means, by the names in `logged_means`: each a sum and how many it is of.
         """
         training, segments = self.model.training, sum(batch["reflections"])
+        mode = "train" if training else "eval"
         means["reflections"] = sum(map(bool, batch["reflections"])), len(batch["sample_ids"])
         means["padding"] = batch["input_ids"].numel() - batch["num_tokens"], batch["input_ids"].numel()
         if segments:
@@ -175,20 +175,17 @@ class RunMixin:
                 distance = latent_distance(outputs.latent_states, outputs.teacher_latents, "l1", 1)
                 means["latent_distance"] = distance, segments
             maps = {name: getattr(outputs, f"{name}_attention") for name in self._watched}
-            maps = {name: attention for name, attention in maps.items() if attention is not None}
             for name, attention in maps.items():
                 means[f"{name}_inside_box"] = attention_inside(attention, batch["boxes"], grids).sum(), segments
             if training:
                 self._spread.add(outputs.latent_states)
                 self._draw(batch, maps, grids)
         for name, (total, count) in means.items():
-            self._meters["train" if training else "eval"].add(name, total, count)
+            self._meters[mode].add(name, total, count)
         if training:
-            seen = torch.tensor(batch["num_tokens"], device=self.accelerator.device)
-            self.progress.num_tokens += int(self.accelerator.reduce(seen, reduction="sum"))
-            self._total_train_tokens = self.progress.num_tokens
+            self.progress.num_tokens += int(sum_over_ranks(torch.tensor(batch["num_tokens"]), self.accelerator))
         self.progress.skip(batch["skipped"])
-        self._metrics["train" if training else "eval"]["num_tokens"] = [self.progress.num_tokens]
+        self._metrics[mode]["num_tokens"] = [self.progress.num_tokens]
 
     def _draw(self, batch, maps: dict[str, torch.Tensor], grids: list[tuple[int, int]]):
         """Draws the batch's first reflection, every `sample_every` steps."""
@@ -215,10 +212,7 @@ class RunMixin:
         logs["tokens_per_second"] = (self.progress.num_tokens - tokens) / (now - before)
         self._clock = (now, self.progress.num_tokens)
         if STAGES[self.args.stage].reflects:
-            state = self._spread.state()
-            if self.accelerator.num_processes > 1:
-                state = self.accelerator.reduce(state.to(self.accelerator.device), reduction="sum")
-            spread = self._spread.value(state)
+            spread = self._spread.value(sum_over_ranks(self._spread.sums, self.accelerator))
             self._spread = LatentSpread(*self._latents_shape)
             if spread is not None:
                 logs["latent_spread"] = spread

@@ -107,11 +107,11 @@ def test_ranks_add_up():
     ranks = [LatentSpread(2, 4) for _ in range(3)]
     ranks[0].add(latents[:1])
     ranks[1].add(latents[1:])  # the third rank saw no reflection
-    states = [rank.state() for rank in ranks]
-    assert {(state.dtype, state.shape) for state in states} == {(torch.float64, states[0].shape)}
-    assert states[0].ndim == 1
+    sums = [rank.sums for rank in ranks]
+    assert {(each.dtype, each.shape) for each in sums} == {(torch.float64, sums[0].shape)}
+    assert sums[0].ndim == 1
     for rank in ranks:
-        assert rank.value(sum(states)) == pytest.approx(spread(latents), rel=1e-12)
+        assert rank.value(sum(sums)) == pytest.approx(spread(latents), rel=1e-12)
 
 
 def test_one_sample_has_no_spread():
@@ -129,7 +129,7 @@ def test_latents_keep_no_graph():
     latents = torch.randn(3, 2, 4, requires_grad=True)
     gathered = LatentSpread(2, 4)
     gathered.add(latents)
-    assert not gathered.state().requires_grad
+    assert not gathered.sums.requires_grad
 
 
 def test_collapse_is_told_with_its_number_and_options_that_exist():
