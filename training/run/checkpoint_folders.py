@@ -20,11 +20,7 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def marked_incomplete(folder: str | Path, main_process: bool = True) -> Iterator[None]:
-    """Marks a checkpoint as incomplete while it is written; one that fails is removed, to free its space.
-
-    Raises:
-        OSError: Whatever went wrong, and which checkpoints are whole.
-    """
+    """Marks a checkpoint as incomplete while it is written. One that fails is removed, to free its space: `OSError`."""
     folder = Path(folder)
     if main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,29 +30,21 @@ def marked_incomplete(folder: str | Path, main_process: bool = True) -> Iterator
     except Exception as error:
         if main_process:
             shutil.rmtree(folder, ignore_errors=True)
-        raise OSError(could_not_write(folder, error)) from error
+        free = shutil.disk_usage(folder.parent).free / 2**30
+        kept = whole_checkpoints(folder.parent)
+        advice = f"{kept[-1]} is whole: resume from it." if kept else "No earlier checkpoint is whole."
+        raise OSError(f"{folder} couldn't be written ({error}); {free:.1f} GiB are free there. {advice}") from error
     if main_process:
         (folder / MARKER).unlink()
 
 
-def could_not_write(folder: Path, error: Exception) -> str:
-    """The message for a checkpoint that could not be written, as on a full disk."""
-    free = shutil.disk_usage(folder.parent).free / 2**30
-    kept = whole_checkpoints(folder.parent)
-    advice = f"{kept[-1]} is whole: resume from it." if kept else "No earlier checkpoint is whole."
-    return f"{folder} couldn't be written ({error}); {free:.1f} GiB are free there. {advice}"
-
-
 def whole_checkpoints(output_dir: str | Path) -> list[str]:
     """The checkpoints of a folder that were written to the end, oldest first."""
-    if not Path(output_dir).is_dir():
-        return []
-    return [folder for folder in sort_checkpoints(str(output_dir)) if is_whole(Path(folder))]
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint was written to the end."""
-    return (folder / TRAINER_STATE_NAME).is_file() and not (folder / MARKER).exists()
+    return [
+        folder
+        for folder in sort_checkpoints(str(output_dir))
+        if Path(folder, TRAINER_STATE_NAME).is_file() and not Path(folder, MARKER).exists()
+    ]
 
 
 def remove_incomplete(output_dir: str | Path):
@@ -68,8 +56,7 @@ def remove_incomplete(output_dir: str | Path):
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) -> str | None:
     """The checkpoint that a run is to resume from: `True` means the last whole one of its output folder.
 
-    Raises:
-        CheckpointError: There is none, or the one that was named was never written to the end.
+    `CheckpointError` if there is none, or the one that was named was never written to the end.
     """
     if not resume_from_checkpoint:
         return None
@@ -78,7 +65,7 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) 
         if not found:
             raise CheckpointError(f"No whole checkpoint to resume from in {output_dir}.")
         return found[-1]
-    if (Path(resume_from_checkpoint) / MARKER).exists():
+    if Path(resume_from_checkpoint, MARKER).exists():
         raise CheckpointError(
             f"{resume_from_checkpoint} was being written when its run ended: resume from an earlier checkpoint, or from "
             "the last whole one with `resume_from_checkpoint=True`."
@@ -87,11 +74,7 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) 
 
 
 def load_progress(checkpoint: str, key: str) -> dict:
-    """What a callback named `key` stored in a checkpoint's trainer_state.json.
-
-    Raises:
-        CheckpointError: The folder is no checkpoint of a run.
-    """
+    """What a callback named `key` stored in a checkpoint; `CheckpointError` if the folder isn't one of a run."""
     path = Path(checkpoint) / TRAINER_STATE_NAME
     if not path.is_file():
         raise CheckpointError(f"{checkpoint} is no checkpoint of a run: it has no trainer_state.json.")
@@ -102,7 +85,7 @@ def load_progress(checkpoint: str, key: str) -> dict:
 
 
 def check_same_stage(checkpoint: str, stored: str, stage: str):
-    """Raises where a run would go on from a checkpoint of another stage: a stage starts anew, from weights alone."""
+    """`CheckpointError` for a checkpoint of another stage: a stage starts anew, from weights alone."""
     if stored == stage:
         return
     folder = Path(checkpoint)
