@@ -11,16 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from modeling_vreflection.regions_vreflection import BOX_UNIT
-from vreflection_hub_card.inference.drawing import (
-    CAPTION,
-    STEPS_A_LINE,
-    colour_bar,
-    new_figure,
-    panel_shape,
-    save_figure,
-    show,
-    wrap,
-)
+from vreflection_hub_card.inference import drawing
+from vreflection_hub_card.inference.drawing import STEPS_A_LINE, colour_bar, panel_shape, show
 
 from .latent_metrics import attention_inside
 
@@ -37,39 +29,22 @@ def save_sample(
     image_processor,
     title: str,
 ):
-    """Draws the first reflection of a batch, see `draw_sample`.
-
-    Args:
-        path (`Path`): The file to write.
-        batch (`dict`): What the collator made.
-        maps (`dict[str, torch.FloatTensor]` of shape `(G, S, L)`): Attention of `"teacher"` and `"student"`, or of one.
-        grids (`list[tuple[int, int]]`): h and w of each image's merged grid.
-        image_processor (`Qwen2VLImageProcessor`): The one that cut the batch's images.
-        title (`str`): What stands before the sample's name.
-    """
+    """Draws the first reflection of a batch. `maps` are the attention (G, S, L) of `"teacher"`, `"student"`, or both."""
     image, *box = batch["boxes"][0].tolist()
     height, width = grids[image]
     maps = {name: seen[0, :, : height * width].unflatten(1, (height, width)) for name, seen in maps.items()}
     picture = picture_from_patches(batch["pixel_values"], batch["image_grid_thw"], image, image_processor)
     name = next(name for name, count in zip(batch["sample_ids"], batch["reflections"]) if count)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(draw_sample(picture, box, maps.get("teacher"), maps.get("student"), f"{title}: {name}"), path)
+    drawing.save_figure(draw_sample(picture, box, maps, f"{title}: {name}"), path)
 
 
 def picture_from_patches(
     pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor, index: int, image_processor
 ) -> Image.Image:
-    """Puts a picture together again from the patches that the image processor cut it into.
+    """Puts a picture of a batch together again from the patches that the image processor cut it into.
 
-    Args:
-        pixel_values (`torch.Tensor` of shape `(P, C * T * p * p)`): The batch's patches of p x p pixels, each in T equal
-            frames, normalised.
-        image_grid_thw (`torch.LongTensor` of shape `(images, 3)`): Frames, and patches down and across, of each image.
-        index (`int`): Which of the batch's images.
-        image_processor (`Qwen2VLImageProcessor`): The one that cut it.
-
-    Returns:
-        `PIL.Image.Image`: RGB, in the size that the model saw.
+    `pixel_values` are patches of p x p pixels in T equal frames, (P, C * T * p * p); the size is the one the model saw.
     """
     patches = pixel_values.split(image_grid_thw.prod(1).tolist())[index].float().cpu()
     _, down, across = image_grid_thw[index].tolist()
@@ -85,44 +60,21 @@ def picture_from_patches(
     return Image.fromarray(pixels.round().clamp(0, 255).byte().numpy())
 
 
-def draw_sample(
-    picture: Image.Image,
-    box: list[int],
-    teacher: torch.Tensor | None,
-    student: torch.Tensor | None,
-    title: str,
-) -> Figure:
-    """Draws a picture next to the attention of teacher and student: means over the steps, and below them every step.
+def draw_sample(picture: Image.Image, box: list[int], maps: dict[str, torch.Tensor], title: str) -> Figure:
+    """Draws a picture next to the attention (S, h, w) of `"teacher"`, `"student"`, or both: the means, and every step.
 
-    Args:
-        picture (`PIL.Image.Image`): What the model saw.
-        box (`list[int]`): x0, y0, x1, y1 in 1/65,536 of its sides; drawn as an outline.
-        teacher (`torch.FloatTensor` of shape `(S, h, w)`, *optional*): Â_T; left out if `None`.
-        student (`torch.FloatTensor` of shape `(S, h, w)`, *optional*): A_S; left out if `None`.
-        title (`str`): Which sample, and which step of the run.
-
-    Returns:
-        `Figure`: To be written by `save_figure`.
-
-    Raises:
-        ValueError: Neither map given.
+    `box`, x0, y0, x1, y1 in 1/65,536 of the picture's sides, is drawn as an outline.
     """
-    if teacher is None and student is None:
-        raise ValueError("Nothing to draw: pass the attention of the teacher, of the student, or of both.")
-    maps = {
-        name: seen.detach().float().cpu()
-        for name, seen in (("teacher", teacher), ("student", student))
-        if seen is not None
-    }
+    maps = {name: attention.detach().float().cpu() for name, attention in maps.items()}
     outline = [corner / BOX_UNIT for corner in box]
     steps = len(next(iter(maps.values())))
     lines = [(name, range(steps)[at : at + STEPS_A_LINE]) for name in maps for at in range(0, steps, STEPS_A_LINE)]
 
     shape = panel_shape(picture)
     heights = [PANEL * shape + 0.6, (max(STEP_PANEL * shape, 0.7) + 0.3) * len(lines)]
-    figure = new_figure((WIDTH, sum(heights) + 0.8), DPI)
+    figure = drawing.new_figure((WIDTH, sum(heights) + 0.8), DPI)
     above, below = figure.subfigures(2, 1, height_ratios=heights)
-    figure.suptitle(wrap(title, 100), fontsize=11, parse_math=False)
+    figure.suptitle(drawing.wrap(title, 100), fontsize=11, parse_math=False)
 
     panels = above.subplots(1, 1 + len(maps))
     show(panels[0], picture, outline)
@@ -132,7 +84,7 @@ def draw_sample(
         mean = seen.mean(0)
         colour_bar(above, show(axes, picture, outline, mean, mean.max().item()), axes)
         axes.set_title(f"{name}'s attention", fontsize=10.5, fontweight="bold")
-        axes.set_xlabel(f"{inside:.0%} on the box's patches, mean of the steps", fontsize=9, color=CAPTION)
+        axes.set_xlabel(f"{inside:.0%} on the box's patches, mean of the steps", fontsize=9, color=drawing.CAPTION)
 
     panels = below.subplots(len(lines), min(steps, STEPS_A_LINE), squeeze=False)
     for axes in panels.flat:
