@@ -1,7 +1,5 @@
 """The method: what each stage trains, and how its losses add up."""
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from accelerate.utils import is_peft_model
@@ -146,13 +144,12 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
             divisors = num_items_in_batch, self._segments_in_step
         loss, terms = nll / divisors[0], {}
         if outputs.latent_states is not None:
-            latents = {"H": outputs.latent_states, "Z_T": outputs.teacher_latents, "Z_S": outputs.student_latents}
-            check_finite(inputs["sample_ids"], **latents)
             step = self.state.global_step
             weighted, terms = latent_losses(outputs, self.args, global_step=step, num_segments=divisors[1])
             # A dummy row has zero weight, but each module has its backward pass, so that ranks stay in step.
             loss = loss + (0.0 if inputs["dummy"] else 1.0) * weighted
-        check_finite(inputs["sample_ids"], loss=loss)
+        latents = {"H": outputs.latent_states, "Z_T": outputs.teacher_latents, "Z_S": outputs.student_latents}
+        check_finite(inputs["sample_ids"], **latents, loss=loss)
         if training and self.args.average_tokens_across_devices:
             # The engines average gradients over the ranks, while the divisors count all ranks.
             loss = loss * self.accelerator.num_processes
@@ -196,12 +193,11 @@ def check_model(model, args: VReflectionSFTConfig):
 
 def is_trained(bcm) -> bool:
     """Whether a BCM was ever trained, also where ZeRO-3 has spread it over the ranks."""
-    gathered = nullcontext()
-    if is_deepspeed_zero3_enabled():
-        import deepspeed
+    if not is_deepspeed_zero3_enabled():
+        return bcm.is_trained
+    import deepspeed
 
-        gathered = deepspeed.zero.GatheredParameters([bcm.norm.bias])
-    with gathered:
+    with deepspeed.zero.GatheredParameters([bcm.norm.bias]):
         return bcm.is_trained
 
 
