@@ -65,8 +65,8 @@ class PreemptionCallback(TrainerCallback):
             self._previous = signal.signal(signal.SIGTERM, self._request)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.requested = bool(sum_over_ranks(torch.tensor(float(self.requested)), self.accelerator))
-        if self.requested:
+        if sum_over_ranks(torch.tensor(float(self.requested)), self.accelerator):
+            self.requested = True
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):

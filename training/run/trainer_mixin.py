@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from modeling_vreflection import VReflectionForConditionalGeneration
+from modeling_vreflection.regions_vreflection import merged_grids
 from vreflection_hub_card.card import save_card, write_training_facts
 
 from ..losses import latent_distance
@@ -32,11 +33,10 @@ MEANS = ("latent_distance", "teacher_inside_box", "student_inside_box", "reflect
 class RunMixin:
     """Stands before one of trl's trainers among the bases of a trainer of V-Reflection.
 
-    The trainer hands each batch to [`~RunMixin.record`], and its own means are named in `logged_means`.
+    The trainer hands each batch to [`~RunMixin.record`], and its own means are named in `logged_means`. Its configuration has
+    `stage` and `sample_every`, its model no adapter yet.
 
     Args:
-        model (`VReflectionForConditionalGeneration`): The model, without an adapter.
-        args (`TrainingArguments`): The configuration, with `stage` and `sample_every`.
         sources (`list[dict]`, *optional*): Where `train_dataset` came from, as [`load_rows`](../data/sources.py) takes it;
             for the model card and `training_facts.json`.
         from_scratch (`bool`, *optional*, defaults to `False`): Whether the model began with random weights; likewise.
@@ -157,20 +157,16 @@ class RunMixin:
 
     @torch.no_grad()
     def record(self, batch, outputs, **means):
-        """Meters a batch, counts its tokens, and draws a sample where one is due.
+        """Meters a batch of the collator's, counts its tokens, and draws a sample where one is due.
 
-        Args:
-            batch (`dict`): What the collator made, see [`VReflectionDataCollator`](../collator.py).
-            outputs (`VReflectionCausalLMOutputWithPast`): The model's outputs.
-            means (`tuple`): The trainer's own means, by the names in `logged_means`: each a sum and how many it is of.
+        `means` are the trainer's own, by the names in `logged_means`: each a sum, and how many it is of.
         """
         training, segments = self.model.training, sum(batch["reflections"])
         mode = "train" if training else "eval"
         means["reflections"] = sum(map(bool, batch["reflections"])), len(batch["sample_ids"])
         means["padding"] = batch["input_ids"].numel() - batch["num_tokens"], batch["input_ids"].numel()
         if segments:
-            merge = self.model.config.vision_config.spatial_merge_size
-            grids = [(height // merge, width // merge) for _, height, width in batch["image_grid_thw"].tolist()]
+            grids = merged_grids(batch["image_grid_thw"], self.model.config.vision_config.spatial_merge_size)
             if outputs.teacher_latents is not None:
                 distance = latent_distance(outputs.latent_states, outputs.teacher_latents, "l1", 1)
                 means["latent_distance"] = distance, segments
