@@ -5,23 +5,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage does.
+    """What a stage does."""
 
-    Args:
-        title (`str`): Its name on the model card.
-        trains (`tuple[str, ...]`): Which of `"bcm"` and `"dac"` train, besides the language model.
-        latent_inputs (`tuple[str, ...]`): What may fill the slots, the default first; without any, reflections are dropped.
-        losses (`tuple[str, ...]`): The losses besides cross-entropy: `"L_BCM"` (Eq. 2), `"L_feat"` and `"L_attn"` (Eq. 5).
-        options (`tuple[str, ...]`): The fields of `VReflectionSFTConfig` that matter to this stage, for the model card.
-        latent_feedback (`str`, *optional*): What `generate` feeds back by default, written into generation_config.json;
-            `None` keeps what the model started with.
-    """
-
-    title: str
-    trains: tuple[str, ...] = ()
-    latent_inputs: tuple[str, ...] = ()
-    losses: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
+    title: str  # on the model card
+    trains: tuple[str, ...] = ()  # of "bcm" and "dac", besides the language model
+    latent_inputs: tuple[
+        str, ...
+    ] = ()  # what may fill the slots, the default first; without any, reflections are dropped
+    losses: tuple[str, ...] = ()  # besides cross-entropy: "L_BCM" (Eq. 2), "L_feat" and "L_attn" (Eq. 5)
+    options: tuple[str, ...] = ()  # the fields of `VReflectionSFTConfig` that matter to it, for the model card
+    # What `generate` feeds back by default, written into generation_config.json; `None` keeps what the model started with.
     latent_feedback: str | None = None
 
     @property
