@@ -139,13 +139,13 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
         nll = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
 
         tokens, segments = (targets != -100).sum(), sum(inputs["reflections"])
-        divisors = tokens.clamp(min=1), max(segments, 1)
+        num_tokens, num_segments = tokens.clamp(min=1), max(segments, 1)
         if training := self.model.training and num_items_in_batch is not None:
-            divisors = num_items_in_batch, self._segments_in_step
-        loss, terms = nll / divisors[0], {}
+            num_tokens, num_segments = num_items_in_batch, self._segments_in_step
+        loss, terms = nll / num_tokens, {}
         if outputs.latent_states is not None:
             step = self.state.global_step
-            weighted, terms = latent_losses(outputs, self.args, global_step=step, num_segments=divisors[1])
+            weighted, terms = latent_losses(outputs, self.args, global_step=step, num_segments=num_segments)
             # A dummy row has zero weight, but each module has its backward pass, so that ranks stay in step.
             loss = loss + (0.0 if inputs["dummy"] else 1.0) * weighted
         latents = {"H": outputs.latent_states, "Z_T": outputs.teacher_latents, "Z_S": outputs.student_latents}
@@ -162,7 +162,7 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
                 loss_ce=(nll, tokens),
                 entropy=(entropy_from_logits(logits[learned]).sum(), tokens),
                 mean_token_accuracy=((logits.argmax(-1) == targets).sum(), tokens),
-                **{f"loss_{name[2:].lower()}": (term * divisors[1], segments) for name, term in terms.items()},
+                **{f"loss_{name[2:].lower()}": (term * num_segments, segments) for name, term in terms.items()},
             )
         return (loss, outputs) if return_outputs else loss
 

@@ -9,9 +9,7 @@ class Stage:
 
     title: str  # on the model card
     trains: tuple[str, ...] = ()  # of "bcm" and "dac", besides the language model
-    latent_inputs: tuple[
-        str, ...
-    ] = ()  # what may fill the slots, the default first; without any, reflections are dropped
+    latent_inputs: tuple[str, ...] = ()  # what may fill the slots, the default first; without any, reflections go
     losses: tuple[str, ...] = ()  # besides cross-entropy: "L_BCM" (Eq. 2), "L_feat" and "L_attn" (Eq. 5)
     options: tuple[str, ...] = ()  # the fields of `VReflectionSFTConfig` that matter to it, for the model card
     # What `generate` feeds back by default, written into generation_config.json; `None` keeps what the model started with.
