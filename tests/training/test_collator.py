@@ -58,10 +58,12 @@ def test_samples_without_picture_or_box_share_a_batch(collate, processor):
 
 
 def test_alignment_moves_rows_and_changes_nothing_in_them(collate, model):
-    rows = [scene(0), TEXT_ONLY, scene(1)]
+    longer = scene(1)
+    longer["messages"][0]["content"][1]["text"] += " red red"
+    rows = [scene(0), TEXT_ONLY, longer]
     plain, aligned = collate(rows), collate(rows, align_segments=True)
-    starts = (aligned["input_ids"] == model.config.latent_token_id).int().argmax(1)[[0, 2]]
-    assert starts[0] == starts[1]
+    starts = [(b["input_ids"] == model.config.latent_token_id).int().argmax(1) for b in (plain, aligned)]
+    assert starts[0][0] != starts[0][2] and starts[1][0] == starts[1][2]
     for row in range(3):
         kept = [batch["attention_mask"][row].bool() for batch in (plain, aligned)]
         for key in ("input_ids", "labels", "mm_token_type_ids"):
