@@ -148,7 +148,7 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
             weighted, terms = latent_losses(outputs, self.args, global_step=step, num_segments=num_segments)
             # A dummy row has zero weight, but each module has its backward pass, so that ranks stay in step.
             loss = loss + (0.0 if inputs["dummy"] else 1.0) * weighted
-        latents = {"H": outputs.latent_states, "Z_T": outputs.teacher_latents, "Z_S": outputs.student_latents}
+        latents = {"Z_T": outputs.teacher_latents, "H": outputs.latent_states, "Z_S": outputs.student_latents}
         check_finite(inputs["sample_ids"], **latents, loss=loss)
         if training and self.args.average_tokens_across_devices:
             # The engines average gradients over the ranks, while the divisors count all ranks.
