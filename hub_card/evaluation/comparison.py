@@ -1,19 +1,42 @@
 """Two runs on the same items, compared item by item."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
-from .scorers import Scored, some
+from ..errors import InputError
+from .scorers import some
 from .statistics import proportion
 
 
-def compare(first: Sequence[Scored], second: Sequence[Scored]) -> dict:
+# One JSON line an item, with the answer and each scorer's verdict.
+SAMPLES = "samples.jsonl"
+
+
+def read_samples(folder: Path) -> dict[str, list[dict]]:
+    """The rows of a run's `samples.jsonl`, by task; an `InputError` if there is no such file, or it is damaged."""
+    path = folder / SAMPLES
+    if not path.is_file():
+        raise InputError(f"{folder}: no folder of a finished run, it has no {SAMPLES}")
+    tasks: dict[str, list[dict]] = {}
+    try:
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            tasks.setdefault(row["task"], []).append(row)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path}: not the samples of a run ({error})") from error
+    return tasks
+
+
+def compare(first: Sequence[dict], second: Sequence[dict], scorer: str) -> dict:
     """Compares two runs with McNemar's test, which asks the items that only one of them answered right.
 
     Args:
-        first (`Sequence[Scored]`): One run's verdicts.
-        second (`Sequence[Scored]`): The other's, on the same items in any order.
+        first (`Sequence[dict]`): One run's samples of a task.
+        second (`Sequence[dict]`): The other's, of the same items in any order.
+        scorer (`str`): Whose verdicts are compared.
 
     Returns:
         `dict`: The proportions right, `first` and `second`; the `difference` of their shares, second minus first; how
@@ -22,36 +45,32 @@ def compare(first: Sequence[Scored], second: Sequence[Scored]) -> dict:
     Raises:
         ValueError: No items, an item twice, or runs with different items.
     """
-    runs = {"first": right_by_id(first, "first"), "second": right_by_id(second, "second")}
+    runs = {}
+    for name, samples in (("first", first), ("second", second)):
+        runs[name] = {sample["id"]: sample["verdicts"][scorer]["correct"] for sample in samples}
+        if len(runs[name]) < len(samples):
+            twice, _ = Counter(sample["id"] for sample in samples).most_common(1)[0]
+            raise ValueError(f"The {name} run holds the item {twice} twice.")
     for one, other in (("first", "second"), ("second", "first")):
-        if missing := [id for id in runs[one] if id not in runs[other]]:
+        if missing := [item for item in runs[one] if item not in runs[other]]:
             raise ValueError(
                 f"Only runs on the same items can be compared: {len(missing)} of the {one} are not in the {other}: "
                 f"{some(missing)}."
             )
-    pairs = [(right, runs["second"][id]) for id, right in runs["first"].items()]
+    pairs = Counter((right, runs["second"][item]) for item, right in runs["first"].items())
     if not pairs:
         raise ValueError("There are no items to compare.")
-    only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
+    only_first, only_second = pairs[True, False], pairs[False, True]
     return {
-        "first": proportion([one for one, _ in pairs]),
-        "second": proportion([other for _, other in pairs]),
-        "difference": round((only_second - only_first) / len(pairs), 4),
-        "both": pairs.count((True, True)),
+        "first": proportion(runs["first"].values()),
+        "second": proportion(runs["second"].values()),
+        "difference": round((only_second - only_first) / pairs.total(), 4),
+        "both": pairs[True, True],
         "only_first": only_first,
         "only_second": only_second,
-        "neither": pairs.count((False, False)),
+        "neither": pairs[False, False],
         "p_value": mcnemar(only_first, only_second),
     }
-
-
-def right_by_id(run: Sequence[Scored], name: str) -> dict[str, bool]:
-    """Whether each item is right, by its id; a `ValueError` if one is there twice."""
-    right = {scored.id: scored.verdict.correct for scored in run}
-    if len(right) < len(run):
-        twice, _ = Counter(scored.id for scored in run).most_common(1)[0]
-        raise ValueError(f"The {name} run holds the item {twice} twice.")
-    return right
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -63,16 +82,13 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def comparison_table(results: dict[str, dict], names: tuple[str, str]) -> str:
-    """A Markdown table with a line for each benchmark, readable in a terminal.
-
-    Args:
-        results (`dict[str, dict]`): What `compare` returned, by the benchmark's name.
-        names (`tuple[str, str]`): What to call the two runs.
-    """
-    header = ("benchmark", "items", *names, "difference", f"only {names[0]}", f"only {names[1]}", "p (McNemar)")
-    rows = [header] + [
-        (
-            benchmark,
+    """A Markdown table with a line for each benchmark, readable in a terminal, of what `compare` returned for each."""
+    widest = max(map(len, ["benchmark", *results]))
+    header = ("items", *names, "difference", f"only {names[0]}", f"only {names[1]}", "p (McNemar)")
+    rows = [("benchmark".ljust(widest), *header)]
+    for benchmark, result in results.items():
+        row = (
+            benchmark.ljust(widest),
             str(result["first"]["count"]),
             f"{result['first']['share']:.1%}",
             f"{result['second']['share']:.1%}",
@@ -81,12 +97,8 @@ def comparison_table(results: dict[str, dict], names: tuple[str, str]) -> str:
             str(result["only_second"]),
             "< 0.0001" if result["p_value"] < 1e-4 else f"{result['p_value']:.4f}",
         )
-        for benchmark, result in results.items()
-    ]
-    first, *others = (max(map(len, column)) for column in zip(*rows))
-    lines = [
-        " | ".join([f"| {row[0]:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], others))]) + " |"
-        for row in rows
-    ]
-    rule = "|" + "-" * (first + 2) + "|" + "".join("-" * (width + 1) + ":|" for width in others)
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in rows]
+    rule = "|" + "-" * (widest + 2) + "|" + "".join("-" * (width + 1) + ":|" for width in widths[1:])
     return "\n".join([lines[0], rule, *lines[1:]])

@@ -28,21 +28,17 @@ UNCHANGED, WITHOUT_LATENTS = "usual", "without_latents"
 
 @dataclass(frozen=True)
 class Sample:
-    """What became of one question.
+    """The answers to one question by way of asking, and by source of attention what `compare_with_box` says.
 
-    Args:
-        question (`Question`): The question.
-        answers (`dict[str, str]`): The answer to each way of asking. Without a reflection there are no interventions, and
-            without a second reflection in the batch none that exchange latents.
-        looks (`dict[str, tuple[bool, float]]`): For each source of attention, see `compare_with_box`. Empty without a
-            reflection.
+    Without a reflection there are no interventions and no looks; without a second reflection in the batch no interventions
+    that exchange latents.
     """
 
     question: Question
     answers: dict[str, str]
     looks: dict[str, tuple[bool, float]]
 
-    def correct(self, way: str = UNCHANGED) -> bool:
+    def correct(self, way: str) -> bool:
         """Whether an answer is right."""
         return self.answers[way] == self.question.answer
 
@@ -78,12 +74,10 @@ def evaluate_glyphsearch(
     """
     options = asdict(model.reflection_options(latent_steps, latent_feedback, reflect))
     samples = []
-    with tqdm(total=limit, desc="glyphsearch", unit="scene") as progress:
-        for first in range(0, limit, batch_size):
-            drawn = [draw_question(split, index, difficulty) for index in range(first, min(first + batch_size, limit))]
-            generator = torch.Generator().manual_seed(first)
-            samples += answer_batch(model, processor, drawn, options, interventions, generator)
-            progress.update(len(drawn))
+    for first in tqdm(range(0, limit, batch_size), desc="glyphsearch", unit="batch"):
+        drawn = [draw_question(split, index, difficulty) for index in range(limit)[first : first + batch_size]]
+        generator = torch.Generator().manual_seed(first)
+        samples += answer_batch(model, processor, drawn, options, interventions, generator)
     return {
         "data": {
             "split": split,
@@ -112,10 +106,9 @@ def answer_batch(
     limit = {"max_new_tokens": options["latent_steps"] + 2 + ANSWER_TOKENS}
 
     def encode(scene_rows: list[int], question_rows: list[int]) -> dict:
-        rows = zip(scene_rows, question_rows)
-        return encode_prompts(
-            processor, [user_turn([scenes[one].image], questions[other].text) for one, other in rows], model.device
-        )
+        pairs = zip(scene_rows, question_rows)
+        turns = [user_turn([scenes[scene].image], questions[question].text) for scene, question in pairs]
+        return encode_prompts(processor, turns, model.device)
 
     def decode(tokens: torch.Tensor, rows: list[int]) -> dict[int, str]:
         return dict(zip(rows, (text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True))))
@@ -153,40 +146,40 @@ def answer_batch(
 def compare_with_box(reflection: Reflection, box: tuple[float, float, float, float]) -> dict[str, tuple[bool, float]]:
     """Compares a reflection's mean map over its steps (h, w) with the box that it should look at.
 
-    Returns:
-        `dict[str, tuple[bool, float]]`: For each source of attention, whether the map is largest at a patch whose centre
-        lies in the box, and the share of the map at such patches.
+    For each source of attention: whether the map is largest at a patch whose centre lies in the box, and the share of the
+    map at such patches.
     """
+    x0, y0, x1, y1 = box
     looks = {}
     for source, (maps, *_) in reflection.maps.items():
         mean = maps.mean(0)
-        inside = centres_inside(box, *mean.shape)
+        height, width = mean.shape
+        x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
+        inside = ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
         looks[source] = bool(inside.flatten()[mean.argmax()]), float(mean[inside].sum() / mean.sum())
     return looks
 
 
-def centres_inside(box: tuple[float, float, float, float], height: int, width: int) -> torch.BoolTensor:
-    """Which patches (h, w) have their centres in a box of fractions of the picture."""
-    x0, y0, x1, y1 = box
-    x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
-    return ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
-
-
 def summarise_glyphsearch(samples: list[Sample]) -> dict:
-    """The results over all samples, see [`evaluate_glyphsearch`]."""
+    """The results over all samples; an intervention's beside those of the same questions without it."""
     looks = [sample.looks for sample in samples if sample.looks]
     sources = tuple(looks[0]) if looks else ()
     ways = dict.fromkeys(way for sample in samples for way in sample.answers)
     boxes = [sample.question.target.box for sample in samples]
+    interventions = {}
+    for way in ways:
+        if way in INTERVENTIONS:
+            asked = [sample for sample in samples if way in sample.answers]
+            interventions[way] = {
+                "accuracy": accuracy_by_kind(asked, way),
+                "usual_accuracy_of_the_same": accuracy_by_kind(asked, UNCHANGED),
+                "changed": proportion([sample.answers[way] != sample.answers[UNCHANGED] for sample in asked]),
+            }
     return {
         "accuracy": accuracy_by_kind(samples, UNCHANGED),
         "reflection_rate": proportion([bool(sample.looks) for sample in samples]),
         "without_latents": {"latent_steps": 0, "accuracy": accuracy_by_kind(samples, WITHOUT_LATENTS)},
-        "interventions": {
-            way: summarise_intervention([sample for sample in samples if way in sample.answers], way)
-            for way in ways
-            if way in INTERVENTIONS
-        },
+        "interventions": interventions,
         "pointing": {source: proportion([look[source][0] for look in looks]) for source in sources},
         "attention_inside_box": {source: round(fmean(look[source][1] for look in looks), 4) for source in sources},
         "mean_box_area": round(fmean((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes), 4),
@@ -195,15 +188,6 @@ def summarise_glyphsearch(samples: list[Sample]) -> dict:
             way: "".join(str(int(sample.correct(way))) if way in sample.answers else "-" for sample in samples)
             for way in ways
         },
-    }
-
-
-def summarise_intervention(samples: list[Sample], way: str) -> dict:
-    """The accuracy under an intervention, that of the same questions without it, and how often the answer changed."""
-    return {
-        "accuracy": accuracy_by_kind(samples, way),
-        "usual_accuracy_of_the_same": accuracy_by_kind(samples, UNCHANGED),
-        "changed": proportion([sample.answers[way] != sample.answers[UNCHANGED] for sample in samples]),
     }
 
 

@@ -26,15 +26,10 @@ EXCHANGED = ("shuffled", "other_picture")
 
 @dataclass
 class LatentRecord:
-    """The latents that were fed in each row's first reflection.
+    """The latents that were fed in each row's first reflection."""
 
-    Args:
-        latents (`torch.Tensor` of shape `(B, S, D)`): Zero where a row had none.
-        steps (`torch.LongTensor` of shape `(B,)`): How many of them there were.
-    """
-
-    latents: torch.Tensor | None = None
-    steps: torch.Tensor | None = None
+    latents: torch.Tensor | None = None  # (B, S, D), zero where a row had none
+    steps: torch.Tensor | None = None  # (B,), how many of them there were
 
 
 class LatentInterventionModel(VReflectionForConditionalGeneration):
@@ -45,7 +40,10 @@ class LatentInterventionModel(VReflectionForConditionalGeneration):
 
     @contextmanager
     def recording(self) -> Iterator[LatentRecord]:
-        """Fills a [`LatentRecord`] with what one call of `generate` feeds into slots; no beams."""
+        """Fills a `LatentRecord` with what one call of `generate` feeds into slots; no beams.
+
+        Its `latents` (B, S, D) are those of each row's first reflection, zero where there is none.
+        """
         self._record = LatentRecord()
         try:
             yield self._record

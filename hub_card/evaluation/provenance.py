@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ def describe_model(model: VReflectionForConditionalGeneration, folder: Path, nam
     return {
         "name": name if is_hub_id else folder.resolve().name,
         "sha256": {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))},
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 
@@ -44,13 +45,10 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def processor_name() -> str:
-    """The processor's name, on Linux from a file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    """The processor's name; on Linux, where `platform` knows the architecture alone, from a file."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def sha256(path: Path) -> str:

@@ -4,33 +4,24 @@ from .interventions import INTERVENTIONS
 
 
 def glyphsearch_table(report: dict) -> str:
-    """The results of GlyphSearch as a Markdown table, with what they were measured on.
-
-    Args:
-        report (`dict`): What `vreflection evaluate` wrote.
-    """
+    """The results of GlyphSearch, as `vreflection evaluate` wrote them, as a table with what they were measured on."""
     result = report["tasks"]["glyphsearch"]
     data, decoding, machine, versions = result["data"], result["decoding"], report["machine"], report["versions"]
-    rows = [("Accuracy", result["accuracy"]["overall"])]
-    kinds = [kind for kind in ("attribute", "relation") if result["accuracy"][kind]["count"]]
-    rows += [(f"- {kind} questions", result["accuracy"][kind]) for kind in kinds if len(kinds) > 1]
-    rows += [
-        ("Answers that begin to reflect", result["reflection_rate"]),
-        ("Accuracy without latents (`latent_steps=0`)", result["without_latents"]["accuracy"]["overall"]),
-    ]
-    rows += [
-        (f"Accuracy with {INTERVENTIONS[name]}", measured["accuracy"]["overall"])
-        for name, measured in result["interventions"].items()
-    ]
-    rows += [
-        (f"Largest attention inside the target's box, {source.upper()}", value)
-        for source, value in result["pointing"].items()
-    ]
-    lines = [f"| {data['count']} unseen scenes, `{data['difficulty']}` difficulty | share | 95 % interval |"]
-    lines += ["|---|---|---|"]
-    lines += [f"| {name} | {with_interval(row)} |" for name, row in rows]
-    lines += [f"| The box's share of the picture | {percent(result['mean_box_area'])} | |"]
-    lines += [
+    accuracy = result["accuracy"]
+    rows = {"Accuracy": accuracy["overall"]}
+    if accuracy["attribute"]["count"] and accuracy["relation"]["count"]:
+        rows |= {f"- {kind} questions": accuracy[kind] for kind in ("attribute", "relation")}
+    rows["Answers that begin to reflect"] = result["reflection_rate"]
+    rows["Accuracy without latents (`latent_steps=0`)"] = result["without_latents"]["accuracy"]["overall"]
+    for name, measured in result["interventions"].items():
+        rows[f"Accuracy with {INTERVENTIONS[name]}"] = measured["accuracy"]["overall"]
+    for source, pointing in result["pointing"].items():
+        rows[f"Largest attention inside the target's box, {source.upper()}"] = pointing
+    lines = [
+        f"| {data['count']} unseen scenes, `{data['difficulty']}` difficulty | share | 95 % interval |",
+        "|---|---|---|",
+        *(f"| {name} | {with_interval(row)} |" for name, row in rows.items()),
+        f"| The box's share of the picture | {percent(result['mean_box_area'])} | |",
         "",
         f"Measured by `{report['command']}` on {report['date'][:10]} ({data['split']} seeds {data['first_seed']} to "
         f'{data["last_seed"]}, `latent_feedback="{decoding["latent_feedback"]}"`; chance is {percent(data["chance"])}; '

@@ -1,58 +1,33 @@
-"""What an answer is worth: finding the letter in what a model wrote, and the scores of a benchmark.
+"""Finding the letter in what a model wrote, and the scores of a benchmark.
 
 `authors` and `authors_table` repeat the paper's released evaluation with its faults, for numbers that compare with the
-paper's; `strict` takes a letter only where it is given as the answer. An answer without a letter is unparsed: it counts
-as an answer, and it is wrong. All scorers take what the model wrote, the right letter (or option), and the options' texts.
+paper's; `strict` takes a letter only where it is given as the answer. Each scorer takes what the model wrote and the
+options' texts, and returns the letter, of GlyphSearch the glyph. An answer without a letter, `None`, is unparsed: it
+counts as an answer, and it is wrong.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
-from .benchmarks import Benchmark
-from .prompts import LETTERS
+from .benchmarks import LETTERS, Benchmark
 from .statistics import proportion
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What became of an answer.
-
-    Args:
-        letter (`str`, *optional*): The letter that was read, or GlyphSearch's glyph; `None` if there is none.
-        correct (`bool`): Whether it is the right one.
-    """
-
-    letter: str | None
-    correct: bool
-
-
-@dataclass(frozen=True)
-class Scored:
-    """An item's id and groups with the verdict on its answer: what the scores are made of."""
-
-    id: str
-    groups: dict[str, str]
-    verdict: Verdict
-
-
-def score_authors(text: str, answer: str, options: Sequence[str] = ()) -> Verdict:
+def score_authors(text: str, options: Sequence[str]) -> str | None:
     """The authors' scorer: of what follows the last `<answer>`, or of everything, the first letter A to E in any case.
 
     "The answer is B" is scored as E, and without `<answer>` so is every answer after a token such as `<|eovt|>`: like the
     authors, give it the text with its special tokens.
     """
     letter = re.search(f"[{LETTERS}]", tagged(text) or text, re.IGNORECASE)
-    letter = letter and letter.group().upper()
-    return Verdict(letter, letter == answer)
+    return letter and letter.group().upper()
 
 
-def score_authors_table(text: str, answer: str, options: Sequence[str] = ()) -> Verdict:
+def score_authors_table(text: str, options: Sequence[str]) -> str | None:
     """The scorer of the authors' table script: the first character after the last `<answer>`, or of everything."""
     letter = tagged(text)[:1]
-    letter = letter if letter and letter in LETTERS else None
-    return Verdict(letter, letter == answer)
+    return letter if letter and letter in LETTERS else None
 
 
 def tagged(text: str) -> str:
@@ -60,7 +35,7 @@ def tagged(text: str) -> str:
     return text.split("<answer>")[-1].split("</answer")[0].strip()
 
 
-def score_strict(text: str, answer: str, options: Sequence[str] = ()) -> Verdict:
+def score_strict(text: str, options: Sequence[str]) -> str | None:
     """Takes a letter that is given as the answer: alone, before an option's text, or as in "the answer is B".
 
     Special tokens and Markdown are ignored. Where different letters are given, none is taken. The letter of an option
@@ -70,15 +45,13 @@ def score_strict(text: str, answer: str, options: Sequence[str] = ()) -> Verdict
     letters = {letter.upper() for letter in given_letters(text)}
     if not letters and text:
         letters = {letter for letter, option in zip(LETTERS, options) if bare(plain(option)) == bare(text)}
-    letter = letters.pop() if len(letters) == 1 else None
-    return Verdict(letter, letter == answer)
+    return letters.pop() if len(letters) == 1 else None
 
 
-def score_exact(text: str, answer: str, options: Sequence[str]) -> Verdict:
+def score_exact(text: str, options: Sequence[str]) -> str | None:
     """Takes an option's text where nothing else stands but special tokens."""
-    said = plain(text).strip()
-    option = said if said in options else None
-    return Verdict(option, option == answer)
+    answer = plain(text).strip()
+    return answer if answer in options else None
 
 
 def plain(text: str) -> str:
@@ -123,7 +96,7 @@ def given_letters(text: str) -> Iterator[str]:
         yield next(filter(None, match.groups()))
 
 
-SCORERS: dict[str, Callable[..., Verdict]] = {
+SCORERS = {
     "authors": score_authors,
     "authors_table": score_authors_table,
     "strict": score_strict,
@@ -131,12 +104,11 @@ SCORERS: dict[str, Callable[..., Verdict]] = {
 }
 
 
-def summarise_verdicts(benchmark: Benchmark, verdicts: Sequence[Scored]) -> dict:
-    """The scores of a benchmark, each with its 95 % Wilson interval.
+def summarise_verdicts(benchmark: Benchmark, samples: Sequence[dict], scorer: str) -> dict:
+    """The scores that a scorer gives on a benchmark, each with its 95 % Wilson interval.
 
     Args:
-        benchmark (`Benchmark`): The benchmark.
-        verdicts (`Sequence[Scored]`): What became of each item; with a limit, of some.
+        samples (`Sequence[dict]`): Rows of `samples.jsonl`; with a limit, of some items.
 
     Returns:
         `dict`: The `accuracy` over all items; how many are `unparsed`; for each kind of group, e.g. `category`, the
@@ -146,36 +118,29 @@ def summarise_verdicts(benchmark: Benchmark, verdicts: Sequence[Scored]) -> dict
     Raises:
         ValueError: An item twice, or groups that can't be those of the data set.
     """
-    if twice := [id for id, count in Counter(scored.id for scored in verdicts).items() if count > 1]:
+    if twice := [item for item, count in Counter(sample["id"] for sample in samples).items() if count > 1]:
         raise ValueError(f"{benchmark.name}: scored twice: {some(twice)}.")
+    verdicts = [sample["verdicts"][scorer] for sample in samples]
     result = {
-        "accuracy": proportion([scored.verdict.correct for scored in verdicts]),
-        "unparsed": sum(scored.verdict.letter is None for scored in verdicts),
+        "accuracy": proportion([verdict["correct"] for verdict in verdicts]),
+        "unparsed": sum(verdict["letter"] is None for verdict in verdicts),
     }
-    for kind in dict.fromkeys(kind for scored in verdicts for kind in scored.groups):
+    for kind in samples[0]["groups"]:
         groups: dict[str, list[bool]] = {}
-        for scored in verdicts:
-            groups.setdefault(scored.groups[kind], []).append(scored.verdict.correct)
+        for sample, verdict in zip(samples, verdicts):
+            groups.setdefault(sample["groups"][kind], []).append(verdict["correct"])
         if kind in benchmark.complete:
-            result[kind] = proportion(whole_groups(benchmark, kind, groups, len(verdicts)))
+            result[kind] = proportion(whole_groups(benchmark, kind, groups, len(samples)))
         else:
             result[kind] = {name: proportion(outcomes) for name, outcomes in sorted(groups.items())}
     return result
 
 
 def whole_groups(benchmark: Benchmark, kind: str, groups: dict[str, list[bool]], items: int) -> list[bool]:
-    """Of each complete group, whether all of it is right; a limit leaves some incomplete, all items together none.
-
-    Raises:
-        ValueError: A group with too many items, or, of a whole benchmark, with too few.
-    """
+    """Of each complete group, whether all of it is right. Only a limit may leave some incomplete: else a `ValueError`."""
     size = benchmark.complete[kind]
-    wrong = [
-        name
-        for name, outcomes in groups.items()
-        if len(outcomes) > size or (len(outcomes) < size and items == benchmark.total)
-    ]
-    if wrong:
+    smallest = size if items == benchmark.total else 1
+    if wrong := [name for name, outcomes in groups.items() if not smallest <= len(outcomes) <= size]:
         raise ValueError(f"{benchmark.name}: a {kind} has {size} items, but not {some(wrong)}.")
     return [all(outcomes) for outcomes in groups.values() if len(outcomes) == size]
 

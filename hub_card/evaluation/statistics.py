@@ -1,18 +1,16 @@
 """Proportions with their uncertainty."""
 
 import math
+from collections.abc import Collection
 
 
 Z_95 = 1.959963984540054
 
 
-def wilson_interval(successes: int, count: int, z: float = Z_95) -> tuple[float, float]:
+def wilson_interval(successes: float, count: int, z: float = Z_95) -> tuple[float, float]:
     """The Wilson score interval of a proportion; unlike the normal one it holds near 0 and 1, and never leaves [0, 1].
 
-    Args:
-        successes (`int`): Successes.
-        count (`int`): Trials, at least one.
-        z (`float`): The normal quantile of the confidence, 95 % by default.
+    `z` is the normal quantile of the confidence; `count` must be at least 1.
     """
     share = successes / count
     centre = share + z * z / (2 * count)
@@ -21,7 +19,7 @@ def wilson_interval(successes: int, count: int, z: float = Z_95) -> tuple[float,
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
-def proportion(outcomes: list[bool]) -> dict:
+def proportion(outcomes: Collection[bool]) -> dict:
     """Counts outcomes: `successes`, `count`, and where there are any `share` and the 95 % interval `low` to `high`."""
     successes, count = sum(outcomes), len(outcomes)
     result = {"successes": successes, "count": count}

@@ -13,7 +13,9 @@ from .arguments import LATENT_FEEDBACK, check_writable, natural, positive, quiet
 
 
 GLYPHSEARCH_OUTPUT, BENCHMARKS_OUTPUT = Path("glyphsearch.json"), Path("evaluation")
-GLYPHSEARCH_DEFAULTS = {"limit": 500, "batch_size": 50, "split": "test", "difficulty": "default"}
+GLYPHSEARCH_DEFAULTS = {
+    "limit": 500, "split": "test", "difficulty": "default", "batch_size": 50, "latent_feedback": None
+}  # fmt: skip
 # What only one kind of task understands.
 GLYPHSEARCH_OPTIONS = ("split", "difficulty")
 BENCHMARK_OPTIONS = (
@@ -33,95 +35,61 @@ def add_parser(commands) -> None:
         f"({EVAL_EXTRA}), write a folder a run, and a run that was killed goes on when it is called again. For several "
         "GPUs: torchrun --standalone --nproc-per-node 8 --no-python vreflection evaluate …",
     )
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a folder or a Hub id (default: the embedded checkpoint)"
-    )
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        choices=["glyphsearch", *BENCHMARKS],
-        metavar="TASK",
-        help=f"glyphsearch, or any of {', '.join(BENCHMARKS)} (default: glyphsearch, which measures more than answers)",
-    )
-    parser.add_argument(
-        "--limit",
-        type=positive,
-        metavar="N",
-        help=f"items of a task (default: all; of glyphsearch {GLYPHSEARCH_DEFAULTS['limit']})",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=positive,
-        metavar="N",
-        help=f"default: 1; for glyphsearch {GLYPHSEARCH_DEFAULTS['batch_size']}",
-    )
-    parser.add_argument("--latent-feedback", choices=LATENT_FEEDBACK, help="default: the checkpoint's")
-    parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: a GPU if there is one)")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="PATH",
-        help=f"default: {GLYPHSEARCH_OUTPUT}, for benchmarks the folder {BENCHMARKS_OUTPUT}",
-    )
-    parser.add_argument(
-        "--compare",
-        nargs=2,
-        type=Path,
-        metavar=("A", "B"),
-        help="measure nothing; compare two runs, given by their folders, item by item (McNemar's test)",
-    )
-    glyphsearch = parser.add_argument_group("glyphsearch")
-    glyphsearch.add_argument("--split", choices=["test", "validation"], help="default: test")
-    glyphsearch.add_argument("--difficulty", choices=DIFFICULTIES, help="default: default")
-    benchmarks = parser.add_argument_group("benchmarks")
-    benchmarks.add_argument(
-        "--latent-steps",
-        nargs="+",
-        type=natural,
-        metavar="S",
-        help="latent steps of a reflection, 0: none; several make a run each (default: the checkpoint's)",
-    )
-    benchmarks.add_argument(
-        "--reflect",
-        action=argparse.BooleanOptionalAction,
-        help="begin with a reflection, or allow none (default: the model decides)",
-    )
-    benchmarks.add_argument(
-        "--min-pixels", type=positive, metavar="N", help="of a picture (default: the checkpoint's)"
-    )
-    benchmarks.add_argument(
-        "--max-pixels", type=positive, metavar="N", help="of a picture (default: the checkpoint's)"
-    )
-    benchmarks.add_argument("--dtype", help="e.g. bfloat16 (default: that of the weights)")
-    benchmarks.add_argument("--attn-implementation", metavar="NAME", help="e.g. flash_attention_2")
-    benchmarks.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
-    benchmarks.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="where TASK/[SUBSET/]SPLIT*.parquet lie (default: the Hub)"
-    )
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="a folder or a Hub id (default: the embedded checkpoint)")
+    tasks = ["glyphsearch", *BENCHMARKS]
+    any_of = f"glyphsearch, or any of {', '.join(BENCHMARKS)}"
+    only = "(default: glyphsearch, which measures more than answers)"
+    add("--tasks", nargs="+", choices=tasks, metavar="TASK", help=f"{any_of} {only}")
+    default = f"default: all; of glyphsearch {GLYPHSEARCH_DEFAULTS['limit']}"
+    add("--limit", type=positive, metavar="N", help=f"items of a task ({default})")
+    default = f"default: 1; for glyphsearch {GLYPHSEARCH_DEFAULTS['batch_size']}"
+    add("--batch-size", type=positive, metavar="N", help=default)
+    add("--latent-feedback", choices=LATENT_FEEDBACK, help="default: the checkpoint's")
+    add("--device", help="e.g. cpu or cuda:1 (default: a GPU if there is one)")
+    default = f"default: {GLYPHSEARCH_OUTPUT}, for benchmarks the folder {BENCHMARKS_OUTPUT}"
+    add("--output", type=Path, metavar="PATH", help=default)
+    compared = "measure nothing; compare two runs, given by their folders, item by item (McNemar's test)"
+    add("--compare", nargs=2, type=Path, metavar=("A", "B"), help=compared)
+
+    add = parser.add_argument_group("glyphsearch").add_argument
+    add("--split", choices=["test", "validation"], help="default: test")
+    add("--difficulty", choices=DIFFICULTIES, help="default: default")
+
+    add = parser.add_argument_group("benchmarks").add_argument
+    steps = "latent steps of a reflection, 0: none; several make a run each (default: the checkpoint's)"
+    add("--latent-steps", nargs="+", type=natural, metavar="S", help=steps)
+    reflect = "begin with a reflection, or allow none (default: the model decides)"
+    add("--reflect", action=argparse.BooleanOptionalAction, help=reflect)
+    add("--min-pixels", type=positive, metavar="N", help="of a picture (default: the checkpoint's)")
+    add("--max-pixels", type=positive, metavar="N", help="of a picture (default: the checkpoint's)")
+    add("--dtype", help="e.g. bfloat16 (default: that of the weights)")
+    add("--attn-implementation", metavar="NAME", help="e.g. flash_attention_2")
+    add("--revision", help="branch, tag or commit of a model on the Hub")
+    data = "where TASK/[SUBSET/]SPLIT*.parquet lie (default: the Hub)"
+    add("--data", type=Path, metavar="FOLDER", help=data)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """`vreflection evaluate`."""
     quiet_transformers()
+    given = [name for name, value in vars(options).items() if value is not None]
     if options.compare:
-        ignored = [
-            name for name, value in vars(options).items() if value is not None and name not in ("compare", "run")
-        ]
+        ignored = [name for name in given if name not in ("compare", "run")]
         if ignored:
             raise InputError(f"--compare measures nothing: leave {ignored[0]} out")
         return compare_runs(*options.compare)
-    options.tasks = options.tasks or ["glyphsearch"]
-    benchmarks = [name for name in options.tasks if name in BENCHMARKS]
-    if benchmarks and len(benchmarks) < len(options.tasks):
+    tasks = options.tasks or ["glyphsearch"]
+    benchmarks = [name for name in tasks if name in BENCHMARKS]
+    if benchmarks and len(benchmarks) < len(tasks):
         raise InputError(
             "glyphsearch is measured in another way than the other tasks: call the command for each, or ask for "
             "glyphsearch_answers"
         )
-    foreign = GLYPHSEARCH_OPTIONS if benchmarks else BENCHMARK_OPTIONS
-    given = [name for name in foreign if getattr(options, name) is not None]
-    if given:
-        raise InputError(f"--{given[0].replace('_', '-')} has no meaning for {options.tasks[0]}")
+    foreign = [name for name in (GLYPHSEARCH_OPTIONS if benchmarks else BENCHMARK_OPTIONS) if name in given]
+    if foreign:
+        raise InputError(f"--{foreign[0].replace('_', '-')} has no meaning for {tasks[0]}")
     (run_benchmarks if benchmarks else run_glyphsearch)(options)
 
 
@@ -133,44 +101,30 @@ def run_benchmarks(options: argparse.Namespace) -> None:
         if error.name.partition(".")[0] != "lmms_eval":
             raise
         raise InputError(f"the task {options.tasks[0]} needs lmms-eval: {EVAL_EXTRA}") from error
-    tasks = [
-        {"task": name}
-        | ({} if options.data is None or BENCHMARKS[name].rows else {"dataset_path": str(options.data / name)})
-        for name in dict.fromkeys(options.tasks)
-    ]
     names = ("limit", "latent_feedback", "device", *BENCHMARK_OPTIONS)
-    fixed = {name: getattr(options, name) for name in names if name not in ("latent_steps", "data")}
+    fixed = {name: getattr(options, name) for name in names if name != "latent_steps"}
     steps = dict.fromkeys(options.latent_steps or [None])
     output = options.output or BENCHMARKS_OUTPUT
     for latent_steps in steps:
         folder = output if len(steps) == 1 else output / f"latent_steps_{latent_steps}"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        batch_size = options.batch_size or 1
         report = evaluate(
-            options.model,
-            tasks,
-            folder,
-            latent_steps=latent_steps,
-            batch_size=options.batch_size or 1,
-            **fixed,
+            options.model, options.tasks, folder, latent_steps=latent_steps, batch_size=batch_size, **fixed
         )
         if report is None:  # only the first process speaks
             continue
         for name, result in report["tasks"].items():
             for scorer in filter(result.get, PRINTED_SCORERS):
-                accuracy, unparsed = result[scorer]["accuracy"], result[scorer]["unparsed"]
-                print_accuracy(
-                    f"{name} ({scorer}, {report['options']['latent_steps']} latent steps)",
-                    accuracy,
-                    f"; {unparsed} unparsed",
-                )
+                title = f"{name} ({scorer}, {report['options']['latent_steps']} latent steps)"
+                print_accuracy(title, result[scorer]["accuracy"], f"; {result[scorer]['unparsed']} unparsed")
         print(f"All results are in {folder / RESULTS}.")
 
 
 def compare_runs(first: Path, second: Path) -> None:
     """Prints how two runs differ, item by item, on the tasks that both have."""
-    from vreflection_hub_card.evaluation.comparison import compare, comparison_table
-    from vreflection_hub_card.evaluation.samples import read_samples, read_verdicts
+    from vreflection_hub_card.evaluation.comparison import compare, comparison_table, read_samples
 
     runs = read_samples(first), read_samples(second)
     common = [name for name in runs[0] if name in runs[1]]
@@ -181,7 +135,7 @@ def compare_runs(first: Path, second: Path) -> None:
         if not scored:
             continue
         try:
-            results = {name: compare(*(read_verdicts(run[name], scorer) for run in runs)) for name in scored}
+            results = {name: compare(runs[0][name], runs[1][name], scorer) for name in scored}
         except ValueError as error:
             raise InputError(f"{first} and {second}: {error}") from error
         print(f"\n{scorer}:\n\n{comparison_table(results, (str(first), str(second)))}")
@@ -198,25 +152,29 @@ def run_glyphsearch(options: argparse.Namespace) -> None:
     check_writable(output)
     folder = checkpoint_folder(options.model)
     model, processor = load_checkpoint(folder, options.device, LatentInterventionModel)
+    asked = {name: getattr(options, name) or default for name, default in GLYPHSEARCH_DEFAULTS.items()}
+    description = describe_model(model, folder, options.model)
     started = datetime.datetime.now(datetime.UTC)
     try:
-        results = {"glyphsearch": evaluate_glyphsearch(model, processor, **task_options(options))}
+        result = evaluate_glyphsearch(model, processor, **asked)
     except ValueError as error:  # options that the checkpoint can't follow
         raise InputError(str(error)) from error
     finished = datetime.datetime.now(datetime.UTC)
+    # The command has every default spelled out and no path of this machine in it.
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in asked.items() if value is not None]
+    name = [] if options.model is None else [description["name"]]
     report = {
-        "command": evaluate_command(options, folder.resolve().name),
+        "command": " ".join(["vreflection evaluate", *name, "--tasks glyphsearch", *flags]),
         "date": started.isoformat(timespec="seconds"),
         "seconds": round((finished - started).total_seconds(), 1),
-        "model": describe_model(model, folder, options.model),
+        "model": description,
         "versions": describe_versions(),
         "machine": describe_machine(model.device),
-        "tasks": results,
+        "tasks": {"glyphsearch": result},
     }
     with writing(output):
         output.write_text(json.dumps(report, indent=2) + "\n")
-    for name, result in results.items():
-        print_accuracy(name, result["accuracy"]["overall"])
+    print_accuracy("glyphsearch", result["accuracy"]["overall"])
     print(f"All results are in {output}.")
 
 
@@ -224,19 +182,3 @@ def print_accuracy(name: str, accuracy: dict, more: str = "") -> None:
     """One line about a proportion."""
     interval = f"95 % interval {accuracy['low']:.1%} to {accuracy['high']:.1%}"
     print(f"{name}: {accuracy['successes']} of {accuracy['count']} right, {accuracy['share']:.1%} ({interval}{more})")
-
-
-def task_options(options: argparse.Namespace) -> dict:
-    """The options of GlyphSearch."""
-    names = ("limit", "split", "difficulty", "batch_size", "latent_feedback")
-    given = {name: getattr(options, name) for name in names}
-    return {name: GLYPHSEARCH_DEFAULTS.get(name) if value is None else value for name, value in given.items()}
-
-
-def evaluate_command(options: argparse.Namespace, folder: str) -> str:
-    """The command that repeats a run, with every default spelled out and no path of this machine in it."""
-    given = {"--tasks": " ".join(options.tasks)}
-    given |= {"--" + name.replace("_", "-"): value for name, value in task_options(options).items()}
-    flags = [f"{name} {value}" for name, value in given.items() if value is not None]
-    model = [] if options.model is None else [options.model if not Path(options.model).exists() else folder]
-    return " ".join(["vreflection evaluate", *model, *flags])

@@ -17,16 +17,11 @@ PICTURE_FILES = {
 }
 
 
-def load_benchmark(benchmark: Benchmark, folder: str | Path | None = None) -> Dataset:
-    """Loads all rows of a benchmark, its subsets one after another.
+def load_benchmark(benchmark: Benchmark, folder: str | None = None) -> Dataset:
+    """Loads all rows of a benchmark, its subsets one after another, with their pictures still encoded.
 
-    Args:
-        benchmark (`Benchmark`): The benchmark.
-        folder (`str` or `Path`, *optional*): A local folder with the files `SPLIT*.parquet`, in folders named like the
-            subsets where there are any. Without it the rows come from the Hub, or from its cache.
-
-    Raises:
-        InputError: A folder without these files, or for rows that are made; a Hub that can't be reached.
+    `folder` holds files `[SUBSET/]SPLIT*.parquet`; without it the rows come from the Hub, or from its cache. Raises an
+    `InputError` for a folder without these files, or for rows that are made; for a Hub that can't be reached.
     """
     if benchmark.rows is not None:
         if folder is not None:
@@ -40,7 +35,6 @@ def load_benchmark(benchmark: Benchmark, folder: str | Path | None = None) -> Da
         except OSError as error:
             raise InputError(f"{benchmark.name}: {benchmark.dataset} can't be downloaded ({error})") from error
     rows = concatenate_datasets(parts)
-    # Pictures stay encoded until they are asked about.
     for name, feature in rows.features.items():
         if isinstance(feature, Image):
             rows = rows.cast_column(name, Image(decode=False))
@@ -49,13 +43,12 @@ def load_benchmark(benchmark: Benchmark, folder: str | Path | None = None) -> Da
 
 def download_rows(benchmark: Benchmark) -> list[Dataset]:
     """Loads the subsets from the Hub."""
+    name, split, revision = benchmark.dataset, benchmark.split, benchmark.revision
     if benchmark.name in PICTURE_FILES:
-        root = snapshot_download(benchmark.dataset, repo_type="dataset", revision=benchmark.revision)
+        root = snapshot_download(name, repo_type="dataset", revision=revision)
         return [load_beside_pictures(benchmark, Path(root))]
-    return [
-        load_dataset(benchmark.dataset, subset or benchmark.config, split=benchmark.split, revision=benchmark.revision)
-        for subset in benchmark.counts
-    ]
+    configs = [subset or benchmark.config for subset in benchmark.counts]
+    return [load_dataset(name, config, split=split, revision=revision) for config in configs]
 
 
 def load_folder(folder: Path, benchmark: Benchmark) -> Dataset:
@@ -72,19 +65,19 @@ def load_beside_pictures(benchmark: Benchmark, root: Path) -> Dataset:
     rows = load_dataset(builder, data_files=str(root / file), split="train")
     if "lndex" in rows.column_names:  # so MMVP's file calls it, with a small L
         rows = rows.rename_column("lndex", "Index")
-    paths = [str(root / picture(row)) for row in rows]
-    return rows.remove_columns([name for name in rows.column_names if name == "image"]).add_column("image", paths)
+    return rows.map(lambda row: {"image": str(root / picture(row))})
 
 
 def check_rows(benchmark: Benchmark, rows: Dataset) -> None:
-    """Checks before anything is asked that no item is missing or there twice, and that each has its pictures.
-
-    Raises:
-        InputError: Another number of items, two with the same id, or a missing picture, by the item's id.
-    """
-    items = [(item.id, item.groups.get("subset", "")) for item in map(benchmark.item, rows)]
-    found = Counter(subset for _, subset in items)
-    for subset in benchmark.counts:
-        benchmark.check_count(found[subset], subset)
-    if double := [name for name, count in Counter(name for name, _ in items).items() if count > 1]:
+    """Checks before anything is asked that no item is missing or there twice, and has its pictures: else an `InputError`."""
+    items = [benchmark.item(row) for row in rows]
+    found = Counter(item.groups.get("subset", "") for item in items)
+    for subset, count in benchmark.counts.items():
+        if found[subset] != count:
+            where = f"{benchmark.name} {subset}".strip()
+            raise InputError(
+                f"{where}: {found[subset]} items instead of {count}; load {benchmark.dataset}, split {benchmark.split}, "
+                f"revision {benchmark.revision}, completely"
+            )
+    if double := [name for name, count in Counter(item.id for item in items).items() if count > 1]:
         raise InputError(f"{benchmark.name}: {len(double)} ids stand for several items, {double[0]} first")

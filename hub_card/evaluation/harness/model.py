@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ...inference.attention_maps import GREEDY
 from ...inference.checkpoints import checkpoint_folder, find_device, load_checkpoint
 from ...inference.encoding import encode_prompts
 from ..provenance import describe_model
+from ..scorers import tagged
 from .answers import AnswerLog
 from .task import PREFIX
 
@@ -112,65 +114,67 @@ class VReflection(lmms):
         pending: dict[str, list[tuple]] = {}  # by the settings that they are decoded with
         asked = Counter()
         for position, request in enumerate(requests):
-            task, index = request.args[4], request.args[3]
+            question, _, settings, index, task, _ = request.args
             if request.metadata.get("__padding_only__"):  # evens out the processes; its answer isn't read
                 answers.append({"task": task, "raw": "", "text": "", "tokens": 0, "latent_tokens": 0})
                 continue
             repeat = asked[task, index]
             asked[task, index] += 1
-            answers.append(self.log and self.log.get(task, index, repeat, request.args[0]))
+            answers.append(self.log and self.log.get(task, index, repeat, question))
             if answers[-1] is None:
-                settings = json.dumps(decoding(request.args[2]), sort_keys=True)
-                pending.setdefault(settings, []).append((position, request, repeat))
+                key = json.dumps(decoding(settings), sort_keys=True)
+                pending.setdefault(key, []).append((position, request, repeat))
 
         done = len(requests) - sum(map(len, pending.values()))
         with tqdm(total=len(requests), initial=done, disable=self.rank != 0, unit="item") as bar:
             for group in pending.values():
                 for first in range(0, len(group), self.batch_size):
-                    batch = group[first : first + self.batch_size]
-                    given = self._answer([request for _, request, _ in batch])
-                    for (position, _, repeat), answer in zip(batch, given):
-                        answers[position] = answer | {"repeat": repeat}
+                    positions, batch, repeats = zip(*group[first : first + self.batch_size])
+                    given = [answer | {"repeat": repeat} for answer, repeat in zip(self._answer(batch), repeats)]
                     if self.log is not None:
-                        self.log.add([answers[position] for position, _, _ in batch])
+                        self.log.add(given)
+                    for position, answer in zip(positions, given):
+                        answers[position] = answer
                     bar.update(len(batch))
         return [
             GenerationResult(
-                answer["raw"] if answer["task"].startswith(PREFIX) else bare_answer(answer["text"]),
+                answer["raw"] if answer["task"].startswith(PREFIX) else tagged(answer["text"]),
                 TokenCounts(output_tokens=answer["tokens"], reasoning_tokens=answer["latent_tokens"]),
             )
             for answer in answers
         ]
 
-    def _answer(self, batch: list[Instance]) -> list[dict]:
+    def _answer(self, batch: Sequence[Instance]) -> list[dict]:
+        """Answers a batch of requests that are decoded with the same settings."""
         started = time.perf_counter()
         conversations = []
-        for _, doc_to_messages, _, index, task, split in (request.args for request in batch):
+        for request in batch:
+            _, doc_to_messages, settings, index, task, split = request.args
             messages = doc_to_messages(self.task_dict[task][split][index])
             conversations.append(ChatMessages(messages=messages).to_hf_messages())
         inputs = encode_prompts(self.processor, conversations, self.device)
-        sequences = self.model.generate(**inputs, **decoding(batch[0].args[2]), **self.reflection)
+        sequences = self.model.generate(**inputs, **decoding(settings), **self.reflection)
         tokens = sequences[:, inputs["input_ids"].shape[1] :].cpu()
         seconds = round((time.perf_counter() - started) / len(batch), 3)
-        ends = torch.isin(tokens, torch.tensor(self.model.generation_config.eos_token_id))
-        return [
-            # After the end token the rest is padding.
-            self._describe(request, row[: int(is_end.nonzero()[0]) + 1] if is_end.any() else row, seconds)
-            for request, row, is_end in zip(batch, tokens, ends)
-        ]
-
-    def _describe(self, request: Instance, tokens: torch.LongTensor, seconds: float) -> dict:
-        return {
-            "task": request.args[4],
-            "index": request.args[3],
-            "question": request.args[0],
-            "raw": self.processor.decode(tokens, skip_special_tokens=False),
-            "text": self.processor.decode(tokens, skip_special_tokens=True),
-            "reflected": bool((tokens == self.model.config.latent_start_token_id).any()),
-            "tokens": len(tokens),
-            "latent_tokens": int((tokens == self.model.config.latent_token_id).sum()),
-            "seconds": seconds,
-        }
+        end_tokens = torch.tensor(self.model.generation_config.eos_token_id)
+        config, answers = self.model.config, []
+        for request, row in zip(batch, tokens):
+            ends = torch.isin(row, end_tokens).nonzero().flatten().tolist()
+            row = row[: ends[0] + 1] if ends else row  # the rest is padding
+            question, _, _, index, task, _ = request.args
+            answer = {
+                "task": task,
+                "index": index,
+                "question": question,
+                "raw": self.processor.decode(row, skip_special_tokens=False),
+                "text": self.processor.decode(row, skip_special_tokens=True),
+                "reflected": bool((row == config.latent_start_token_id).any()),
+                "tokens": len(row),
+                "latent_tokens": int((row == config.latent_token_id).sum()),
+                "seconds": seconds,
+            }
+            answers.append(answer)
+        return answers
 
     def generate_until_multi_round(self, requests):
         raise NotImplementedError("V-Reflection answers one question at a time; tasks of several rounds can't be run.")
@@ -188,12 +192,6 @@ def decoding(settings: dict) -> dict:
     if not given.get("do_sample", given.get("temperature", 0) > 0) or given.get("temperature") == 0:
         return GREEDY | limit | {"num_beams": given.get("num_beams", 1)}
     return {"num_beams": 1} | given | limit | {"do_sample": True}
-
-
-def bare_answer(text: str) -> str:
-    """What stands in the last `<answer>` tags, else the text."""
-    _, tag, answer = text.rpartition("<answer>")
-    return (answer.partition("</answer>")[0] if tag else text).strip()
 
 
 def set_pixel_limits(image_processor, min_pixels: int | None, max_pixels: int | None) -> None:

@@ -11,14 +11,14 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from loguru import logger
 
-from ..benchmarks import Benchmark
+from ..benchmarks import BENCHMARKS, Benchmark
+from ..comparison import SAMPLES
 from ..provenance import describe_machine, describe_versions
-from ..samples import SAMPLES, read_verdicts
 from ..scorers import summarise_verdicts
 from ..statistics import proportion
 from .answers import AnswerLog
 from .model import VReflection
-from .task import PREFIX, task_benchmark
+from .task import PREFIX
 
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
@@ -29,8 +29,9 @@ KEPT_OF_ANSWERS = ("question", "raw", "text", "reflected", "tokens", "latent_tok
 
 def evaluate(
     model: str | None,
-    tasks: Sequence[str | dict],
+    tasks: Sequence[str],
     output: Path,
+    data: Path | None = None,
     limit: int | None = None,
     **options,
 ) -> dict | None:
@@ -38,9 +39,9 @@ def evaluate(
 
     Args:
         model (`str`, *optional*): A folder or a Hub id; without it the checkpoint embedded in the package.
-        tasks (`Sequence[str | dict]`): Names of `BENCHMARKS`, or dicts that also change the task's file, such as
-            `{"task": "mmvp", "dataset_path": "a/local/folder"}`.
+        tasks (`Sequence[str]`): Names of `BENCHMARKS`.
         output (`Path`): A folder for this run's files: results, samples, and the answers as they come in.
+        data (`Path`, *optional*): A folder with a local copy of each task's data, `TASK/[SUBSET/]SPLIT*.parquet`.
         limit (`int`, *optional*): Only so many items of each task, the first ones.
         options: Of [`VReflection`].
 
@@ -52,13 +53,15 @@ def evaluate(
     """
     logger.disable("lmms_eval")
     started = datetime.datetime.now(datetime.UTC)
-    configs = [{"task": task} if isinstance(task, str) else dict(task) for task in tasks]
-    configs = {PREFIX + config["task"]: config | {"task": PREFIX + config["task"]} for config in configs}
-    benchmarks = {task: task_benchmark(config) for task, config in configs.items()}
+    benchmarks = [BENCHMARKS[task] for task in dict.fromkeys(tasks)]
+    configs = [{"task": PREFIX + benchmark.name} for benchmark in benchmarks]
+    for config, benchmark in zip(configs, benchmarks):
+        if data is not None and benchmark.rows is None:
+            config["dataset_path"] = str(data / benchmark.name)
     asked = VReflection(model, answers=output, **options)
     outcome = simple_evaluate(
         asked,
-        tasks=[dict(config) for config in configs.values()],  # the harness empties them
+        tasks=configs,
         task_manager=TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False),
         batch_size=asked.batch_size,
         limit=limit,
@@ -67,12 +70,17 @@ def evaluate(
     if asked.rank != 0:
         return None
     asked.log.read()  # the other processes' answers too
-    samples = {
-        task: join_samples(benchmark, outcome["samples"][task], asked.log) for task, benchmark in benchmarks.items()
-    }
+    results, lines = {}, []
+    for benchmark in benchmarks:
+        samples = join_samples(benchmark, outcome["samples"][PREFIX + benchmark.name], asked.log)
+        results[benchmark.name] = {
+            "data": describe_data(benchmark, data),
+            **summarise_samples(benchmark, samples, limit),
+        }
+        lines += [json.dumps(sample) + "\n" for sample in samples]
     finished = datetime.datetime.now(datetime.UTC)
     report = {
-        "command": repeat_command(asked, list(benchmarks.values()), limit),
+        "command": repeat_command(asked, results, limit),
         "date": started.isoformat(timespec="seconds"),
         "seconds": round((finished - started).total_seconds(), 1),
         "model": asked.description,
@@ -80,60 +88,49 @@ def evaluate(
         "limit": limit,
         "versions": describe_versions() | {name: importlib.metadata.version(name) for name in HARNESS_PACKAGES},
         "machine": describe_machine(asked.device) | {"processes": asked.world_size},
-        "tasks": {
-            benchmark.name: {
-                "data": describe_benchmark(benchmark, configs[task].get("dataset_path")),
-                **summarise_task(benchmark, samples[task], limit),
-            }
-            for task, benchmark in benchmarks.items()
-        },
+        "tasks": results,
     }
-    rows = (sample for task in benchmarks for sample in samples[task])
-    write(output / SAMPLES, "".join(json.dumps(row) + "\n" for row in rows))
+    write(output / SAMPLES, "".join(lines))
     write(output / RESULTS, json.dumps(report, indent=2) + "\n")
     return report
 
 
-def repeat_command(model: VReflection, benchmarks: list[Benchmark], limit: int | None) -> str:
+def repeat_command(model: VReflection, tasks: Sequence[str], limit: int | None) -> str:
     """The command that repeats a run, with every default spelled out and no path of this machine in it."""
     given = {"revision": model.description["revision"], "limit": limit} | model.options
     reflect = {None: [], True: ["--reflect"], False: ["--no-reflect"]}[given.pop("reflect")]
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value is not None]
-    names = " ".join(benchmark.name for benchmark in benchmarks)
-    return " ".join(["vreflection evaluate", model.description["name"], "--tasks", names, *flags, *reflect])
+    return " ".join(["vreflection evaluate", model.description["name"], "--tasks", *tasks, *flags, *reflect])
 
 
 def join_samples(benchmark: Benchmark, logged: list[dict], log: AnswerLog) -> list[dict]:
     """One row an item, in the order of the data: question, answer and verdicts."""
     rows = []
     for sample in sorted(logged, key=lambda sample: sample["doc_id"]):
-        item, answer = sample[benchmark.scorers[0]], log.find(PREFIX + benchmark.name, sample["doc_id"])
+        item = sample[benchmark.scorers[0]]
+        answer = log.answers[PREFIX + benchmark.name, sample["doc_id"], 0]
         verdicts = {name: {key: sample[name][key] for key in ("letter", "correct")} for name in benchmark.scorers}
         row = {"task": benchmark.name, **{name: item[name] for name in ("id", "groups", "answer")}}
         rows.append(row | {name: answer[name] for name in KEPT_OF_ANSWERS} | {"verdicts": verdicts})
     return rows
 
 
-def describe_benchmark(benchmark: Benchmark, folder: str | None) -> dict:
+def describe_data(benchmark: Benchmark, data: Path | None) -> dict:
     """Where the items came from: the Hub, or a local folder, whose path stays private."""
     if benchmark.rows is not None:
         return {"dataset": benchmark.dataset, "split": benchmark.split}
-    if folder is not None:
-        return {"folder": Path(folder).resolve().name}
+    if data is not None:
+        return {"folder": (data / benchmark.name).resolve().name}
     return {"dataset": benchmark.dataset, "revision": benchmark.revision}
 
 
-def summarise_task(benchmark: Benchmark, samples: list[dict], limit: int | None) -> dict:
-    """The scores of a task.
-
-    Raises:
-        RuntimeError: The harness returned fewer items than there are.
-    """
+def summarise_samples(benchmark: Benchmark, samples: list[dict], limit: int | None) -> dict:
+    """The scores of a task; a `RuntimeError` if the harness returned fewer items than there are."""
     expected = benchmark.total if limit is None else min(limit, benchmark.total)
     if len(samples) != expected:
         raise RuntimeError(f"{benchmark.name}: {len(samples)} items were scored instead of {expected}.")
     return {
-        **{name: summarise_verdicts(benchmark, read_verdicts(samples, name)) for name in benchmark.scorers},
+        **{scorer: summarise_verdicts(benchmark, samples, scorer) for scorer in benchmark.scorers},
         "reflection_rate": proportion([sample["reflected"] for sample in samples]),
         "seconds_per_item": round(fmean(sample["seconds"] for sample in samples), 3),
     }

@@ -8,7 +8,7 @@ import pytest
 
 from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS
 from vreflection_hub_card.evaluation.provenance import sha256
-from vreflection_hub_card.evaluation.scorers import Scored, Verdict, summarise_verdicts
+from vreflection_hub_card.evaluation.scorers import summarise_verdicts
 from vreflection_hub_card.evaluation.statistics import proportion
 from vreflection_hub_card.inference.checkpoints import EMBEDDED
 
@@ -61,16 +61,11 @@ def write_result(tmp_path):
         benchmark = BENCHMARKS[task]
         groups = [{"category": "direct_attributes"}] * 115 + [{"category": "relative_position"}] * 76
         wrong_every = {"strict": 4, "authors": 5, "authors_table": 6, "exact": 4}
-        scores = {
-            scorer: summarise_verdicts(
-                benchmark,
-                [
-                    Scored(str(index), group, Verdict("A", index % wrong_every[scorer] != 0))
-                    for index, group in enumerate(groups)
-                ],
-            )
-            for scorer in benchmark.scorers
-        }
+        samples = []
+        for index, group in enumerate(groups):
+            verdicts = {name: {"letter": "A", "correct": index % every != 0} for name, every in wrong_every.items()}
+            samples.append({"id": str(index), "groups": group, "verdicts": verdicts})
+        scores = {scorer: summarise_verdicts(benchmark, samples, scorer) for scorer in benchmark.scorers}
         report = {
             "command": "vreflection evaluate tiny --tasks vstar",
             "date": "2026-11-23T10:00:00+00:00",

@@ -3,12 +3,18 @@ import itertools
 import pytest
 
 from vreflection_hub_card.evaluation.comparison import compare, comparison_table, mcnemar
-from vreflection_hub_card.evaluation.scorers import Scored, Verdict
 from vreflection_hub_card.evaluation.statistics import proportion
 
 
 def run(outcomes):
-    return [Scored(id, {}, Verdict("A", bool(right))) for id, right in outcomes.items()]
+    return [
+        {"id": item, "groups": {}, "verdicts": {"strict": {"letter": "A", "correct": bool(right)}}}
+        for item, right in outcomes.items()
+    ]
+
+
+def compare_strict(first, second):
+    return compare(first, second, "strict")
 
 
 FIRST = run({"a": 1, "b": 1, "c": 0, "d": 0, "e": 1, "f": 0, "g": 0})
@@ -16,7 +22,7 @@ SECOND = run({"g": 0, "f": 1, "e": 0, "d": 1, "c": 1, "b": 1, "a": 1})
 
 
 def test_items_are_paired_by_id():
-    got = compare(FIRST, SECOND)
+    got = compare_strict(FIRST, SECOND)
     assert got == {
         "first": proportion([True] * 3 + [False] * 4),
         "second": proportion([True] * 5 + [False] * 2),
@@ -27,7 +33,7 @@ def test_items_are_paired_by_id():
         "neither": 1,
         "p_value": 0.625,  # 2 (1 + 4) / 16
     }
-    turned = compare(SECOND, FIRST)
+    turned = compare_strict(SECOND, FIRST)
     assert (turned["only_first"], turned["difference"], turned["p_value"]) == (3, -0.2857, 0.625)
 
 
@@ -48,21 +54,21 @@ def test_mcnemar_of_many_items():
 
 def test_runs_on_different_items():
     with pytest.raises(ValueError, match="2 of the first are not in the second: f, g."):
-        compare(FIRST, run(dict.fromkeys("abcde", 1)))
+        compare_strict(FIRST, run(dict.fromkeys("abcde", 1)))
     with pytest.raises(ValueError, match="1 of the second are not in the first: z."):
-        compare(FIRST, [*SECOND, *run({"z": 1})])
+        compare_strict(FIRST, [*SECOND, *run({"z": 1})])
     with pytest.raises(ValueError, match="first run holds the item a twice"):
-        compare([*FIRST, FIRST[0]], SECOND)
+        compare_strict([*FIRST, FIRST[0]], SECOND)
     with pytest.raises(ValueError, match="1697 of the first .*: 0, 1, 2, 3, 4 and 1692 more."):
-        compare(run(dict.fromkeys(map(str, range(1697)), 1)), run({}))
+        compare_strict(run(dict.fromkeys(map(str, range(1697)), 1)), run({}))
     with pytest.raises(ValueError, match="no items"):
-        compare([], [])
+        compare_strict([], [])
 
 
 def test_the_table():
     results = {
-        "mmvp": compare(FIRST, SECOND),
-        "v": compare(run(dict.fromkeys(range(20), 1)), run(dict.fromkeys(range(20), 0))),
+        "mmvp": compare_strict(FIRST, SECOND),
+        "v": compare_strict(run(dict.fromkeys(range(20), 1)), run(dict.fromkeys(range(20), 0))),
     }
     assert comparison_table(results, ("S=8", "S=0")).splitlines() == [
         "| benchmark | items |    S=8 |   S=0 | difference | only S=8 | only S=0 | p (McNemar) |",

@@ -3,13 +3,10 @@ import pytest
 from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS
 from vreflection_hub_card.evaluation.scorers import (
     SCORERS,
-    Scored,
-    Verdict,
-    score_authors,
-    score_authors_table,
     score_exact,
     score_strict,
     summarise_verdicts,
+    tagged,
 )
 from vreflection_hub_card.evaluation.statistics import proportion
 
@@ -95,11 +92,14 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize("text, authors, table, strict", ANSWERS)
-@pytest.mark.parametrize("answer", "ABE")
-def test_letters(text, authors, table, strict, answer):
-    assert score_authors(text, answer) == Verdict(authors, authors == answer)
-    assert score_authors_table(text, answer) == Verdict(table, table == answer)
-    assert score_strict(text, answer) == Verdict(strict, strict == answer)
+def test_letters(text, authors, table, strict):
+    read = {name: SCORERS[name](text, ()) for name in ("authors", "authors_table", "strict")}
+    assert read == {"authors": authors, "authors_table": table, "strict": strict}
+
+
+def test_the_tagged_part():
+    assert tagged("<answer>A</answer> or <answer>\nB") == "B"
+    assert tagged(" It is B. ") == "It is B."
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_letters(text, authors, table, strict, answer):
     ],
 )
 def test_the_text_of_an_option(text, options, letter):
-    assert score_strict(text, "B", options) == Verdict(letter, letter == "B")
+    assert score_strict(text, options) == letter
 
 
 @pytest.mark.parametrize(
@@ -136,51 +136,56 @@ def test_the_text_of_an_option(text, options, letter):
     ],
 )
 def test_exact_takes_an_option_and_nothing_else(text, option):
-    assert score_exact(text, "K", ("A", "K")) == Verdict(option, option == "K")
-    assert not score_exact(text, "A", ("A", "K")).correct
+    assert score_exact(text, ("A", "K")) == option
 
 
 def test_only_strict_reads_the_options():
-    letters = {name: SCORERS[name]("1", "B", ("0", "1")).letter for name in ("authors", "authors_table", "strict")}
+    letters = {name: SCORERS[name]("1", ("0", "1")) for name in ("authors", "authors_table", "strict")}
     assert letters == {"authors": None, "authors_table": None, "strict": "B"}
 
 
 def run(groups, correct, unparsed=()):
     return [
-        Scored(str(index), group, Verdict(None if index in unparsed else "A", bool(right)))
+        {
+            "id": str(index),
+            "groups": group,
+            "verdicts": {"strict": {"letter": None if index in unparsed else "A", "correct": bool(right)}},
+        }
         for index, (group, right) in enumerate(zip(groups, correct))
     ]
 
 
+def summarise(name, samples):
+    return summarise_verdicts(BENCHMARKS[name], samples, "strict")
+
+
 def test_mmvp_single_and_pair():
     groups = [{"pair": pair} for pair in "112233"]
-    got = summarise_verdicts(BENCHMARKS["mmvp"], run(groups, [1, 1, 1, 0, 0, 0], unparsed={4, 5}))
+    got = summarise("mmvp", run(groups, [1, 1, 1, 0, 0, 0], unparsed={4, 5}))
     assert got == {
         "accuracy": proportion([True] * 3 + [False] * 3),
         "unparsed": 2,
         "pair": proportion([True, False, False]),
     }
     # With a limit, the pair that was asked about in part isn't counted.
-    assert summarise_verdicts(BENCHMARKS["mmvp"], run(groups[:5], [1, 1, 1, 0, 1]))["pair"] == proportion(
-        [True, False]
-    )
+    assert summarise("mmvp", run(groups[:5], [1, 1, 1, 0, 1]))["pair"] == proportion([True, False])
 
 
 def test_vstar_and_blink_by_group_and_micro_average():
     groups = [{"category": name} for name in ("relative_position", "direct_attributes", "direct_attributes")]
-    got = summarise_verdicts(BENCHMARKS["vstar"], run(groups, [0, 1, 1]))
+    got = summarise("vstar", run(groups, [0, 1, 1]))
     assert got["accuracy"]["share"] == 0.6667
     assert got["category"] == {
         "direct_attributes": proportion([True, True]),
         "relative_position": proportion([False]),
     }
-    got = summarise_verdicts(BENCHMARKS["blink"], run([{"subset": name} for name in ("Jigsaw", "Counting")], [1, 0]))
+    got = summarise("blink", run([{"subset": name} for name in ("Jigsaw", "Counting")], [1, 0]))
     assert {name: one["share"] for name, one in got["subset"].items()} == {"Counting": 0, "Jigsaw": 1}
 
 
 def test_hrbench_mean_and_cyclic_score():
     groups = [{"category": name, "cycle": name} for name in ("FSP", "FCP") for _ in range(4)]
-    got = summarise_verdicts(BENCHMARKS["hrbench4k"], run(groups, [1, 1, 1, 1, 1, 1, 1, 0]))
+    got = summarise("hrbench4k", run(groups, [1, 1, 1, 1, 1, 1, 1, 0]))
     assert got["accuracy"] == proportion([True] * 7 + [False])
     assert {name: one["share"] for name, one in got["category"].items()} == {"FCP": 0.75, "FSP": 1}
     assert got["cycle"] == proportion([True, False])
@@ -188,12 +193,12 @@ def test_hrbench_mean_and_cyclic_score():
 
 def test_scores_over_items_that_cannot_be_right():
     with pytest.raises(ValueError, match="vstar: scored twice: 0."):
-        summarise_verdicts(BENCHMARKS["vstar"], 2 * run([{"category": "direct_attributes"}], [1]))
+        summarise("vstar", 2 * run([{"category": "direct_attributes"}], [1]))
     with pytest.raises(ValueError, match="mmvp: a pair has 2 items, but not 1"):
-        summarise_verdicts(BENCHMARKS["mmvp"], run(3 * [{"pair": "1"}], [1, 1, 1]))
+        summarise("mmvp", run(3 * [{"pair": "1"}], [1, 1, 1]))
     pairs = [{"pair": str(max(index // 2, 1))} for index in range(301)][1:]
     assert len(pairs) == 300
     with pytest.raises(ValueError, match="mmvp: a pair has 2 items, but not"):
-        summarise_verdicts(BENCHMARKS["mmvp"], run(pairs, 300 * [1]))
-    whole = summarise_verdicts(BENCHMARKS["mmvp"], run([{"pair": str(index // 2)} for index in range(300)], 300 * [1]))
+        summarise("mmvp", run(pairs, 300 * [1]))
+    whole = summarise("mmvp", run([{"pair": str(index // 2)} for index in range(300)], 300 * [1]))
     assert whole["pair"] == proportion(150 * [True])

@@ -2,11 +2,12 @@
 
 import base64
 import io
+from dataclasses import replace
 
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PillowImage
 
-from vreflection_hub_card.evaluation.benchmarks import BLINK_COUNTS
+from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS, BLINK_COUNTS
 
 
 TEXT = Value("string")
@@ -106,18 +107,26 @@ ROWS = {
 IMAGES = ("image", "image_1", "image_2", "image_3", "image_4")
 
 
-def write_task(folder, name, change=lambda row: row):
-    """Writes a benchmark's files and returns the task that reads them; `change` alters rows, or drops one by `None`."""
+def rows_of(name, subset):
+    return [row for row in ROWS[name][1][subset]() if not subset or row["sub_task"] == subset]
+
+
+def shrink(patch):
+    """Makes the benchmarks as large as the files of the tests."""
+    for name, (_, subsets) in ROWS.items():
+        counts = {subset: len(rows_of(name, subset)) for subset in subsets}
+        patch.setitem(BENCHMARKS, name, replace(BENCHMARKS[name], counts=counts))
+
+
+def write_files(folder, name, change=lambda row: row):
+    """Writes a benchmark's files and returns the folder; `change` alters rows, or drops one by `None`."""
     split, subsets = ROWS[name]
-    counts = {}
-    for subset, make in subsets.items():
-        rows = [row for row in make() if not subset or row["sub_task"] == subset]
-        counts[subset] = len(rows)
-        rows = [row for row in map(change, rows) if row is not None]
+    for subset in subsets:
+        rows = [row for row in map(change, rows_of(name, subset)) if row is not None]
         features = Dataset.from_list([{k: v for k, v in rows[0].items() if k not in IMAGES}]).features
         pictures = {key: Image() for key in rows[0] if key in IMAGES and not isinstance(rows[0][key], str)}
         features = Features({key: pictures.get(key, features.get(key, TEXT)) for key in rows[0]})
         path = folder / name / subset / f"{split}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         Dataset.from_list(rows, features=features).to_parquet(path)
-    return {"task": name, "dataset_path": str(folder / name), "metadata": {"counts": counts}}
+    return folder

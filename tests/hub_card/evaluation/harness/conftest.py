@@ -3,7 +3,7 @@
 import datasets
 import pytest
 import torch
-from benchmark_files import ROWS, write_task
+from benchmark_files import ROWS, shrink, write_files
 from torch.nn.utils.rnn import pad_sequence
 
 from modeling_vreflection import VReflectionForConditionalGeneration
@@ -19,9 +19,24 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tasks(tmp_path_factory):
+def files(tmp_path_factory):
+    """A folder with the tests' items of each benchmark."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    return {name: write_task(folder, name) for name in ROWS}
+    for name in ROWS:
+        write_files(folder, name)
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Benchmarks as large as the tests' files."""
+    shrink(monkeypatch)
+
+
+@pytest.fixture
+def data(files, small):
+    """The folder of the tests' items, which count as complete."""
+    return files
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 
 from vreflection_hub_card.errors import InputError
-from vreflection_hub_card.evaluation.harness.model import VReflection, bare_answer, decoding
+from vreflection_hub_card.evaluation.harness.model import VReflection, decoding
 
 
 STOCK_TASK = """
@@ -127,11 +127,6 @@ def test_decoding(settings, expected):
     arguments = decoding(settings)
     assert expected.items() <= arguments.items()
     assert "until" not in arguments and arguments["max_new_tokens"] >= 512
-
-
-def test_bare_answers():
-    assert bare_answer("<answer>A</answer> or <answer>\nB") == "B"
-    assert bare_answer(" It is B. ") == "It is B."
 
 
 def test_raw_outputs_are_written_as_they_come(scripted, tmp_path):

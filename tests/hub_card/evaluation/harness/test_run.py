@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmark_files import write_task
+from benchmark_files import ROWS, write_files
 
 from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.evaluation.harness.run import evaluate
@@ -56,10 +56,10 @@ for size in ("hrbench4k", "hrbench8k"):
     }
 
 
-def test_every_task_from_its_files_to_its_scores(tasks, scripted, tmp_path):
+def test_every_task_from_its_files_to_its_scores(data, scripted, tmp_path):
     say.doors = [False, True]
     asked = scripted(say)
-    report = evaluate(None, list(tasks.values()), tmp_path, batch_size=3)
+    report = evaluate(None, list(ROWS), tmp_path, data, batch_size=3)
     assert report == json.loads((tmp_path / "results.json").read_text())
     assert len(asked) == 4 + 3 + 10 + 8 + 8 + 4
     found = {}
@@ -70,7 +70,7 @@ def test_every_task_from_its_files_to_its_scores(tasks, scripted, tmp_path):
         found[path] = counts(value)
     assert found == EXPECTED
     unparsed = {name: task["strict"]["unparsed"] for name, task in report["tasks"].items()}
-    assert unparsed == dict.fromkeys(tasks, 0) | {"mmerealworld_lite": 1}
+    assert unparsed == dict.fromkeys(ROWS, 0) | {"mmerealworld_lite": 1}
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == len(asked)
     for sample in samples:
@@ -78,21 +78,21 @@ def test_every_task_from_its_files_to_its_scores(tasks, scripted, tmp_path):
         assert any(text.endswith(prompt) for text in asked)
 
 
-def test_pictures_reach_the_model(tasks, scripted, tmp_path):
+def test_pictures_reach_the_model(data, scripted, tmp_path):
     asked = scripted(lambda prompt: "A")
-    evaluate(None, [tasks["blink"]], tmp_path, batch_size=4)
+    evaluate(None, ["blink"], tmp_path, data, batch_size=4)
     # 56 x 56 pixels are 2 x 2 merged patches, 84 x 84 are 3 x 3.
     assert sorted(prompt.count("<|image_pad|>") for prompt in asked) == [4] * 5 + [4 + 9] * 5
 
 
-def test_the_embedded_checkpoint_answers(tasks, tmp_path):
-    report = evaluate(None, [tasks["vstar"]], tmp_path, limit=2, reflect=True, latent_steps=4, latent_feedback="dac")
+def test_the_embedded_checkpoint_answers(data, tmp_path):
+    report = evaluate(None, ["vstar"], tmp_path, data, limit=2, reflect=True, latent_steps=4, latent_feedback="dac")
     assert counts(report["tasks"]["vstar"]["reflection_rate"]) == (2, 2)
     answers = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [answer["latent_tokens"] for answer in answers] == [4, 4]
     assert all("<|lvr|>" in answer["raw"] and "<|" not in answer["text"] for answer in answers)
 
-    plain = evaluate(None, [tasks["vstar"]], tmp_path / "plain", limit=2, latent_steps=0)
+    plain = evaluate(None, ["vstar"], tmp_path / "plain", data, limit=2, latent_steps=0)
     assert counts(plain["tasks"]["vstar"]["reflection_rate"]) == (0, 2)
     assert plain["options"]["max_pixels"] == report["options"]["max_pixels"]
     assert plain["command"] == (
@@ -106,17 +106,17 @@ def test_the_embedded_checkpoint_answers(tasks, tmp_path):
     [("mmvp", 3, "image"), ("vstar", "1", "image"), ("blink", "val_Jigsaw_2", "image_1"), ("hrbench4k", 5, "image"),
      ("mmerealworld_lite", 2, "bytes")],
 )  # fmt: skip
-def test_a_missing_picture_ends_the_run_before_it_begins(name, id, column, scripted, tmp_path):
+def test_a_missing_picture_ends_the_run_before_it_begins(name, id, column, small, scripted, tmp_path):
     def lose(row):
         return row | {column: None} if id in row.values() else row
 
     asked = scripted(lambda prompt: "A")
     with pytest.raises(InputError, match=rf"{name} {id}: its image is missing"):
-        evaluate(None, [write_task(tmp_path, name, lose)], tmp_path / "run")
+        evaluate(None, [name], tmp_path / "run", write_files(tmp_path, name, lose))
     assert asked == []
 
 
-def test_a_damaged_picture_ends_the_run_with_its_id(scripted, tmp_path):
+def test_a_damaged_picture_ends_the_run_with_its_id(small, scripted, tmp_path):
     def cut(row):
         file = io.BytesIO()
         row["image"].resize((280, 280)).effect_spread(9).save(file, "PNG")
@@ -124,26 +124,25 @@ def test_a_damaged_picture_ends_the_run_with_its_id(scripted, tmp_path):
 
     scripted(lambda prompt: "A")
     with pytest.raises(InputError, match="item 4: a picture can't be opened .*damaged or unreadable"):
-        evaluate(None, [write_task(tmp_path, "mmvp", cut)], tmp_path / "run")
+        evaluate(None, ["mmvp"], tmp_path / "run", write_files(tmp_path, "mmvp", cut))
     assert not (tmp_path / "run" / "results.json").exists()
 
 
 @pytest.mark.parametrize("name, where", [("mmvp", "mmvp"), ("blink", "blink Jigsaw")])
-def test_a_missing_item_ends_the_run_before_it_begins(name, where, tmp_path):
+def test_a_missing_item_ends_the_run_before_it_begins(name, where, small, tmp_path):
     def lose(row):
         return None if row.get("idx", row.get("Index")) in (2, "val_Jigsaw_1") else row
 
     with pytest.raises(InputError, match=f"{where}: . items instead of"):
-        evaluate(None, [write_task(tmp_path, name, lose)], tmp_path / "run")
+        evaluate(None, [name], tmp_path / "run", write_files(tmp_path, name, lose))
 
 
-def test_the_published_counts_hold_without_others(tasks, tmp_path):
-    task = {"task": "vstar", "dataset_path": tasks["vstar"]["dataset_path"]}
+def test_the_published_counts_hold(files, tmp_path):
     with pytest.raises(InputError, match="vstar: 3 items instead of 191"):
-        evaluate(None, [task], tmp_path)
+        evaluate(None, ["vstar"], tmp_path, files)
 
 
-def test_a_run_goes_on_and_asks_nothing_twice(tasks, scripted, tmp_path):
+def test_a_run_goes_on_and_asks_nothing_twice(data, scripted, tmp_path):
     class Killed(BaseException):
         pass
 
@@ -153,48 +152,50 @@ def test_a_run_goes_on_and_asks_nothing_twice(tasks, scripted, tmp_path):
         return "A"
 
     asked = scripted(die)
-    wanted = [tasks["blink"], tasks["vstar"]]
+    wanted = ["blink", "vstar"]
     with pytest.raises(Killed):
-        evaluate(None, wanted, tmp_path, batch_size=3)
+        evaluate(None, wanted, tmp_path, data, batch_size=3)
     (file,) = tmp_path.iterdir()
     with file.open("a") as answers:  # a line that the kill cut off
         answers.write('{"task": "vreflection_vstar", "index": 0, "repe')
     before = sorted(asked[:6])
 
     asked = scripted(lambda prompt: "A")
-    report = evaluate(None, wanted, tmp_path, batch_size=2)
+    report = evaluate(None, wanted, tmp_path, data, batch_size=2)
     again = sorted(asked)
     assert len(again) == 13 - 6
 
     whole = scripted(lambda prompt: "A")
-    uninterrupted = evaluate(None, wanted, tmp_path / "whole", batch_size=4)
+    uninterrupted = evaluate(None, wanted, tmp_path / "whole", data, batch_size=4)
     assert sorted(whole) == sorted(before + again)
     for name in ("blink", "vstar"):
         assert report["tasks"][name]["authors"] == uninterrupted["tasks"][name]["authors"]
 
     asked = scripted(lambda prompt: "A")
-    evaluate(None, wanted, tmp_path)
+    evaluate(None, wanted, tmp_path, data)
     assert asked == []
 
 
-def test_answers_of_another_run_are_not_mixed_in(tasks, scripted, tmp_path):
+def test_answers_of_another_run_are_not_mixed_in(data, scripted, tmp_path):
     scripted(lambda prompt: "A")
-    evaluate(None, [tasks["vstar"]], tmp_path / "run")
+    evaluate(None, ["vstar"], tmp_path / "run", data)
     with pytest.raises(InputError, match="latent_steps = 8, not 4"):
-        evaluate(None, [tasks["vstar"]], tmp_path / "run", latent_steps=4)
+        evaluate(None, ["vstar"], tmp_path / "run", data, latent_steps=4)
 
-    other = write_task(tmp_path, "vstar", lambda row: row | {"text": "Another?\n(A) red\n(B) blue"})
+    other = write_files(tmp_path, "vstar", lambda row: row | {"text": "Another?\n(A) red\n(B) blue"})
     with pytest.raises(InputError, match="item 0 of vreflection_vstar was another question"):
-        evaluate(None, [other], tmp_path / "run")
+        evaluate(None, ["vstar"], tmp_path / "run", other)
 
 
 WORKER = """
-import json, os, signal, sys
+import os, signal, sys
 from pathlib import Path
+from pytest import MonkeyPatch
+from benchmark_files import shrink
 from vreflection_hub_card.evaluation.harness.model import VReflection
 from vreflection_hub_card.evaluation.harness.run import evaluate
 
-tasks, output, kill = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "kill"
+data, output, kill = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "kill"
 answer, batches = VReflection._answer, 0
 
 def count_and_answer(self, batch):
@@ -205,19 +206,22 @@ def count_and_answer(self, batch):
     return answer(self, batch)
 
 VReflection._answer = count_and_answer
-evaluate(None, tasks, output, device="cpu", batch_size=2)
+shrink(MonkeyPatch())
+evaluate(None, ["vstar", "hrbench4k"], output, data, device="cpu", batch_size=2)
 """
 
 
-def test_two_processes_killed_and_resumed_say_what_one_says(tasks, tmp_path):
-    wanted = [tasks["vstar"], tasks["hrbench4k"]]
+def test_two_processes_killed_and_resumed_say_what_one_says(data, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
 
     def run(what):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        arguments = [str(script), json.dumps(wanted), str(tmp_path / "two"), what]
-        environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        arguments = [str(script), str(data), str(tmp_path / "two"), what]
+        environment = os.environ | {
+            "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+            "PYTHONPATH": str(Path(__file__).parent),
+        }
         return subprocess.run(launch + arguments, env=environment, capture_output=True, timeout=100)
 
     assert run("kill").returncode != 0
@@ -232,7 +236,7 @@ def test_two_processes_killed_and_resumed_say_what_one_says(tasks, tmp_path):
     ]
     assert len({(answer["task"], answer["index"]) for answer in answers}) == len(answers) == 11
 
-    evaluate(None, wanted, tmp_path / "one", device="cpu", batch_size=2)
+    evaluate(None, ["vstar", "hrbench4k"], tmp_path / "one", data, device="cpu", batch_size=2)
     reports = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
     assert [report["machine"]["processes"] for report in reports] == [1, 2]
     for name in ("vstar", "hrbench4k"):
