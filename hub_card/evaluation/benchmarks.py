@@ -224,67 +224,34 @@ BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
         Benchmark(
-            name="mmvp",
-            dataset="MMVP/MMVP",
-            revision="37eafecab8a3940c50c2ade5b36de69dbc99a8cf",
-            split="train",
-            counts={"": 300},
-            id_column="Index",
-            read=read_mmvp,
-            complete={"pair": 2},
+            "mmvp", "MMVP/MMVP", "37eafecab8a3940c50c2ade5b36de69dbc99a8cf", "train",
+            counts={"": 300}, id_column="Index", read=read_mmvp, complete={"pair": 2}
         ),
         Benchmark(
-            name="vstar",
-            dataset="craigwu/vstar_bench",
-            revision="d9ae62c903da0c98336e85c5ee89cd863b04b4da",
-            split="test",
-            counts={"": 191},
-            id_column="question_id",
-            read=read_vstar,
+            "vstar", "craigwu/vstar_bench", "d9ae62c903da0c98336e85c5ee89cd863b04b4da", "test",
+            counts={"": 191}, id_column="question_id", read=read_vstar
         ),
         Benchmark(
-            name="blink",
-            dataset="BLINK-Benchmark/BLINK",
-            revision="a3666eb249237ba3d5eca8db21176cc47967e040",
-            split="val",
-            counts=BLINK_COUNTS,
-            id_column="idx",
-            read=read_blink,
-        ),
-        *(
-            Benchmark(
-                name=f"hrbench{size}",
-                dataset="DreamMr/HR-Bench",
-                revision="83b9013d6293b85dc507e87199ca52517536939c",
-                split=f"hrbench_{size}",
-                counts={"": 800},
-                id_column="index",
-                read=read_hrbench,
-                complete={"cycle": 4},
-                config="hrbench_version_split",
-            )
-            for size in ("4k", "8k")
+            "blink", "BLINK-Benchmark/BLINK", "a3666eb249237ba3d5eca8db21176cc47967e040", "val",
+            counts=BLINK_COUNTS, id_column="idx", read=read_blink
         ),
         Benchmark(
-            name="mmerealworld_lite",
-            dataset="yifanzhang114/MME-RealWorld-lite-lmms-eval",
-            revision="f6b0dc81ba4d3c39bd9b4e544578198d365ac084",
-            split="train",
-            counts={"": 1919},
-            id_column="index",
-            read=read_mmerealworld,
+            "hrbench4k", "DreamMr/HR-Bench", "83b9013d6293b85dc507e87199ca52517536939c", "hrbench_4k",
+            counts={"": 800}, id_column="index", read=read_hrbench, complete={"cycle": 4}, config="hrbench_version_split"
         ),
         Benchmark(
-            name="glyphsearch_answers",
-            dataset="GlyphSearch",
-            revision=None,
-            split="test",
-            counts={"": 1000},
-            id_column="index",
-            read=read_glyphsearch,
-            instruction="",
-            scorers=("exact",),
-            rows=lambda: [{"index": index} for index in range(1000)],
+            "hrbench8k", "DreamMr/HR-Bench", "83b9013d6293b85dc507e87199ca52517536939c", "hrbench_8k",
+            counts={"": 800}, id_column="index", read=read_hrbench, complete={"cycle": 4}, config="hrbench_version_split"
+        ),
+        Benchmark(
+            "mmerealworld_lite", "yifanzhang114/MME-RealWorld-lite-lmms-eval",
+            "f6b0dc81ba4d3c39bd9b4e544578198d365ac084", "train",
+            counts={"": 1919}, id_column="index", read=read_mmerealworld
+        ),
+        Benchmark(
+            "glyphsearch_answers", "GlyphSearch", None, "test",
+            counts={"": 1000}, id_column="index", read=read_glyphsearch, instruction="", scorers=("exact",),
+            rows=lambda: [{"index": index} for index in range(1000)]
         ),
     )
-}
+}  # fmt: skip

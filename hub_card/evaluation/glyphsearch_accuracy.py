@@ -13,9 +13,9 @@ from tqdm import tqdm
 from modeling_vreflection import VReflectionProcessor
 
 from ..glyphsearch import GLYPHS, Question, Scene, draw_question, scene_seed
-from ..inference.attention_maps import GREEDY, Reflection, generate_and_look, offered_sources
+from ..inference.attention_maps import GREEDY, Reflection, generate_and_look, offered_sources, recorded_steps
 from ..inference.encoding import encode_prompts, user_turn
-from .interventions import EXCHANGED, INTERVENTIONS, LatentInterventionModel, replace_latents
+from .interventions import EXCHANGED, INTERVENTIONS, LatentInterventionModel, first_latents, replace_latents
 from .statistics import proportion
 
 
@@ -110,29 +110,33 @@ def answer_batch(
         turns = [user_turn([scenes[scene].image], questions[question].text) for scene, question in pairs]
         return encode_prompts(processor, turns, model.device)
 
-    def decode(tokens: torch.Tensor, rows: list[int]) -> dict[int, str]:
-        return dict(zip(rows, (text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True))))
-
-    def answer(inputs: dict, rows: list[int], **options) -> dict[int, str]:
+    def generate(inputs: dict, **options) -> torch.LongTensor:
         sequences = model.generate(**inputs, **GREEDY, **limit, **options)
-        return decode(sequences[:, inputs["input_ids"].shape[1] :], rows)
+        return sequences[:, inputs["input_ids"].shape[1] :]
+
+    def decode(tokens: torch.LongTensor, rows: list[int]) -> dict[int, str]:
+        return dict(zip(rows, (text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True))))
 
     all_rows = list(range(len(drawn)))
     inputs = encode(all_rows, all_rows)
-    with model.recording() as record:
+    with recorded_steps(model) as steps:
         tokens, reflections = generate_and_look(model, inputs, offered_sources(model.config), **options, **limit)
-    answers = {UNCHANGED: decode(tokens, all_rows), WITHOUT_LATENTS: answer(inputs, all_rows, latent_steps=0)}
+    latents = first_latents(steps, tokens, model.config)
+    answers = {UNCHANGED: decode(tokens, all_rows)}
+    answers[WITHOUT_LATENTS] = decode(generate(inputs, latent_steps=0), all_rows)
 
     # Interventions are made among the rows that reflect, so that only latents are exchanged.
-    rows = [row for row in all_rows if reflections[row]]
+    rows = list(latents)
     if rows and interventions:
-        latents, inputs = record.latents[rows], encode(rows, rows)
-        with model.recording() as record:
-            answer(encode(rows[1:] + rows[:1], rows), rows, **options | {"reflect": True})
+        with recorded_steps(model) as steps:
+            tokens = generate(encode(rows[1:] + rows[:1], rows), **options | {"reflect": True})
+        own = torch.stack(list(latents.values()))
+        others = torch.stack(list(first_latents(steps, tokens, model.config).values()))
+        inputs = encode(rows, rows)
         for name in interventions:
-            with model.feeding(replace_latents(name, latents, model, record.latents, generator)):
-                given = answer(inputs, rows, **options)
-            answers[name] = {} if name in EXCHANGED and len(rows) == 1 else given
+            with model.feeding(replace_latents(name, own, model, others, generator)):
+                tokens = generate(inputs, **options)
+            answers[name] = {} if name in EXCHANGED and len(rows) == 1 else decode(tokens, rows)
     return [
         Sample(
             question=question,

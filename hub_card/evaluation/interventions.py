@@ -5,11 +5,12 @@ Symbols in shapes: B rows, S latent steps, D hidden size.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
-from modeling_vreflection import VReflectionForConditionalGeneration
+from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration
+
+from ..inference.attention_maps import RecordedStep, find_reflections
 
 
 # What a reflection's slots are fed instead of the model's own latents.
@@ -24,31 +25,10 @@ INTERVENTIONS = {
 EXCHANGED = ("shuffled", "other_picture")
 
 
-@dataclass
-class LatentRecord:
-    """The latents that were fed in each row's first reflection."""
-
-    latents: torch.Tensor | None = None  # (B, S, D), zero where a row had none
-    steps: torch.Tensor | None = None  # (B,), how many of them there were
-
-
 class LatentInterventionModel(VReflectionForConditionalGeneration):
-    """A V-Reflection model whose latents can be recorded and replaced while it decodes; otherwise the plain one."""
+    """A V-Reflection model whose latents can be replaced while it decodes; otherwise the plain one."""
 
-    _record: LatentRecord | None = None
     _given: torch.Tensor | None = None
-
-    @contextmanager
-    def recording(self) -> Iterator[LatentRecord]:
-        """Fills a `LatentRecord` with what one call of `generate` feeds into slots; no beams.
-
-        Its `latents` (B, S, D) are those of each row's first reflection, zero where there is none.
-        """
-        self._record = LatentRecord()
-        try:
-            yield self._record
-        finally:
-            self._record = None
 
     @contextmanager
     def feeding(self, latents: torch.Tensor) -> Iterator[None]:
@@ -65,27 +45,25 @@ class LatentInterventionModel(VReflectionForConditionalGeneration):
             input_ids, *args, reflection=reflection, global_features=global_features, **kwargs
         )
         state = inputs.get("latent_state")
-        if state is None or (self._record is None and self._given is None):
+        if state is None or self._given is None:
             return inputs
         rows = (input_ids[:, -1] == self.config.latent_token_id).nonzero().flatten()
-        steps = reflection.options.latent_steps
-        step = steps - reflection.left[rows]
-        if self._given is not None:
-            state = state.clone()
-            state[rows, 0] = self._given[rows, step].to(state)
-        if self._record is not None:
-            self._write(rows, step, state, steps)
+        step = reflection.options.latent_steps - reflection.left[rows]
+        state = state.clone()
+        state[rows, 0] = self._given[rows, step].to(state)
         return {**inputs, "latent_state": state}
 
-    def _write(self, rows: torch.Tensor, step: torch.Tensor, state: torch.Tensor, latent_steps: int):
-        record = self._record
-        if record.latents is None:
-            record.latents = state.new_zeros(len(state), latent_steps, state.shape[-1])
-            record.steps = torch.zeros(len(state), dtype=torch.long, device=state.device)
-        first = record.steps[rows] == step  # a second reflection begins anew
-        rows, step = rows[first], step[first]
-        record.latents[rows, step] = state[rows, 0]
-        record.steps[rows] += 1
+
+def first_latents(
+    steps: list[RecordedStep], tokens: torch.LongTensor, config: VReflectionConfig
+) -> dict[int, torch.Tensor]:
+    """By row, the latents (S, D) that were fed in the first complete reflection of its new tokens (B, N)."""
+    latents = {}
+    for row, first, count in find_reflections(tokens, config):
+        if row not in latents:
+            # Step i + 1 is fed what stands at new token i.
+            latents[row] = torch.cat([step.embeds[row] for step in steps[first + 1 : first + 1 + count]])
+    return latents
 
 
 def replace_latents(

@@ -8,9 +8,9 @@ Z_95 = 1.959963984540054
 
 
 def wilson_interval(successes: float, count: int, z: float = Z_95) -> tuple[float, float]:
-    """The Wilson score interval of a proportion; unlike the normal one it holds near 0 and 1, and never leaves [0, 1].
+    """The Wilson score interval of a proportion, at least one trial; unlike the normal one it never leaves [0, 1].
 
-    `z` is the normal quantile of the confidence; `count` must be at least 1.
+    `z` is the normal quantile of the confidence, 95 % by default.
     """
     share = successes / count
     centre = share + z * z / (2 * count)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vreflection_hub_card.evaluation.interventions import INTERVENTIONS, replace_latents
+from vreflection_hub_card.evaluation.interventions import INTERVENTIONS, first_latents, replace_latents
 from vreflection_hub_card.inference.attention_maps import recorded_steps
 
 
@@ -23,29 +23,28 @@ def generate(model, inputs, **options):
     return model.generate(**inputs, **{"reflect": True, "max_new_tokens": 14} | options)
 
 
+def generate_and_record(model, inputs, **options):
+    """The sequences, and the latents that were fed, by row."""
+    with recorded_steps(model) as steps:
+        sequences = generate(model, inputs, **options)
+    return sequences, first_latents(steps, sequences[:, inputs["input_ids"].shape[1] :], model.config)
+
+
 @pytest.mark.parametrize("latent_feedback", ["hidden", "dac"])
-def test_latents_are_recorded_as_they_are_fed(tiny, inputs, latent_feedback):
+def test_fed_back_its_own_latents_change_nothing_and_others_arrive(tiny, inputs, latent_feedback):
     model, _ = tiny
-    with recorded_steps(model) as steps, model.recording() as record:
-        generate(model, inputs, latent_feedback=latent_feedback)
-    assert record.steps.tolist() == [8] * 3
-    # Step 0 is the prompt, step 1 the opening token, then eight slots.
-    fed = torch.cat([step.embeds for step in steps[2:10]], 1)
-    torch.testing.assert_close(record.latents, fed, rtol=0, atol=0)
-
-
-def test_fed_back_its_own_latents_change_nothing_and_others_arrive(tiny, inputs):
-    model, _ = tiny
-    with model.recording() as record:
-        usual = generate(model, inputs)
-    with model.feeding(record.latents):
-        assert torch.equal(generate(model, inputs), usual)
-    others = record.latents.roll(1, 0)
+    usual, latents = generate_and_record(model, inputs, latent_feedback=latent_feedback)
+    latents = torch.stack([latents[row] for row in range(3)])
+    assert latents.shape == (3, 8, model.config.text_config.hidden_size)
+    with model.feeding(latents):
+        assert torch.equal(generate(model, inputs, latent_feedback=latent_feedback), usual)
+    others = latents.roll(1, 0)
     with recorded_steps(model) as steps, model.feeding(others):
-        changed = generate(model, inputs)
+        changed = generate(model, inputs, latent_feedback=latent_feedback)
+    # Step 0 is the prompt, step 1 the opening token, then eight slots.
     assert torch.equal(torch.cat([step.embeds for step in steps[2:10]], 1), others)
     assert not torch.equal(changed, usual)
-    assert torch.equal(generate(model, inputs), usual)
+    assert torch.equal(generate(model, inputs, latent_feedback=latent_feedback), usual)
 
 
 def test_only_rows_in_a_reflection_are_recorded_and_fed(tiny, inputs):
@@ -60,18 +59,17 @@ def test_only_rows_in_a_reflection_are_recorded_and_fed(tiny, inputs):
 
         return {"logits_processor": [processor], "reflect": None}
 
-    with model.recording() as record:
-        usual = generate(model, inputs, **open_in(0, 2))
-    assert record.steps.tolist() == [8, 0, 8] and not record.latents[1].any()
-    with model.feeding(torch.zeros_like(record.latents)):
+    usual, latents = generate_and_record(model, inputs, **open_in(0, 2))
+    assert {row: len(one) for row, one in latents.items()} == {0: 8, 2: 8}
+    with model.feeding(torch.zeros(3, *latents[0].shape)):
         zeroed = generate(model, inputs, **open_in(0, 2))
     assert torch.equal(zeroed[1], usual[1])
 
 
-def test_an_error_ends_them_too(tiny, inputs):
+def test_an_error_ends_the_feeding_too(tiny, inputs):
     model, _ = tiny
     usual = generate(model, inputs)
-    with pytest.raises(ValueError), model.feeding(torch.zeros(3, 8, usual.shape[0])), model.recording():
+    with pytest.raises(ValueError), model.feeding(torch.zeros(3, 8, usual.shape[0])):
         generate(model, inputs, latent_steps=0)
     assert torch.equal(generate(model, inputs), usual)
 
