@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vreflection_hub_card.evaluation.interventions import INTERVENTIONS, first_latents, replace_latents
-from vreflection_hub_card.inference.attention_maps import recorded_steps
+from vreflection_hub_card.inference.attention_maps import RecordedStep, recorded_steps
 
 
 @pytest.fixture
@@ -64,6 +64,16 @@ def test_only_rows_in_a_reflection_are_recorded_and_fed(tiny, inputs):
     with model.feeding(torch.zeros(3, *latents[0].shape)):
         zeroed = generate(model, inputs, **open_in(0, 2))
     assert torch.equal(zeroed[1], usual[1])
+
+
+def test_only_the_first_complete_reflection_counts(tiny):
+    config = tiny[0].config
+    start, slot, end = config.latent_start_token_id, config.latent_token_id, config.latent_end_token_id
+    tokens = torch.tensor([[start, slot, slot, end, 0, start, slot, end], [0, 0, 0, 0, 0, start, slot, slot]])
+    # Step i is fed token i - 1; here each is the number of its step.
+    steps = [RecordedStep(torch.full((2, 1, 4), float(index)), None, None) for index in range(9)]
+    latents = first_latents(steps, tokens, config)
+    assert list(latents) == [0] and latents[0][:, 0].tolist() == [2, 3]
 
 
 def test_an_error_ends_the_feeding_too(tiny, inputs):
