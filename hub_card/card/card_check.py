@@ -8,12 +8,12 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from ..errors import InputError
 from ..evaluation.provenance import sha256
 from ..inference.checkpoints import first_line
-from .checkpoint import ADAPTER_CONFIG
-from .facts import only_drawn, read_training_facts
+from .facts import NO_FACTS, only_drawn, read_training_facts
 
 
 CARD, EVAL_RESULTS = "README.md", ".eval_results"
@@ -23,6 +23,7 @@ PLACEHOLDER = re.compile(
     r"\[?more information needed\]?|\bTODO\b|\bFIXME\b|<!--\s*provide|\{\{ .*? \}\}|\{% .*? %\}", re.IGNORECASE
 )
 MEASURED = re.compile(r"`([^`/\s]+\.safetensors)` \(SHA-256 `([0-9a-f]{64})`\)")
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError)
 
 
 def load_card(folder: Path) -> ModelCard:
@@ -36,7 +37,7 @@ def load_card(folder: Path) -> ModelCard:
         raise InputError(f"{folder}: there is no model card, {CARD}")
     try:
         return ModelCard(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path}: its front matter can't be read ({first_line(error)})") from error
 
 
@@ -52,7 +53,11 @@ def check_card(folder: Path) -> ModelCard:
     """
     folder = Path(folder)
     card = load_card(folder)
-    wrong = [*wrong_front_matter(card, folder), *wrong_text(card), *wrong_results(card, folder)]
+    wrong = wrong_front_matter(card, folder)
+    wrong += [f"the placeholder {found!r}" for found in dict.fromkeys(PLACEHOLDER.findall(str(card)))]
+    if not card.text.strip():
+        wrong.append("no text")
+    wrong += wrong_results(card, folder)
     if wrong:
         raise InputError(f"{folder / CARD}: {'; '.join(wrong)}")
     return card
@@ -60,9 +65,9 @@ def check_card(folder: Path) -> ModelCard:
 
 def wrong_front_matter(card: ModelCard, folder: Path) -> list[str]:
     """What the front matter lacks."""
-    data, facts = card.data, read_training_facts(folder)
+    data, facts = card.data, read_training_facts(folder) or NO_FACTS
     required = list(REQUIRED)
-    if not (facts and facts["from_scratch"]):
+    if not facts["from_scratch"]:
         required += ["base_model", "base_model_relation"]
     if not only_drawn(facts):
         required.append("datasets")
@@ -74,19 +79,11 @@ def wrong_front_matter(card: ModelCard, folder: Path) -> list[str]:
     wrong = [f"the front matter has no {', '.join(missing)}"] if missing else []
     for name in ("base_model", "datasets"):
         values = data.get(name) or []
-        wrong += [f"{name}: {value!r} is no id on the Hub" for value in listed(values) if not is_hub_id(value)]
-    adapter = (folder / ADAPTER_CONFIG).is_file()
-    if data.get("base_model_relation") not in (None, "adapter" if adapter else "finetune"):
-        wrong.append(f"base_model_relation is {data.get('base_model_relation')!r}")
-    return wrong
-
-
-def wrong_text(card: ModelCard) -> list[str]:
-    """What no published card may hold."""
-    content = str(card)
-    wrong = [f"the placeholder {found!r}" for found in dict.fromkeys(PLACEHOLDER.findall(content))]
-    if not card.text.strip():
-        wrong.append("no text")
+        values = values if isinstance(values, list) else [values]
+        wrong += [f"{name}: {value!r} is no id on the Hub" for value in values if not is_hub_id(value)]
+    relation = data.get("base_model_relation")
+    if relation not in (None, "adapter" if (folder / ADAPTER_CONFIG_NAME).is_file() else "finetune"):
+        wrong.append(f"base_model_relation is {relation!r}")
     return wrong
 
 
@@ -95,31 +92,22 @@ def wrong_results(card: ModelCard, folder: Path) -> list[str]:
     wrong = []
     files = sorted((folder / EVAL_RESULTS).glob("*.yaml"))
     for file in files:
+        name = f"{EVAL_RESULTS}/{file.name}"
         try:
             entries = parse_eval_result_entries(yaml.safe_load(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-            wrong.append(f"{EVAL_RESULTS}/{file.name} can't be read ({first_line(error)})")
+        except UNREADABLE as error:
+            wrong.append(f"{name} can't be read ({first_line(error)})")
             continue
-        wrong += [f"{EVAL_RESULTS}/{file.name}: {fault}" for entry in entries for fault in wrong_entry(entry)]
+        wrong += [f"{name}: {e.dataset_id!r} is no id on the Hub" for e in entries if not is_hub_id(e.dataset_id)]
+        wrong += [f"{name}: the value is no number" for e in entries if not is_number(e.value)]
     results = card.data.get("eval_results") or []
-    wrong += [
-        f"a result of {result.dataset_name} is no number" for result in results if not is_number(result.metric_value)
-    ]
+    wrong += [f"a result of {r.dataset_name} is no number" for r in results if not is_number(r.metric_value)]
     measured = dict(MEASURED.findall(card.text))
     if (results or files) and not measured:
         wrong.append("it has results and doesn't say of which weights")
-    weights = {file.name for file in folder.glob("*.safetensors")}
-    if measured and (
-        set(measured) != weights or any(sha256(folder / name) != value for name, value in measured.items())
-    ):
+    if measured and measured != {file.name: sha256(file) for file in folder.glob("*.safetensors")}:
         wrong.append("its results belong to other weights: measure these, and write the card again")
     return wrong
-
-
-def wrong_entry(entry) -> list[str]:
-    """What is wrong with one entry of `.eval_results`."""
-    wrong = [] if is_hub_id(entry.dataset_id) else [f"{entry.dataset_id!r} is no id on the Hub"]
-    return wrong if is_number(entry.value) else [*wrong, "the value is no number"]
 
 
 def is_number(value: Any) -> bool:
@@ -134,8 +122,3 @@ def is_hub_id(value: Any) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def listed(value: Any) -> list:
-    """A value as a list."""
-    return value if isinstance(value, list) else [value]

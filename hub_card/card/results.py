@@ -1,7 +1,7 @@
 """Results for a card: read from the files of `vreflection evaluate`, of these very weights, whole benchmarks only."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,53 +27,51 @@ TABLE_TITLES = {
     "glyphsearch_answers": "GlyphSearch, answers alone",
 }
 SCORED_BY = ("strict", "exact", "authors")
-TASK_TYPE = "image-text-to-text"
 
 
-def read_results(paths: Sequence[Path], hashes: dict[str, str]) -> list[dict[str, Any]]:
-    """Reads result files.
-
-    Args:
-        paths (`Sequence[Path]`): Files of `vreflection evaluate`.
-        hashes (`dict[str, str]`): SHA-256 of each of the checkpoint's weight files, by name.
-
-    Returns:
-        `list[dict]`: The reports.
+def read_results(paths: Sequence[str | Path], hashes: dict[str, str]) -> list[dict[str, Any]]:
+    """Reads files of `vreflection evaluate`; `hashes` are the SHA-256 of the checkpoint's weight files, by name.
 
     Raises:
         InputError: What is no result file; results of other weights, of a part of a benchmark, of an unknown task; the
             same measurement twice.
     """
     reports, seen = [], {}
-    for path in map(Path, paths):
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: can't be read as a result file ({error})") from error
-        missing = [name for name in NEEDED if not isinstance(report, dict) or name not in report]
-        if missing:
-            raise InputError(f"{path}: no result file of `vreflection evaluate`, it has no {missing[0]!r}")
-        if not isinstance(report["model"], dict) or report["model"].get("sha256") != hashes:
-            raise InputError(f"{path}: measured with other weights than these; measure this checkpoint")
-        unknown = [name for name in report["tasks"] if name not in TABLE_TITLES]
-        if unknown or not report["tasks"]:
-            raise InputError(f"{path}: the card can't show the task {unknown[0] if unknown else 'that is missing'}")
-        if report.get("limit") is not None:
-            raise InputError(f"{path}: only {report['limit']} items were asked; a card quotes whole benchmarks")
-        try:
-            for name in report["tasks"]:
-                conditions = (name, *condition(report, name))
-                if conditions in seen:
-                    raise InputError(
-                        f"{path}: {TABLE_TITLES[name]} was measured in the same way in {seen[conditions]}"
-                    )
-                seen[conditions] = path
-            list(model_index([report]))
-            results_text([report])
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: no result file of `vreflection evaluate` ({error!r})") from error
+    for path in paths:
+        report = read_report(Path(path), hashes)
+        for task in report["tasks"]:
+            measured = (task, *condition(report, task))
+            if measured in seen:
+                raise InputError(f"{path}: {TABLE_TITLES[task]} was measured in the same way in {seen[measured]}")
+            seen[measured] = path
         reports.append(report)
     return reports
+
+
+def read_report(path: Path, hashes: dict[str, str]) -> dict[str, Any]:
+    """Reads a result file; raises an `InputError` unless a card can quote all of it."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: can't be read as a result file ({error})") from error
+    missing = [name for name in NEEDED if not isinstance(report, dict) or name not in report]
+    if missing:
+        raise InputError(f"{path}: no result file of `vreflection evaluate`, it has no {missing[0]!r}")
+    if not isinstance(report["model"], dict) or report["model"].get("sha256") != hashes:
+        raise InputError(f"{path}: measured with other weights than these; measure this checkpoint")
+    if report.get("limit") is not None:
+        raise InputError(f"{path}: only {report['limit']} items were asked; a card quotes whole benchmarks")
+    try:
+        unknown = [task for task in report["tasks"] if task not in TABLE_TITLES]
+        if unknown or not report["tasks"]:
+            raise InputError(f"{path}: the card can't show the task {unknown[0] if unknown else 'that is missing'}")
+        for task in report["tasks"]:
+            condition(report, task)
+        model_index([report])
+        results_text([report])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: no result file of `vreflection evaluate` ({error!r})") from error
+    return report
 
 
 def condition(report: dict, task: str) -> tuple:
@@ -88,57 +86,52 @@ def condition(report: dict, task: str) -> tuple:
 def describe_decoding(report: dict) -> str:
     """How a benchmark was decoded, in words."""
     options = report["options"]
-    reflect = {None: "", True: ", `reflect=True`", False: ", `reflect=False`"}[options["reflect"]]
+    reflect = "" if options["reflect"] is None else f", `reflect={options['reflect']}`"
     return f"{options['latent_steps']} latent steps, `{options['latent_feedback']}` fed back{reflect}"
 
 
-def model_index(reports: list[dict]) -> Iterator[EvalResult]:
-    """All results in the form of a card's model-index; shares as fractions of 1."""
+def model_index(reports: list[dict]) -> list[EvalResult]:
+    """All accuracies in the form of a card's model-index; shares as fractions of 1."""
+    results = []
     for report in reports:
-        for name, result in report["tasks"].items():
-            yield from (
-                glyphsearch_index(result) if name == GLYPHSEARCH_TASK else benchmark_index(report, name, result)
-            )
+        for task, result in report["tasks"].items():
+            data, benchmark = result["data"], BENCHMARKS.get(task)
+            if benchmark is None:  # GlyphSearch, which is drawn and not on the Hub
+                dataset, title = GLYPHSEARCH_TASK, f"GlyphSearch ({data['difficulty']})"
+                config, split = data["difficulty"], data["split"]
+            else:
+                dataset, title = benchmark.dataset, TABLE_TITLES[task]
+                config, split = benchmark.config, benchmark.split
+            results += [
+                EvalResult(
+                    task_type="image-text-to-text",
+                    dataset_type=dataset,
+                    dataset_name=title,
+                    dataset_config=config,
+                    dataset_split=split,
+                    dataset_revision=data.get("revision"),
+                    metric_type="accuracy",
+                    metric_name=name,
+                    metric_value=accuracy["share"],
+                )
+                for name, accuracy in named_accuracies(report, task).items()
+                if accuracy["count"]
+            ]
+    return results
 
 
-def glyphsearch_index(result: dict) -> Iterator[EvalResult]:
-    """The accuracies of GlyphSearch, which is drawn and not on the Hub."""
-    data, decoding = result["data"], result["decoding"]
-    found = {
-        f"accuracy, {decoding['latent_steps']} latent steps": result["accuracy"]["overall"],
-        "accuracy without latents": result["without_latents"]["accuracy"]["overall"],
+def named_accuracies(report: dict, task: str) -> dict[str, dict]:
+    """The accuracies over all items of a task, by what was measured."""
+    result = report["tasks"][task]
+    if task != GLYPHSEARCH_TASK:
+        name = "accuracy, scored by `{}`, " + describe_decoding(report)
+        return {name.format(scorer): result[scorer]["accuracy"] for scorer in scorers_of(task)}
+    measured = {
+        f"accuracy, {result['decoding']['latent_steps']} latent steps": result,
+        "accuracy without latents": result["without_latents"],
     }
-    for name, told in result["interventions"].items():
-        found[f"accuracy with {INTERVENTIONS[name]}"] = told["accuracy"]["overall"]
-    for name, proportion in found.items():
-        if proportion["count"]:
-            yield EvalResult(
-                task_type=TASK_TYPE,
-                dataset_type=GLYPHSEARCH_TASK,
-                dataset_name=f"GlyphSearch ({data['difficulty']})",
-                dataset_config=data["difficulty"],
-                dataset_split=data["split"],
-                metric_type="accuracy",
-                metric_name=name,
-                metric_value=proportion["share"],
-            )
-
-
-def benchmark_index(report: dict, name: str, result: dict) -> Iterator[EvalResult]:
-    """The accuracies of a benchmark, by each scorer."""
-    benchmark = BENCHMARKS[name]
-    for scorer in scorers_of(name):
-        yield EvalResult(
-            task_type=TASK_TYPE,
-            dataset_type=benchmark.dataset,
-            dataset_name=TABLE_TITLES[name],
-            dataset_config=benchmark.config,
-            dataset_split=benchmark.split,
-            dataset_revision=result["data"].get("revision"),
-            metric_type="accuracy",
-            metric_name=f"accuracy, scored by `{scorer}`, {describe_decoding(report)}",
-            metric_value=result[scorer]["accuracy"]["share"],
-        )
+    measured |= {f"accuracy with {INTERVENTIONS[name]}": other for name, other in result["interventions"].items()}
+    return {name: one["accuracy"]["overall"] for name, one in measured.items()}
 
 
 def eval_entries(reports: list[dict], checkpoint: Checkpoint) -> dict[str, EvalResultEntry]:
@@ -146,21 +139,19 @@ def eval_entries(reports: list[dict], checkpoint: Checkpoint) -> dict[str, EvalR
 
     The value is the strict accuracy; the notes give the authors' scorer's.
     """
-    own = {"latent_steps": checkpoint.latent_steps, "latent_feedback": checkpoint.latent_feedback, "reflect": None}
+    own = (checkpoint.decoding.latent_steps, checkpoint.decoding.latent_feedback, None)
     entries = {}
     for report in reports:
-        for name, result in report["tasks"].items():
-            if "revision" not in result["data"]:
+        for task, result in report["tasks"].items():
+            if "revision" not in result["data"] or condition(report, task)[:3] != own:
                 continue
-            if any(report["options"][option] != value for option, value in own.items()):
-                continue
-            if name in entries:
+            if task in entries:
                 raise InputError(
-                    f"{TABLE_TITLES[name]} was measured at several picture sizes: give the card one of them"
+                    f"{TABLE_TITLES[task]} was measured at several picture sizes: give the card one of them"
                 )
-            entries[name] = EvalResultEntry(
+            entries[task] = EvalResultEntry(
                 dataset_id=result["data"]["dataset"],
-                task_id=name,
+                task_id=task,
                 value=result["strict"]["accuracy"]["share"],
                 dataset_revision=result["data"]["revision"],
                 date=report["date"],
@@ -183,39 +174,39 @@ def scorers_of(task: str) -> list[str]:
 
 
 def benchmark_table(report: dict) -> str:
-    """A run's benchmarks as a Markdown table."""
+    """A run's benchmarks as a Markdown table, and what is to know about them."""
     lines = [
         f"| {describe_decoding(report)} | items | strict | 95 % interval | authors' scorer | 95 % interval |",
         "|---|---|---|---|---|---|",
     ]
     notes = []
-    for name, result in report["tasks"].items():
-        scorers = scorers_of(name)
-        rows = {TABLE_TITLES[name]: [result[scorer]["accuracy"] for scorer in scorers]}
-        for kind in result[scorers[0]]:
-            if kind in ("accuracy", "unparsed"):
-                continue
-            scores = [result[scorer][kind] for scorer in scorers]
-            if "count" in scores[0]:
-                rows[f"- every item of a {kind}"] = scores
-            else:
-                rows |= {f"- {group}": [score[group] for score in scores] for group in scores[0]}
-        lines += [
-            f"| {title} | {scores[0]['count']:,} | {' | '.join(map(with_interval, scores))} |"
-            + " | |" * (2 - len(scores))
-            for title, scores in rows.items()
-        ]
+    for task, result in report["tasks"].items():
+        scorers = scorers_of(task)
+        for title, scores in table_rows(TABLE_TITLES[task], [result[scorer] for scorer in scorers]).items():
+            empty = " | |" * (2 - len(scores))
+            lines.append(f"| {title} | {scores[0]['count']:,} | {' | '.join(map(with_interval, scores))} |{empty}")
         local = result["data"].get("folder")
         notes.append(
-            f"{TABLE_TITLES[name]}: {percent(result['reflection_rate']['share'])} of the answers hold a reflection, "
+            f"{TABLE_TITLES[task]}: {percent(result['reflection_rate']['share'])} of the answers hold a reflection, "
             f"{result[scorers[0]]['unparsed']} could not be parsed"
             + (f", items from a local folder, {local}" if local is not None else "")
         )
     versions, machine = report["versions"], report["machine"]
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "lmms-eval"))
     where = machine.get("gpu") or machine["processor"]
-    lines += [
-        "",
-        f"{'. '.join(notes)}. Measured by `{report['command']}` on {report['date'][:10]} ({packages}, {where}).",
-    ]
-    return "\n".join(lines)
+    measured = f"Measured by `{report['command']}` on {report['date'][:10]} ({packages}, {where})."
+    return "\n".join([*lines, "", f"{'. '.join(notes)}. {measured}"])
+
+
+def table_rows(title: str, summaries: list[dict]) -> dict[str, list[dict]]:
+    """The proportions of a benchmark's rows, by their titles: all items, then groups; one proportion for each scorer."""
+    rows = {title: [summary["accuracy"] for summary in summaries]}
+    for kind in summaries[0]:
+        if kind in ("accuracy", "unparsed"):
+            continue
+        scores = [summary[kind] for summary in summaries]
+        if "count" in scores[0]:
+            rows[f"- every item of a {kind}"] = scores
+        else:
+            rows |= {f"- {group}": [score[group] for score in scores] for group in scores[0]}
+    return rows

@@ -8,6 +8,7 @@ import accelerate
 import trl
 from huggingface_hub import ModelCard
 
+from modeling_vreflection.generation_vreflection import ReflectionOptions
 from vreflection_hub_card.card import read_training_facts, render_card
 from vreflection_hub_card.card.card_check import is_hub_id
 from vreflection_hub_card.card.checkpoint import Checkpoint, read_weights
@@ -20,6 +21,16 @@ from ..stages import STAGES
 
 # The options of a source that the facts name: they hold no path.
 SOURCE_OPTIONS = ("name", "revision", "split", "weight", "difficulty", "start", "count", "crops", "lists", "scenes")
+OPTIMISER_OPTIONS = (
+    "optim",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
+)
 
 
 class RunOrigin:
@@ -35,15 +46,13 @@ class RunOrigin:
     """
 
     def __init__(self, started_from: str | None, sources: list[dict] | None = None, from_scratch: bool = False):
+        started_from = None if from_scratch else started_from or None
+        self.started_from = started_from and public_name(started_from)
         self.data = [public_source(source) for source in sources or []]
-        self.started_from = None if from_scratch or not started_from else public_name(started_from)
-        local = started_from and Path(started_from).exists()
-        earlier = read_training_facts(Path(started_from)) if local and not from_scratch else None
-        if earlier is None:
-            on_hub = self.started_from is not None and not local and is_hub_id(started_from)
-            base_model = self.started_from if on_hub else None
-            earlier = {"base_model": base_model, "from_scratch": from_scratch, "runs": []}
-        self.earlier = earlier
+        self.earlier = read_training_facts(Path(started_from)) if started_from else None
+        if self.earlier is None:
+            base_model = None if started_from is None or is_local(started_from) else started_from
+            self.earlier = {"base_model": base_model, "from_scratch": from_scratch, "runs": []}
 
     def facts(self, args, **more) -> dict[str, Any]:
         """The content of `training_facts.json`: the earlier runs, and this one; `more` are facts of `run_facts`."""
@@ -51,67 +60,49 @@ class RunOrigin:
         return {**self.earlier, "runs": [*self.earlier["runs"], run]}
 
 
-def public_name(path: str) -> str:
+def is_local(name: str) -> bool:
+    """Whether this is the path of a file or folder, and no Hub id."""
+    return Path(name).exists() or not is_hub_id(name)
+
+
+def public_name(name: str) -> str:
     """A Hub id as it is; of a path its last part."""
-    return Path(path).resolve().name if Path(path).exists() or not is_hub_id(path) else path
+    return Path(name).resolve().name if is_local(name) else name
 
 
 def public_source(source: dict[str, Any]) -> dict[str, Any]:
     """A source of data without a path: a Hub id, or the name of a file or folder."""
     described = {"format": source.get("format", "messages")}
     if described["format"] not in GLYPHSEARCH:
-        path = source["path"]
-        local = Path(path).exists() or not is_hub_id(path)
-        described |= {"local": public_name(path)} if local else {"dataset": path}
+        described["local" if is_local(source["path"]) else "dataset"] = public_name(source["path"])
     return described | {name: source[name] for name in SOURCE_OPTIONS if source.get(name) is not None}
 
 
 def run_facts(
-    args,
-    *,
-    started_from: str | None,
-    data: list[dict],
-    steps: int,
-    max_steps: int,
-    versions: dict[str, str],
-    **more,
+    args, *, started_from: str | None, data: list[dict], steps: int, max_steps: int, versions: dict[str, str], **more
 ) -> dict[str, Any]:
     """One run as `training_facts.json` holds it, see `vreflection_hub_card.card.facts`.
 
-    Args:
-        args (`VReflectionSFTConfig`): The run's options.
-        started_from (`str`, *optional*): What it was loaded from: a Hub id, or a folder's name.
-        data (`list[dict]`): Where the rows came from, see `public_source`.
-        steps (`int`): Steps that were made.
-        max_steps (`int`): Steps that were meant to be made; a warm-up may be a share of them.
-        versions (`dict[str, str]`): Of the packages.
-        more: `tokens`, `machine`, `adapter`, where known.
+    `data` are the sources, see `public_source`; of `max_steps`, which were meant to be made, a warm-up may be a share;
+    `more` is `tokens`, `machine`, `adapter`, where known.
     """
+    stage, options = STAGES[args.stage], args.to_dict()
     batch = {
         "per_device": args.per_device_train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
         "processes": args.world_size,
     }
-    if getattr(args, "sample_packing", False):
+    if options.get("sample_packing"):
         batch |= {"samples_per_pack": args.max_samples_per_pack, "max_length": args.max_length}
-    stage = STAGES[args.stage]
     return {
         "stage": args.stage,
         "title": stage.title,
         "started_from": started_from,
         "data": data,
         "losses": loss_weights(args),
-        "options": {name: getattr(args, name) for name in stage.options},
-        "optimiser": {
-            "optim": str(getattr(args.optim, "value", args.optim)),
-            "learning_rate": args.learning_rate,
-            "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-            "warmup_steps": args.get_warmup_steps(max_steps),
-            "weight_decay": args.weight_decay,
-            "adam_beta1": args.adam_beta1,
-            "adam_beta2": args.adam_beta2,
-            "max_grad_norm": args.max_grad_norm,
-        },
+        "options": {name: options[name] for name in stage.options},
+        "optimiser": {name: options[name] for name in OPTIMISER_OPTIONS}
+        | {"warmup_steps": args.get_warmup_steps(max_steps)},
         "batch": batch,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
         "seed": args.seed,
@@ -147,15 +138,14 @@ def trainer_card(
     folder = Path(trainer.args.output_dir)
     # While it trains the weights lie in checkpoint-*; what lies here may be an earlier run's.
     weights = None if adapter or trainer.is_in_train else read_weights(folder)
-    checkpoint = Checkpoint.from_configs(model.config, model.generation_config, weights=weights, adapter=adapter)
-    datasets = [name for name in [dataset_name] if name is not None and is_hub_id(name) and not Path(name).exists()]
-    tags = [tags] if isinstance(tags, str) else list(tags or [])
+    decoding = ReflectionOptions.resolve(model.config, model.generation_config)
+    tags = [tags] if isinstance(tags, str) else tags or []
     return render_card(
         model_name or public_name(str(folder)),
-        checkpoint,
+        Checkpoint(model.config, decoding, weights, adapter),
         facts,
         base_model=facts["base_model"],
         repo_id=trainer.args.hub_model_id,
-        datasets=datasets,
+        datasets=[] if dataset_name is None or is_local(dataset_name) else [dataset_name],
         tags=[*tags, *trainer._tag_names],
     )
