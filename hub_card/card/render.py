@@ -120,14 +120,9 @@ def render_card(
 ) -> ModelCard:
     """Renders a card; what isn't known is left out. The options are those of [`write_card`], read and checked.
 
-    Args:
-        name (`str`): The model's name, where it has no `repo_id`.
-        checkpoint (`Checkpoint`): What it is.
-        facts (`dict`): How it was trained, see `read_training_facts`, or `NO_FACTS`.
-        reports (`Sequence[dict]`): Results, see `read_results`.
-        hashes (`dict[str, str]`, *optional*): SHA-256 of the weights' files; needed with results.
+    `facts` are those of the training, or `NO_FACTS`. `reports` come from `read_results`; `hashes`, needed with them, are the
+    SHA-256 of the weights' files.
     """
-    reports, drawn = list(reports), only_drawn(facts)
     title = repo_id.rpartition("/")[2] if repo_id else name
     trained_on = [source["dataset"] for source in data_sources(facts) if "dataset" in source]
     # The template knows these fields, too.
@@ -145,10 +140,7 @@ def render_card(
         eval_results=model_index(reports) or None,
         **license_details,
     )
-    example = {"picture": "picture.png", "question": "What does the sign say?", "answer": "stop"}
-    if drawn:
-        _, asked = draw_question("test", EXAMPLE_SEED)  # as `vreflection ask --seed` does
-        example = {"picture": "scene.png", "question": asked.text, "answer": asked.answer}
+    _, asked = draw_question("test", EXAMPLE_SEED)  # as `vreflection ask --seed` does
     tasks = {task for report in reports for task in report["tasks"]}
     return ModelCard.from_template(
         data,
@@ -159,14 +151,14 @@ def render_card(
         facts=facts,
         training=training_table(facts),
         options=options_table(facts),
-        drawn=drawn,
+        drawn=only_drawn(facts),
+        seed=EXAMPLE_SEED,
+        asked=asked,
         results=results_text(reports),
         study=study,
         hashes=hashes,
         glyphsearch=GLYPHSEARCH_TASK in tasks,
         benchmarks=bool(tasks - {GLYPHSEARCH_TASK}),
-        seed=EXAMPLE_SEED,
-        **example,
     )
 
 

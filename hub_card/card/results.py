@@ -15,7 +15,6 @@ from .checkpoint import Checkpoint
 
 
 GLYPHSEARCH_TASK = "glyphsearch"
-NEEDED = ("command", "date", "model", "versions", "machine", "tasks")
 TABLE_TITLES = {
     GLYPHSEARCH_TASK: "GlyphSearch",
     "mmvp": "MMVP",
@@ -54,22 +53,21 @@ def read_report(path: Path, hashes: dict[str, str]) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: can't be read as a result file ({error})") from error
-    missing = [name for name in NEEDED if not isinstance(report, dict) or name not in report]
-    if missing:
-        raise InputError(f"{path}: no result file of `vreflection evaluate`, it has no {missing[0]!r}")
-    if not isinstance(report["model"], dict) or report["model"].get("sha256") != hashes:
-        raise InputError(f"{path}: measured with other weights than these; measure this checkpoint")
-    if report.get("limit") is not None:
-        raise InputError(f"{path}: only {report['limit']} items were asked; a card quotes whole benchmarks")
     try:
+        if not isinstance(report["model"], dict) or report["model"].get("sha256") != hashes:
+            raise InputError(f"{path}: measured with other weights than these; measure this checkpoint")
         unknown = [task for task in report["tasks"] if task not in TABLE_TITLES]
         if unknown or not report["tasks"]:
             raise InputError(f"{path}: the card can't show the task {unknown[0] if unknown else 'that is missing'}")
+        if report.get("limit") is not None:
+            raise InputError(f"{path}: only {report['limit']} items were asked; a card quotes whole benchmarks")
         for task in report["tasks"]:
             condition(report, task)
         model_index([report])
         results_text([report])
-    except (KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise InputError(f"{path}: no result file of `vreflection evaluate`, it has no {error}") from error
+    except (TypeError, AttributeError) as error:
         raise InputError(f"{path}: no result file of `vreflection evaluate` ({error!r})") from error
     return report
 

@@ -9,7 +9,7 @@ import pytest
 import vreflection_training
 from vreflection_hub_card.card.facts import training_table
 from vreflection_training import VReflectionSFTConfig
-from vreflection_training.run.model_card import run_facts
+from vreflection_training.run.model_card import RunOrigin
 from vreflection_training.stages import STAGES
 
 
@@ -40,8 +40,8 @@ def test_one_more_line_of_the_table_is_one_more_stage(path, make_trainer, model,
     assert args.latent_inputs == "bcm"
     with pytest.raises(ValueError, match="In stage path `latent_inputs` must be 'bcm', got 'dac'"):
         settings(tmp_path, stage="path", latent_inputs="dac")
-    facts = run_facts(args, started_from=None, data=[], steps=1, max_steps=1, versions={})
-    assert facts["losses"] == {"L_feat": 1.0, "L_attn": 0.1} and "| a path |" in training_table({"runs": [facts]})
+    facts = RunOrigin(None).facts(args, steps=1, max_steps=1, versions={})
+    assert facts["runs"][0]["losses"] == {"L_feat": 1.0, "L_attn": 0.1} and "| a path |" in training_table(facts)
     model.generation_config.latent_feedback = "hidden"
     trainer = make_trainer(stage="path", max_steps=1, lambda_dac=1.0, lambda_attn=0.1)
     assert trainer.model.generation_config.latent_feedback == "dac"

@@ -36,17 +36,12 @@ OPTIMISER_OPTIONS = (
 class RunOrigin:
     """What a run started from, noted at its start: its output may land in the folder that it was loaded from.
 
-    Args:
-        started_from (`str`, *optional*): The Hub id or folder that the model was loaded from.
-        sources (`list[dict]`, *optional*): What the training data were loaded from, see `load_rows`.
-        from_scratch (`bool`): Whether the model began with random weights.
-
-    Raises:
-        InputError: A folder with damaged training facts.
+    `started_from` is a Hub id or a folder; `sources` are the training data's, see `load_rows`. Raises an `InputError` where
+    the folder has damaged training facts.
     """
 
     def __init__(self, started_from: str | None, sources: list[dict] | None = None, from_scratch: bool = False):
-        started_from = None if from_scratch else started_from or None
+        started_from = started_from or None
         self.started_from = started_from and public_name(started_from)
         self.data = [public_source(source) for source in sources or []]
         self.earlier = read_training_facts(Path(started_from)) if started_from else None
@@ -54,9 +49,36 @@ class RunOrigin:
             base_model = None if started_from is None or is_local(started_from) else started_from
             self.earlier = {"base_model": base_model, "from_scratch": from_scratch, "runs": []}
 
-    def facts(self, args, **more) -> dict[str, Any]:
-        """The content of `training_facts.json`: the earlier runs, and this one; `more` are facts of `run_facts`."""
-        run = run_facts(args, started_from=self.started_from, data=self.data, **more)
+    def facts(self, args, *, steps: int, max_steps: int, versions: dict[str, str], **more) -> dict[str, Any]:
+        """The content of `training_facts.json`: the earlier runs, and this one.
+
+        Of `max_steps`, which were meant to be made, a warm-up may be a share; `more` is `tokens`, `machine`, `adapter`, where
+        known.
+        """
+        stage, options = STAGES[args.stage], args.to_dict()
+        optimiser = {name: options[name] for name in OPTIMISER_OPTIONS}
+        batch = {
+            "per_device": args.per_device_train_batch_size,
+            "accumulation": args.gradient_accumulation_steps,
+            "processes": args.world_size,
+        }
+        if options.get("sample_packing"):
+            batch |= {"samples_per_pack": args.max_samples_per_pack, "max_length": args.max_length}
+        run = {
+            "stage": args.stage,
+            "title": stage.title,
+            "started_from": self.started_from,
+            "data": self.data,
+            "losses": loss_weights(args),
+            "options": {name: options[name] for name in stage.options},
+            "optimiser": optimiser | {"warmup_steps": args.get_warmup_steps(max_steps)},
+            "batch": batch,
+            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+            "seed": args.seed,
+            "steps": steps,
+            **more,
+            "versions": versions,
+        }
         return {**self.earlier, "runs": [*self.earlier["runs"], run]}
 
 
@@ -76,40 +98,6 @@ def public_source(source: dict[str, Any]) -> dict[str, Any]:
     if described["format"] not in GLYPHSEARCH:
         described["local" if is_local(source["path"]) else "dataset"] = public_name(source["path"])
     return described | {name: source[name] for name in SOURCE_OPTIONS if source.get(name) is not None}
-
-
-def run_facts(
-    args, *, started_from: str | None, data: list[dict], steps: int, max_steps: int, versions: dict[str, str], **more
-) -> dict[str, Any]:
-    """One run as `training_facts.json` holds it, see `vreflection_hub_card.card.facts`.
-
-    `data` are the sources, see `public_source`; of `max_steps`, which were meant to be made, a warm-up may be a share;
-    `more` is `tokens`, `machine`, `adapter`, where known.
-    """
-    stage, options = STAGES[args.stage], args.to_dict()
-    batch = {
-        "per_device": args.per_device_train_batch_size,
-        "accumulation": args.gradient_accumulation_steps,
-        "processes": args.world_size,
-    }
-    if options.get("sample_packing"):
-        batch |= {"samples_per_pack": args.max_samples_per_pack, "max_length": args.max_length}
-    return {
-        "stage": args.stage,
-        "title": stage.title,
-        "started_from": started_from,
-        "data": data,
-        "losses": loss_weights(args),
-        "options": {name: options[name] for name in stage.options},
-        "optimiser": {name: options[name] for name in OPTIMISER_OPTIONS}
-        | {"warmup_steps": args.get_warmup_steps(max_steps)},
-        "batch": batch,
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
-        "seed": args.seed,
-        "steps": steps,
-        **more,
-        "versions": versions,
-    }
 
 
 def trainer_facts(trainer) -> dict[str, Any]:

@@ -146,6 +146,10 @@ def test_the_training_is_told(folder, facts):
     ):
         assert expected in told
     assert "GlyphSearch" not in card.text.partition("## Do the latents")[0]
+    assert "fine-tuned without reflections" not in card.text
+    facts["runs"][0]["stage"] = "sft"
+    write_training_facts(folder, facts)
+    assert "fine-tuned without reflections" in load(write_card(folder)).text
 
 
 def test_two_runs_are_two_columns_and_an_option_of_one_is_empty_in_the_other(folder, facts):

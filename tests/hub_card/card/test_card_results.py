@@ -68,6 +68,8 @@ def test_local_items_are_said_to_be_local_and_stay_out_of_eval_results(folder, w
         ({"tasks": {"chess": {}}}, "can't show the task chess"),
         ({"tasks": {}}, "can't show the task that is missing"),
         ({"tasks": {"vstar": {}}}, "no result file"),
+        ({"tasks": 3}, "no result file"),
+        ({"tasks": ["vstar"]}, "no result file"),
         ({"versions": {}}, "no result file"),
     ],
 )
@@ -77,15 +79,6 @@ def test_a_wrong_result_file_is_named(folder, write_result, report, message):
         write_card(folder, results=[path])
     assert str(path) in str(raised.value)
     assert not (folder / "README.md").exists()
-
-
-def test_results_of_changed_weights_are_refused(folder, results):
-    weights = folder / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(InputError, match="measured with other weights than these"):
-        write_card(folder, results=results)
 
 
 def test_the_same_measurement_twice_is_refused(folder, results, write_result):

@@ -14,7 +14,7 @@ from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.inference.checkpoints import EMBEDDED
 from vreflection_training.cli import main_train
 from vreflection_training.recipe import parse
-from vreflection_training.run.model_card import RunOrigin, public_source, run_facts
+from vreflection_training.run.model_card import RunOrigin, public_source
 
 
 SHORT = "--max_steps 2 --per_device_train_batch_size 2 --dataloader_num_workers 0 --use_cpu --logging_steps 1 --report_to none"
@@ -169,10 +169,9 @@ def test_the_embedded_checkpoints_facts_are_its_recipes():
     for name in ("tiny_base", "tiny_stage1", "tiny_stage2"):
         script, _, args = parse([name, "--use_cpu"])
         versions = {"transformers": json.loads((EMBEDDED / "config.json").read_text())["transformers_version"]}
-        data = [public_source(source) for source in script.sources]
-        steps = args.max_steps
-        runs.append(
-            run_facts(args, started_from=started_from, data=data, steps=steps, max_steps=steps, versions=versions)
+        facts = RunOrigin(started_from, script.sources).facts(
+            args, steps=args.max_steps, max_steps=args.max_steps, versions=versions
         )
+        runs += facts["runs"]
         started_from = name
     assert read_training_facts(EMBEDDED) == {"base_model": None, "from_scratch": True, "runs": runs}
