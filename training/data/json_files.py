@@ -1,14 +1,32 @@
 """Reading JSON files row by row: a file of many rows never sits in memory as Python objects."""
 
+import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ijson
 
+from vreflection_hub_card.rows import make_row
 
-CHUNK = 1 << 16
+
+def read_rows(path: str | Path, dataset: str, fill: Callable[[dict, dict], None]) -> Iterator[dict[str, Any]]:
+    """Rows that `fill(row, item)` makes of a file's items; what it can't understand becomes a row with `error`.
+
+    A row's id is the file's name and the number of the item; its data set is the item's, or else `dataset`.
+    """
+    for number, item in enumerate(read_json_rows(path)):
+        row = make_row(f"{Path(path).stem}-{number}", dataset, [], [])
+        try:
+            if isinstance(item, ValueError):
+                raise item
+            if isinstance(item.get("dataset"), str):
+                row["dataset"] = item["dataset"]
+            fill(row, item)
+        except (ValueError, TypeError, LookupError, OSError, ZeroDivisionError) as error:
+            row.update(messages=[], error=str(error) or repr(error))
+        yield row
 
 
 def read_json_rows(path: str | Path) -> Iterator[dict[str, Any] | ValueError]:
@@ -20,13 +38,10 @@ def read_json_rows(path: str | Path) -> Iterator[dict[str, Any] | ValueError]:
         ValueError: A list that breaks off, or holds something else than objects.
     """
     with open(path, encoding="utf-8-sig") as file:
-        start = file.read(CHUNK)
-        while start and not start.strip():
-            start = file.read(CHUNK)
-    if start.lstrip().startswith("["):
-        yield from _read_list(path)
-    else:
-        yield from _read_lines(path)
+        first = file.read(1)
+        while first.isspace():
+            first = file.read(1)
+    return _read_list(path) if first == "[" else _read_lines(path)
 
 
 def _read_lines(path: str | Path) -> Iterator[dict[str, Any] | ValueError]:
@@ -39,16 +54,15 @@ def _read_lines(path: str | Path) -> Iterator[dict[str, Any] | ValueError]:
             except ValueError as error:
                 yield ValueError(f"{path}, line {number} is not JSON: {error}.")
                 continue
-            if isinstance(row, dict):
-                yield row
-            else:
-                yield ValueError(f"{path}, line {number} is not a JSON object, got {row!r}.")
+            if not isinstance(row, dict):
+                row = ValueError(f"{path}, line {number} is not a JSON object, got {row!r}.")
+            yield row
 
 
 def _read_list(path: str | Path) -> Iterator[dict[str, Any]]:
     count = 0
     with open(path, "rb") as file:
-        if file.read(3) != b"\xef\xbb\xbf":  # the byte order mark, which ijson doesn't take
+        if file.read(3) != codecs.BOM_UTF8:  # which ijson doesn't take
             file.seek(0)
         try:
             for row in ijson.items(file, "item", use_float=True):
@@ -57,6 +71,5 @@ def _read_list(path: str | Path) -> Iterator[dict[str, Any]]:
                 yield row
                 count += 1
         except ijson.JSONError as error:
-            raise ValueError(
-                f"{path} is not a complete JSON list: after {count} rows, {str(error).splitlines()[0]}."
-            ) from error
+            message = f"{path} is not a complete JSON list: after {count} rows, {str(error).splitlines()[0]}."
+            raise ValueError(message) from error

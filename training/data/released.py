@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vreflection_hub_card.rows import flatten_boxes, make_bad_row, make_row, reflection_part, text_part
+from vreflection_hub_card.rows import flatten_boxes, reflection_part, text_part
 
 from .image_folders import ImageFolders
-from .json_files import read_json_rows
+from .json_files import read_rows
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -18,7 +18,7 @@ PLACEHOLDERS = {"user": re.compile(r"\n?<image>\n?"), "assistant": re.compile(r"
 
 
 def released_rows(path: str | Path, folders: ImageFolders) -> Iterator[dict[str, Any]]:
-    """Reads the authors' formatted JSON as rows of the project's format.
+    """Reads the authors' formatted JSON, a list or JSON Lines, as rows of the project's format.
 
     ```python
     {"dataset": "flickr30k", "image": ["viscot/flickr30k/2618322793.jpg"],
@@ -29,37 +29,18 @@ def released_rows(path: str | Path, folders: ImageFolders) -> Iterator[dict[str,
 
     Each `<image>` takes the next picture, and each `<lvr>` the next box, which lies in the first picture. A line break
     before or behind `<image>` goes; all else of the text stays as it is, `<answer>` too. `image` may be a string or a list,
-    `bboxes` one box, a list, or nested more deeply.
-
-    Args:
-        path (`str` or `Path`): A JSON list, or JSON Lines.
-        folders (`ImageFolders`): Where the pictures are.
-
-    Yields:
-        `dict`: A row; its id is the file's name and the number of the row. What can't be understood, other numbers of
-        placeholders than of pictures or boxes among it, is a row with `error`.
+    `bboxes` one box, a list, or nested more deeply. Other numbers of placeholders than of pictures or boxes make a bad row.
     """
-    name = Path(path).stem
-    for number, item in enumerate(read_json_rows(path)):
-        row_id, dataset = f"{name}-{number}", name
-        try:
-            if isinstance(item, ValueError):
-                raise item
-            if isinstance(item.get("dataset"), str):
-                dataset = item["dataset"]
-            images = [folders.find(image, item.get("dataset")) for image in _images(item)]
-            messages = _messages(item, len(images))
-        except (ValueError, TypeError) as error:
-            yield make_bad_row(row_id, dataset, error)
-            continue
-        yield make_row(row_id, dataset, images, messages)
+
+    def fill(row: dict[str, Any], item: dict[str, Any]):
+        images = [folders.find(image, item.get("dataset")) for image in _images(item)]
+        row.update(messages=_messages(item, len(images)), images=images)
+
+    return read_rows(path, Path(path).stem, fill)
 
 
 def read_meta(path: str | Path) -> list[dict[str, str]]:
-    """The entries of a meta file, with `ds_name`, `data_path` and `image_folder`; paths are relative to the file.
-
-    Args:
-        path (`str` or `Path`): A JSON list of entries, or a JSON object of them by `ds_name`.
+    """The entries of the authors' meta file, a JSON list or an object of entries by `ds_name`; paths are relative to it.
 
     Raises:
         ValueError: An entry without `data_path` or `image_folder`; a file that holds something else.
@@ -70,19 +51,17 @@ def read_meta(path: str | Path) -> list[dict[str, str]]:
         entries = [{"ds_name": name, **entry} if isinstance(entry, dict) else entry for name, entry in entries.items()]
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: a meta file must be a list of entries, or an object of them, and not empty.")
-    resolved = []
     for number, entry in enumerate(entries):
         for key in ("data_path", "image_folder"):
             if not isinstance(entry.get(key), str):
                 raise ValueError(f"{path}: entry {entry.get('ds_name', number)!r} has no `{key}`.")
-        paths = {key: str(path.parent / entry[key]) for key in ("data_path", "image_folder")}
-        resolved.append({"ds_name": str(entry.get("ds_name", number)), **paths})
-    return resolved
+    return [{key: str(path.parent / entry[key]) for key in ("data_path", "image_folder")} for entry in entries]
 
 
 def _images(item: dict[str, Any]) -> list[str]:
     images = item.get("image")
-    images = [] if images is None else [images] if isinstance(images, str) else images
+    if images is None or isinstance(images, str):
+        return [images] if images is not None else []
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise ValueError(f"`image` must be a path or a list of paths, got {images!r}.")
     return images
@@ -94,24 +73,22 @@ def _messages(item: dict[str, Any], images: int) -> list[dict[str, Any]]:
         raise ValueError(f"`conversations` must be a list of turns, got {turns!r}.")
     boxes = flatten_boxes(item["bboxes"]) if item.get("bboxes") else []
     waiting = iter(boxes)
-    counts = {"user": 0, "assistant": 0}
+    counts = dict.fromkeys(ROLES.values(), 0)
     messages = []
     for turn in turns:
         role, value = ROLES.get(turn.get("from")), turn.get("value")
         if role is None or not isinstance(value, str):
             raise ValueError(f"a turn must have `from` ({', '.join(ROLES)}) and `value`, got {turn!r}.")
-        if role == "system":
-            messages.append({"role": role, "content": [text_part(value)]})
-            continue
-        texts = PLACEHOLDERS[role].split(value)
-        counts[role] += len(texts) - 1
-        content = [text_part(texts[0])] if texts[0] else []
-        for text in texts[1:]:
-            content.append({"type": "image"} if role == "user" else reflection_part(next(waiting, ())))
-            content += [text_part(text)] if text else []
-        messages.append({"role": role, "content": content})
-    for what, found, given in (("<image>", counts["user"], images), ("<lvr>", counts["assistant"], len(boxes))):
+        before, *after = PLACEHOLDERS[role].split(value) if role in PLACEHOLDERS else [value]
+        counts[role] += len(after)
+        content = [text_part(before)]
+        for text in after:
+            content += [{"type": "image"} if role == "user" else reflection_part(next(waiting, ())), text_part(text)]
+        messages.append({"role": role, "content": [part for part in content if part.get("text") != ""]})
+    for placeholder, found, given, what in (
+        ("<image>", counts["user"], images, "images in `image`"),
+        ("<lvr>", counts["assistant"], len(boxes), "boxes in `bboxes`"),
+    ):
         if found != given:
-            key = {"<image>": "images in `image`", "<lvr>": "boxes in `bboxes`"}[what]
-            raise ValueError(f"the conversation holds {what} {found} times, but there are {given} {key}.")
+            raise ValueError(f"the conversation holds {placeholder} {found} times, but there are {given} {what}.")
     return messages

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,32 @@ from datasets import (
 )
 
 from vreflection_hub_card.glyphsearch import glyphsearch_curriculum, glyphsearch_dataset
-from vreflection_hub_card.rows import FEATURES, make_bad_row, normalise_row
+from vreflection_hub_card.rows import FEATURES, normalise_row
 
 from .image_folders import ImageFolders
 from .images import is_url
-from .json_files import read_json_rows
+from .json_files import read_rows
 from .released import read_meta, released_rows
 from .visual_cot import visual_cot_rows
 
 
+def message_rows(path: str, folders: ImageFolders) -> Iterator[dict[str, Any]]:
+    """Reads a file of rows in the project's own format."""
+
+    def fill(row: dict[str, Any], item: dict[str, Any]):
+        row.update(_place_images(normalise_row(item, row["id"], row["dataset"]), folders.root))
+
+    return read_rows(path, Path(path).stem, fill)
+
+
 GLYPHSEARCH = {"glyphsearch": glyphsearch_dataset, "glyphsearch_curriculum": glyphsearch_curriculum}
-SOURCE_FORMATS = ("messages", "visual_cot", "released", "released_meta", *GLYPHSEARCH)
+READERS = {"messages": message_rows, "visual_cot": visual_cot_rows, "released": released_rows}
+SOURCE_FORMATS = (*READERS, "released_meta", *GLYPHSEARCH)
 
 
 @dataclass
 class Source:
-    """One entry of `load_rows`' list, checked: its format, its path and its other options."""
+    """One entry of `load_rows`' list, checked."""
 
     format: str
     path: str | None
@@ -90,37 +100,23 @@ def load_rows(
         raise ValueError(f"Name at least one source of data, as a list of dicts, got {sources!r}.")
     parsed = [_parse(source, number) for number, source in enumerate(sources)]
     weights = [source.get("weight") for source in sources]
-    _check_weights(weights)
-    rows = _mix(parsed, weights, streaming, seed)
-    if streaming and shuffle_buffer is not None:
-        return rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-    return rows
-
-
-def _mix(parsed: list[Source], weights: list[float | None], streaming: bool, seed: int) -> Dataset | IterableDataset:
-    if len(parsed) == 1 and parsed[0].format in GLYPHSEARCH and not streaming:
-        return GLYPHSEARCH[parsed[0].format](**parsed[0].options)
-    loaded = [_load(source, streaming) for source in parsed]
-    if all(weight is None for weight in weights):
-        return _concatenate(loaded)
-    if len(loaded) == 1:
-        return loaded[0]
-    return interleave_datasets(
-        loaded,
-        probabilities=[weight / sum(weights) for weight in weights],
-        seed=seed,
-        stopping_strategy="all_exhausted",
-    )
-
-
-def _check_weights(weights: list[Any]):
-    if all(weight is None for weight in weights):
-        return
-    for number, weight in enumerate(weights):
+    weighted = any(weight is not None for weight in weights)
+    for number, weight in enumerate(weights if weighted else ()):
         if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 < weight < float("inf"):
             raise ValueError(
                 f"Source {number} has `weight` {weight!r}. Give every source a weight above 0, or none of them one."
             )
+    if len(parsed) == 1 and parsed[0].format in GLYPHSEARCH and not streaming:
+        return GLYPHSEARCH[parsed[0].format](**parsed[0].options)
+    loaded = [_load(source, streaming) for source in parsed]
+    if weighted and len(loaded) > 1:
+        shares = [weight / sum(weights) for weight in weights]
+        rows = interleave_datasets(loaded, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+    else:
+        rows = _concatenate(loaded)
+    if streaming and shuffle_buffer is not None:
+        return rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+    return rows
 
 
 def _concatenate(datasets: list[Dataset] | list[IterableDataset]) -> Dataset | IterableDataset:
@@ -160,26 +156,23 @@ def _parse(source: dict[str, Any], number: int) -> Source:
 def _load(source: Source, streaming: bool) -> Dataset | IterableDataset:
     """Loads a source with the columns of `FEATURES`."""
     if source.format in GLYPHSEARCH:
-        return _generate(_glyphsearch_rows, streaming, name=source.format, options=source.options)
+        return _generate(_scene_rows, streaming, (), name=source.format, options=source.options)
     if source.format == "released_meta":
+        entries = read_meta(source.path)
         return _concatenate(
-            [
-                _generate_files(released_rows, [entry["data_path"]], entry["image_folder"], streaming)
-                for entry in read_meta(source.path)
-            ]
+            [_load_files("released", [entry["data_path"]], entry["image_folder"], streaming) for entry in entries]
         )
-    folder = source.image_folder or _folder(source.path)
-    folder = folder and os.path.abspath(folder)  # what is stored must be found from any working folder
-    if source.format == "messages":
-        if _is_json(source.path):
-            return _generate(_message_rows, streaming, files=(os.path.abspath(source.path),), folder=folder)
-        return _load_messages(source, folder, streaming)
     path = Path(source.path)
+    folder = source.image_folder
+    if folder is None and path.exists():
+        folder = path if path.is_dir() else path.parent
+    folder = folder and os.path.abspath(folder)  # what is stored must be found from any working folder
+    if source.format == "messages" and not _is_json(source.path):
+        return _load_messages(source, folder, streaming)
     files = sorted(path.glob("*_cot_train.jsonl")) if path.is_dir() else [path]
     if not files:
         raise FileNotFoundError(f"There are no files *_cot_train.jsonl in {path}.")
-    reader = visual_cot_rows if source.format == "visual_cot" else released_rows
-    return _generate_files(reader, files, folder, streaming)
+    return _load_files(source.format, files, folder, streaming)
 
 
 def _load_messages(source: Source, folder: str | None, streaming: bool) -> Dataset | IterableDataset:
@@ -233,64 +226,43 @@ def _keep_encoded(feature: Any) -> Any:
     return feature
 
 
-def _generate_files(
-    reader: Callable, files: list[str | Path], folder: str, streaming: bool
-) -> Dataset | IterableDataset:
+def _load_files(format: str, files: list[str | Path], folder: str, streaming: bool) -> Dataset | IterableDataset:
+    """Loads what a reader makes of files."""
     folders = ImageFolders(folder)
-    return _generate(
-        _reader_rows,
-        streaming,
-        reader=reader,
-        files=tuple(map(os.path.abspath, files)),
-        folder=folders.root,
-        folder_stamp=folders.stamp(),
-    )
+    stamps = _stamps(files)
+    if format != "messages":  # whose rows say themselves where their pictures are
+        stamps += folders.stamp()
+    files = tuple(map(os.path.abspath, files))
+    return _generate(_file_rows, streaming, stamps, format=format, files=files, folder=folders.root)
 
 
-def _generate(generator: Callable, streaming: bool, **options) -> Dataset | IterableDataset:
-    """A data set of what a generator yields. A stored one is known by its options, its files' state and this code's."""
-    stamps = (*map(_stamp, options.get("files", ())), *_code_stamps())
-    kwargs = {"generator": generator, "options": options, "stamps": stamps}
-    return (IterableDataset if streaming else Dataset).from_generator(_run, features=FEATURES, gen_kwargs=kwargs)
+def _generate(generator: Callable, streaming: bool, stamps: tuple, **options) -> Dataset | IterableDataset:
+    """A data set of what a generator yields; a stored one is known by the options, its files' stamps and this code's."""
+    options["stamps"] = (*stamps, *_code_stamps())
+    return (IterableDataset if streaming else Dataset).from_generator(generator, features=FEATURES, gen_kwargs=options)
 
 
-def _run(generator: Callable, options: dict[str, Any], stamps: tuple) -> Iterator[dict[str, Any]]:
-    yield from generator(**options)
-
-
-def _reader_rows(reader: Callable, files: tuple[str, ...], folder: str, folder_stamp: tuple) -> Iterator[dict]:
+def _file_rows(format: str, files: tuple[str, ...], folder: str, stamps: tuple) -> Iterator[dict[str, Any]]:
     folders = ImageFolders(folder)
     for path in files:
-        yield from reader(path, folders)
+        yield from READERS[format](path, folders)
 
 
-def _message_rows(files: tuple[str, ...], folder: str) -> Iterator[dict[str, Any]]:
-    for path in files:
-        name = Path(path).stem
-        for number, row in enumerate(read_json_rows(path)):
-            if isinstance(row, ValueError):
-                yield make_bad_row(f"{name}-{number}", name, row)
-            else:
-                yield _place_images(normalise_row(row, f"{name}-{number}", name), folder)
-
-
-def _glyphsearch_rows(name: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _scene_rows(name: str, options: dict[str, Any], stamps: tuple) -> Iterator[dict[str, Any]]:
     for row in GLYPHSEARCH[name](**options):
         yield normalise_row(row, row["id"], name)
 
 
 def _place_images(row: dict[str, Any], folder: str | None) -> dict[str, Any]:
     """Makes the relative paths of a row's pictures absolute."""
-    return {**row, "images": [_place_image(image, folder) for image in row["images"]]}
+    return row if folder is None else {**row, "images": [_place_image(image, folder) for image in row["images"]]}
 
 
-def _place_image(image: Any, folder: str | None) -> Any:
-    if folder is None or is_url(image):
-        return image
-    if isinstance(image, str):
+def _place_image(image: Any, folder: str) -> Any:
+    if isinstance(image, str) and not is_url(image):
         return os.path.join(folder, image)
-    if isinstance(image, dict) and image.get("bytes") is None and image.get("path") and not is_url(image["path"]):
-        return {**image, "path": os.path.join(folder, image["path"])}
+    if isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
+        return {**image, "path": _place_image(image["path"], folder)}
     return image
 
 
@@ -298,18 +270,11 @@ def _is_json(path: str) -> bool:
     return path.endswith((".json", ".jsonl"))
 
 
-def _folder(path: str) -> str | None:
-    """The folder that a local path is, or lies in; None for a Hub id."""
-    if not os.path.exists(path):
-        return None
-    return path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
-
-
-def _stamp(path: str | Path) -> tuple[str, int, int]:
-    """A file's name and state: what is stored of an older state isn't used."""
-    state = os.stat(path)
-    return str(path), state.st_size, state.st_mtime_ns
+def _stamps(files: Iterable[str | Path]) -> tuple:
+    """Names and states of files: what is stored of an older state isn't used."""
+    states = [(path, os.stat(path)) for path in files]
+    return tuple((str(path), state.st_size, state.st_mtime_ns) for path, state in states)
 
 
 def _code_stamps() -> tuple:
-    return tuple(map(_stamp, sorted(Path(__file__).parent.glob("*.py"))))
+    return _stamps(sorted(Path(__file__).parent.glob("*.py")))

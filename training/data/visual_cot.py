@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vreflection_hub_card.rows import flatten_boxes, make_bad_row, make_row, reflection_part, text_part
+from vreflection_hub_card.rows import flatten_boxes, reflection_part, text_part
 
 from .image_folders import ImageFolders
 from .images import image_size
-from .json_files import read_json_rows
+from .json_files import read_rows
 
 
 # The request for a box that the list of conversations appends to a question.
@@ -19,7 +19,7 @@ BOX_REQUEST = re.compile(
 
 
 def visual_cot_rows(path: str | Path, folders: ImageFolders) -> Iterator[dict[str, Any]]:
-    """Reads a file of the Visual CoT release as rows of the project's format.
+    """Reads a file of the Visual CoT release, JSON Lines or a JSON list, as rows of the project's format.
 
     Two forms are read. The metadata (`docvqa_cot_train.jsonl`, ...):
 
@@ -42,38 +42,22 @@ def visual_cot_rows(path: str | Path, folders: ImageFolders) -> Iterator[dict[st
     A question with several boxes gets one reflection for each, in the file's order, before the answer. Boxes are divided by
     the `width` and `height` of the file, else by those of the picture. Nothing is clipped: a box that sticks out of its
     picture makes a bad row.
-
-    Args:
-        path (`str` or `Path`): JSON Lines or a JSON list.
-        folders (`ImageFolders`): Where the pictures are.
-
-    Yields:
-        `dict`: A row; its id is the file's name and the number of the row. What can't be understood is a row with `error`.
     """
-    name = Path(path).stem
-    for number, item in enumerate(read_json_rows(path)):
-        row_id = f"{name}-{number}"
-        dataset, image = name.removesuffix("_cot_train"), None
-        try:
-            if isinstance(item, ValueError):
-                raise item
-            if isinstance(item.get("dataset"), str):
-                dataset = item["dataset"]
-            image, question, answer, boxes = (_conversation if "conversations" in item else _metadata)(item)
-            image = folders.find(image, dataset)
-            width, height = item.get("width"), item.get("height")
-            if boxes and not (width and height):
-                width, height = image_size(image)
-            boxes = [[x0 / width, y0 / height, x1 / width, y1 / height] for x0, y0, x1, y1 in boxes]
-        except (ValueError, TypeError, LookupError, OSError, ZeroDivisionError) as error:
-            images = [image] if isinstance(image, str) else []
-            yield make_bad_row(row_id, dataset, error if str(error) else repr(error), images)
-            continue
-        messages = [
+
+    def fill(row: dict[str, Any], item: dict[str, Any]):
+        image, question, answer, boxes = (_conversation if "conversations" in item else _metadata)(item)
+        image = folders.find(image, row["dataset"])
+        row["images"] = [image]
+        width, height = item.get("width"), item.get("height")
+        if boxes and not (width and height):
+            width, height = image_size(image)
+        boxes = [[x0 / width, y0 / height, x1 / width, y1 / height] for x0, y0, x1, y1 in boxes]
+        row["messages"] = [
             {"role": "user", "content": [{"type": "image"}, text_part(question)]},
             {"role": "assistant", "content": [*map(reflection_part, boxes), text_part(answer)]},
         ]
-        yield make_row(row_id, dataset, [image], messages)
+
+    return read_rows(path, Path(path).stem.removesuffix("_cot_train"), fill)
 
 
 def _metadata(item: dict[str, Any]) -> tuple[str, str, str, list[list[float]]]:

@@ -255,7 +255,7 @@ def test_a_meta_files_paths_are_relative_to_it(tmp_path, as_object):
     entries = [{"ds_name": "a", "data_path": "data/a.json", "image_folder": "/pictures", "ds_type": "Q_A"}]
     content = {entry.pop("ds_name"): entry for entry in entries} if as_object else entries
     (tmp_path / "meta.json").write_text(json.dumps(content))
-    expected = {"ds_name": "a", "data_path": str(tmp_path / "data/a.json"), "image_folder": "/pictures"}
+    expected = {"data_path": str(tmp_path / "data/a.json"), "image_folder": "/pictures"}
     assert read_meta(tmp_path / "meta.json") == [expected]
 
 
@@ -267,9 +267,7 @@ def test_a_meta_file_that_is_none_is_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize("indent", [None, 4])
-@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
-def test_lists_and_lines_are_told_apart(tmp_path, monkeypatch, indent, chunk):
-    monkeypatch.setattr("vreflection_training.data.json_files.CHUNK", chunk)
+def test_lists_and_lines_are_told_apart(tmp_path, indent):
     items = [{"text": 'a "quoted" ] } é\n', "n": [number, {"x": None}]} for number in range(9)]
     path = tmp_path / "rows.json"
     path.write_text("\n " + json.dumps(items, indent=indent))
