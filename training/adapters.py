@@ -42,13 +42,7 @@ def complete_peft_config(
     `freeze_vision=False` of the vision encoder. They never go into BCM or DAC, which train whole, nor into a frozen
     vision encoder, though some of their layers have the same names.
 
-    Args:
-        peft_config (`LoraConfig`): What the user asked for. It is not changed.
-        model (`VReflectionForConditionalGeneration`): The base, as it was loaded.
-        args (`VReflectionSFTConfig`): The configuration of the run.
-
-    Returns:
-        `LoraConfig`: The completed copy.
+    Returns a copy; what the user passed is not changed.
 
     Raises:
         TypeError: Another configuration than LoRA's.
@@ -78,22 +72,14 @@ def prepare_adapter(model: PeftModel, args: VReflectionSFTConfig):
     peft trains all of `modules_to_save`: the module that the stage leaves alone is frozen. With mixed precision BCM, DAC
     and the token rows are float32, from the base's exact values, since bfloat16 swallows the small steps of an
     optimiser; trl rounds them to bfloat16 on a quantized base. DeepSpeed keeps float32 copies of its own.
-
-    Args:
-        model (`PeftModel`): The model that `get_peft_model` made of a configuration by [`complete_peft_config`].
-        args (`VReflectionSFTConfig`): The configuration of the run.
     """
     upcast = (args.bf16 or args.fp16) and args.deepspeed_plugin is None
     for name in ("bcm", "dac"):
         held = getattr(model.get_base_model().model, name)
         if isinstance(held, ModulesToSaveWrapper):
             if upcast:
-                held.modules_to_save.float().load_state_dict(
-                    {
-                        f"{model.active_adapter}.{key}": value
-                        for key, value in held.original_module.state_dict().items()
-                    }
-                )
+                exact = held.original_module.state_dict()
+                held.modules_to_save[model.active_adapter].float().load_state_dict(exact)
             held.modules_to_save.requires_grad_(name in STAGES[args.stage].trains)
     for layer in model.modules():
         if isinstance(layer, TrainableTokensLayer) and upcast:
@@ -102,16 +88,7 @@ def prepare_adapter(model: PeftModel, args: VReflectionSFTConfig):
 
 
 def get_quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
-    """trl's `get_quantization_config`, for the language model alone.
-
-    The vision encoder stays as it is, and so do the head, BCM and DAC, of which something trains.
-
-    Args:
-        model_args ([`~trl.ModelConfig`]): trl's options `load_in_4bit`, `load_in_8bit`, `bnb_4bit_*` and `dtype`.
-
-    Returns:
-        `BitsAndBytesConfig`: For `from_pretrained(quantization_config=...)`. `None` without quantization.
-    """
+    """trl's `get_quantization_config`, without the vision encoder, and without the head, BCM and DAC, which train."""
     config = get_stock_quantization_config(model_args)
     if config is not None:
         # Full names: transformers matches them from the start, and "bcm" alone would match nothing.
@@ -162,12 +139,7 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, **kwargs):
     """Merges an adapter into its base and saves a plain V-Reflection checkpoint, which loads without peft.
 
     A base that was quantized in training is loaded unquantized here: the checkpoint is the exact sum, whose outputs
-    differ from the quantized model's by the error of the quantization.
-
-    Args:
-        adapter (`str` or `os.PathLike`): See [`load_adapter`].
-        output_dir (`str` or `os.PathLike`): Folder of the new checkpoint.
-        kwargs: Arguments of [`~PreTrainedModel.from_pretrained`] for the base, such as `dtype`.
+    differ from the quantized model's by the error of the quantization. The arguments are [`load_adapter`]'s.
 
     Raises:
         ValueError: An `output_dir` that is the adapter's or the base's; a base whose own checkpoint is quantized.
@@ -239,8 +211,8 @@ def _complete_modules(config: LoraConfig, names: list[str], args: VReflectionSFT
     """Sets `modules_to_save`."""
     ours = [name for name in ("bcm", "dac") if f"model.{name}" in names]
     trained = STAGES[args.stage].trains
-    closed = [f"model.{name}." for name in ours]
-    closed += [f"model.{name}" for name in ours if name not in trained]
+    # Parts of BCM and DAC never train by themselves, and those of the other stage not at all.
+    closed = [f"model.{name}." if name in trained else f"model.{name}" for name in ours]
     closed += ["model.visual"] if args.freeze_vision else []
     for asked in config.modules_to_save or ():
         for name in _called(asked, names):

@@ -15,26 +15,25 @@ from .script_arguments import VReflectionScriptArguments
 from .sft_config import VReflectionSFTConfig
 
 
-def recipe_parser() -> TrlParser:
-    """The parser of recipes and of the options that override them."""
-    return TrlParser((VReflectionScriptArguments, ModelConfig, VReflectionSFTConfig), prog="vreflection train RECIPE")
-
-
-def with_recipe(arguments: list[str]) -> list[str]:
-    """The parser's arguments: the recipe's file, then the options after its name."""
-    return ["--config", str(find_file(arguments[0], RECIPES, "recipe")), *arguments[1:]]
-
-
-def parse(arguments: list[str]) -> tuple[VReflectionScriptArguments, ModelConfig, VReflectionSFTConfig]:
-    """Reads a recipe and the options after it.
+def read_recipe(arguments: list[str], **kwargs) -> tuple:
+    """What trl's parser makes of a recipe and the options after it.
 
     Raises:
         InputError: No such recipe, a wrong value, settings that contradict each other.
     """
+    parser = TrlParser(
+        (VReflectionScriptArguments, ModelConfig, VReflectionSFTConfig), prog="vreflection train RECIPE"
+    )
+    recipe = find_file(arguments[0], RECIPES, "recipe")
     try:
-        script, model_args, args = recipe_parser().parse_args_and_config(with_recipe(arguments))
+        return parser.parse_args_and_config(["--config", str(recipe), *arguments[1:]], **kwargs)
     except (ValueError, ImportError) as error:
         raise InputError(str(error)) from error
+
+
+def parse(arguments: list[str]) -> tuple[VReflectionScriptArguments, ModelConfig, VReflectionSFTConfig]:
+    """Reads a recipe and the options after it; raises an InputError as [`read_recipe`], or where no run can start."""
+    script, model_args, args = read_recipe(arguments)
     if script.from_scratch == (model_args.model_name_or_path is not None):
         raise InputError("Set either `model_name_or_path` or `from_scratch: true`.")
     launched = int(os.environ.get("WORLD_SIZE", 1))

@@ -8,34 +8,26 @@ from .data.sources import GLYPHSEARCH
 
 @dataclass
 class VReflectionScriptArguments:
-    r"""
-    What `vreflection train` loads and saves, besides the fields of [`~trl.ModelConfig`].
+    """What `vreflection train` loads and saves, besides the fields of [`~trl.ModelConfig`].
 
     Args:
-        from_scratch (`bool`, *optional*, defaults to `False`):
-            Whether to train the untrained tiny model instead of a checkpoint.
-        dataset_name (`str`, *optional*):
-            `"glyphsearch"`, `"glyphsearch_curriculum"`, or a `datasets` id, local folder or file with rows in the
-            project's message format.
-        dataset_options (`dict`, *optional*):
-            Further options of that source, see [`load_rows`](data/sources.py).
-        datasets (`list[dict]`, *optional*):
-            Several sources instead of one, each with `path`, `format`, `image_folder`, `weight`, ….
-        streaming (`bool`, *optional*, defaults to `False`):
-            Whether rows are read as they are needed; `max_steps` must be given then.
-        shuffle_buffer (`int`, *optional*, defaults to 1000):
-            Rows of a stream among which the next one is drawn, unless `train_sampling_strategy` is `"sequential"`.
-        min_pixels (`int`, *optional*):
-            Fewest pixels that a picture is scaled to; written into the processor. The checkpoint's, if left out.
-        max_pixels (`int`, *optional*):
-            Most pixels that a picture is scaled to, likewise.
-        save_dtype (`str`, *optional*):
-            Dtype of the final checkpoint, if another one than in training.
-        latent_feedback (`str`, *optional*):
-            What `generate` feeds back by default, written into generation_config.json: `"hidden"` or `"dac"`. Left out, what
-            the stage writes.
-        model_options (`dict`, *optional*):
-            Fields of `VReflectionConfig` and arguments of `from_pretrained`.
+        from_scratch (`bool`, *optional*, defaults to `False`): Whether to train the untrained tiny model instead of a
+            checkpoint.
+        dataset_name (`str`, *optional*): `"glyphsearch"`, `"glyphsearch_curriculum"`, or a `datasets` id, local folder or
+            file with rows in the project's message format.
+        dataset_options (`dict`, *optional*): Further options of that source, see [`load_rows`](data/sources.py).
+        datasets (`list[dict]`, *optional*): Several sources instead of one, see [`load_rows`](data/sources.py).
+        streaming (`bool`, *optional*, defaults to `False`): Whether rows are read as they are needed; `max_steps` must be
+            given then.
+        shuffle_buffer (`int`, *optional*, defaults to 1000): Rows of a stream among which the next one is drawn, unless
+            `train_sampling_strategy` is `"sequential"`.
+        min_pixels (`int`, *optional*): Fewest pixels that a picture is scaled to; written into the processor. The
+            checkpoint's, if left out.
+        max_pixels (`int`, *optional*): Most pixels that a picture is scaled to, likewise.
+        save_dtype (`str`, *optional*): Dtype of the final checkpoint, if another one than in training.
+        latent_feedback (`str`, *optional*): What `generate` feeds back by default, written into generation_config.json:
+            `"hidden"` or `"dac"`. Left out, what the stage writes.
+        model_options (`dict`, *optional*): Fields of `VReflectionConfig` and arguments of `from_pretrained`.
     """
 
     from_scratch: bool = field(default=False, metadata={"help": "Start from the untrained tiny model."})

@@ -31,23 +31,17 @@ def run(options: argparse.Namespace) -> int:
     arguments = [options.recipe, *options.options]
     if "--accelerate_config" in arguments:
         return launch(arguments)
-    from ..recipe import build_trainer, parse
+
+    from vreflection_hub_card.rows import BadRow
+
+    from ..recipe import build_trainer, parse, train
+    from ..run.checkpoint_folders import CheckpointError
 
     script, model_args, args = parse(arguments)
     try:
         trainer = build_trainer(script, model_args, args)
     except (ValueError, ImportError) as error:  # a model, data set or engine that can't be used
         raise InputError(str(error)) from error
-    return run_trainer(trainer, script)
-
-
-def run_trainer(trainer, script) -> int:
-    """Trains; a failure that the user can act on is one line and exit code 1."""
-    from vreflection_hub_card.rows import BadRow
-
-    from ..recipe import train
-    from ..run.checkpoint_folders import CheckpointError
-
     try:
         finished = train(trainer, script)
     except (BadRow, CheckpointError, FloatingPointError, OSError) as error:
@@ -73,14 +67,9 @@ def launch(arguments: list[str]) -> int:
 
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    from ..recipe import recipe_parser, with_recipe
+    from ..recipe import read_recipe
 
-    try:
-        *_, for_accelerate = recipe_parser().parse_args_and_config(
-            with_recipe(arguments), return_remaining_strings=True, separate_remaining_strings=True
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    *_, for_accelerate = read_recipe(arguments, return_remaining_strings=True, separate_remaining_strings=True)
     own, unknown = [], list(for_accelerate)  # those that the parser left over, in the order in which they came
     for word in arguments:
         unknown.pop(0) if unknown and word == unknown[0] else own.append(word)

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
 
 from datasets import Dataset, IterableDataset
 from tqdm import tqdm
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from modeling_vreflection import VReflectionProcessor
 
 from .histogram import save_histogram, text_histogram
-from .inspection import inspect_and_name, inspect_rows
+from .inspection import Inspection, inspect_row, inspect_rows
 from .packing import pack_samples
 
 
@@ -23,42 +22,23 @@ MOST_NAMED = 10
 
 @dataclass
 class DataReport:
-    """What a data set holds.
+    """What a data set holds, how it was read, and how the run goes through it."""
 
-    Args:
-        rule (`dict`): The rule of packing; its `long_length` and `max_length` hold for single samples, too.
-        packed (`bool`): Whether samples are packed.
-        decoded (`bool`): Whether pictures were read, not only their headers.
-        reflect (`bool`): Whether reflections are trained.
-        batch_size (`int`): Rows, or packs, of a batch.
-        rows (`int`): All rows.
-        datasets (`dict[str, int]`): Rows by the data set that they come from.
-        images (`int`): Pictures of all rows, found or not.
-        missing (`int`): Pictures of which there is no file.
-        bad (`dict[str, int]`): Bad rows by kind; samples that are too long are among them.
-        named (`list[str]`): What is wrong with the first ten bad rows.
-        without_reflection (`int`): Good rows that don't reflect.
-        lengths (`list[int]`): Tokens of each good row.
-        padding (`float`): Share of padding in batches of single samples.
-        packs (`list[int]`): Tokens of each pack.
-        pack_padding (`float`): Share of padding in batches of packs.
-    """
-
-    rule: dict[str, int]
+    rule: dict[str, int]  # of packing; its `long_length` and `max_length` hold for single samples, too
     packed: bool = False
-    decoded: bool = False
+    decoded: bool = False  # whether pictures were read, not only their headers
     reflect: bool = True
-    batch_size: int = 1
+    batch_size: int = 1  # rows, or packs
     rows: int = 0
-    datasets: dict[str, int] = field(default_factory=Counter)
+    datasets: dict[str, int] = field(default_factory=Counter)  # rows of each
     images: int = 0
-    missing: int = 0
-    bad: dict[str, int] = field(default_factory=Counter)
-    named: list[str] = field(default_factory=list)
+    missing: int = 0  # pictures of which there is no file
+    bad: dict[str, int] = field(default_factory=Counter)  # bad rows of each kind
+    named: list[str] = field(default_factory=list)  # what is wrong with the first of them
     without_reflection: int = 0
-    lengths: list[int] = field(default_factory=list)
-    padding: float = 0.0
-    packs: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # tokens of each good row
+    padding: float = 0.0  # share in batches of single samples
+    packs: list[int] = field(default_factory=list)  # tokens of each
     pack_padding: float = 0.0
 
     @property
@@ -76,23 +56,18 @@ class DataReport:
         limits = {"long_sample_length": self.rule["long_length"], "max_length": self.rule["max_length"]}
         save_histogram(self.lengths, path, {name: limit for name, limit in limits.items() if limit is not None})
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Counts a row, as `inspect_and_name` describes it."""
-        number, most = self.rows, self.rule["max_length"]
+    def add(self, row: Inspection) -> None:
+        """Counts a row."""
         self.rows += 1
-        self.datasets[row["dataset"] or "unnamed"] += 1
-        self.images += row["images"]
-        self.missing += row["missing"]
-        kind, problem = row["kind"], row["problem"]
-        if problem is None and most is not None and row["tokens"] > most:
-            name = f"Row {number}" if row["id"] is None else f"Sample {row['id']}"
-            kind, problem = "too long", f"{name}: {row['tokens']:,} tokens, above `max_length` ({most:,})."
-        if problem is not None:
-            self.bad[kind] += 1
-            self.named += [problem][: MOST_NAMED - len(self.named)]
-            return
-        self.without_reflection += row["reflections"] == 0
-        self.lengths.append(row["tokens"])
+        self.datasets[row.dataset or "unnamed"] += 1
+        self.images += row.images
+        self.missing += row.missing
+        if row.problem is None:
+            self.without_reflection += row.reflections == 0
+            self.lengths.append(row.tokens)
+        else:
+            self.bad[row.kind] += 1
+            self.named += [row.problem][: MOST_NAMED - len(self.named)]
 
 
 def report_data(
@@ -107,26 +82,15 @@ def report_data(
     num_proc: int | None = None,
     seed: int | None = None,
 ) -> DataReport:
-    """Goes through all rows, bad ones too, and reports what they hold.
-
-    Args:
-        rows (`Dataset` or `IterableDataset`): The rows.
-        processor (`VReflectionProcessor`): The processor.
-        rule (`dict`): The keyword arguments of [`pack_samples`]; without packing `max_length` may be `None`.
-        packed (`bool`, *optional*, defaults to `False`): Whether the run packs.
-        reflect (`bool`, *optional*, defaults to `True`): Whether reflections are kept.
-        decode (`bool`, *optional*, defaults to `False`): Whether to read every picture, not only its header.
-        batch_size (`int`, *optional*, defaults to 1): Rows, or packs, of a batch.
-        num_proc (`int`, *optional*): Processes.
-        seed (`int`, *optional*): Seed of the order in which samples are packed; as they come, if left out.
-    """
+    """Goes through all rows, bad ones too, and reports what they hold; see [`pack_dataset`] for the arguments."""
     report = DataReport(rule, packed=packed, decoded=decode, reflect=reflect, batch_size=batch_size)
+    options = {"reflect": reflect, "decode": decode, "max_length": rule["max_length"]}
     if isinstance(rows, IterableDataset):
         rows = tqdm(rows, desc="Measuring rows", unit=" rows")
-        found: Iterable[dict] = (inspect_and_name(row, processor, reflect, decode) for row in rows)
+        found: Iterable[Inspection] = (inspect_row(row, processor, **options) for row in rows)
         seed = None
     else:
-        found = inspect_rows(rows, processor, reflect=reflect, decode=decode, num_proc=num_proc)
+        found = (Inspection(**row) for row in inspect_rows(rows, processor, num_proc=num_proc, **options))
     for row in found:
         report.add(row)
     samples = list(report.lengths)
@@ -148,23 +112,11 @@ def padding_share(lengths: list[int], batch_size: int) -> float:
 
 def format_report(report: DataReport) -> str:
     """The report as text for a terminal."""
-    lines = [("rows", f"{report.rows:,}")]
-    if len(report.datasets) > 1:
-        lines += _by_count(report.datasets)
-    how = "read in full" if report.decoded else "by their headers"
-    lines += [
-        ("images found", f"{report.images - report.missing:,} ({how})"),
-        ("images missing", f"{report.missing:,}"),
-        ("bad rows", _count_of(report.bad_rows, report.rows)),
-        *_by_count(report.bad),
-    ]
-    if report.reflect:
-        lines.append(("without reflection", _count_of(report.without_reflection, report.rows)))
-    text = [f"{name:<24}{value}" for name, value in lines]
+    text = _table(_row_lines(report))
     if report.lengths:
-        text += ["", *(f"{name:<24}{value}" for name, value in _length_lines(report))]
+        text += ["", *_table(_length_lines(report))]
         text += ["", *text_histogram(report.lengths)]
-        text += ["", *(f"{name:<24}{value}" for name, value in _padding_lines(report))]
+        text += ["", *_table(_padding_lines(report))]
     if report.named:
         rest = report.bad_rows - len(report.named)
         text += ["", "Bad rows:", *(f"- {problem}" for problem in report.named)]
@@ -172,23 +124,40 @@ def format_report(report: DataReport) -> str:
     return "\n".join(text)
 
 
+def _table(lines: list[tuple[str, str]]) -> list[str]:
+    return [f"{name:<24}{value}" for name, value in lines]
+
+
 def _by_count(counts: dict[str, int]) -> list[tuple[str, str]]:
-    return [
-        (f"  {name}", f"{count:,}") for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    ]
+    by_count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [(f"  {name}", f"{count:,}") for name, count in by_count]
 
 
-def _count_of(count: int, total: int) -> str:
+def _share(count: int, total: int) -> str:
     return f"{count:,} ({100 * count / max(total, 1):.2f} %)"
+
+
+def _row_lines(report: DataReport) -> list[tuple[str, str]]:
+    how = "read in full" if report.decoded else "by their headers"
+    lines = [
+        ("rows", f"{report.rows:,}"),
+        *_by_count(report.datasets if len(report.datasets) > 1 else {}),
+        ("images found", f"{report.images - report.missing:,} ({how})"),
+        ("images missing", f"{report.missing:,}"),
+        ("bad rows", _share(report.bad_rows, report.rows)),
+        *_by_count(report.bad),
+    ]
+    if report.reflect:
+        lines.append(("without reflection", _share(report.without_reflection, report.rows)))
+    return lines
 
 
 def _length_lines(report: DataReport) -> list[tuple[str, str]]:
     lengths, most, long = report.lengths, report.rule["max_length"], report.rule["long_length"]
-    spread = f"mean {mean(lengths):,.0f}, median {median(lengths):,.0f}, longest {max(lengths):,}"
-    count = _count_of(sum(length > long for length in lengths), len(lengths))
+    count = _share(sum(length > long for length in lengths), len(lengths))
     lines = [
         ("tokens", f"{sum(lengths):,}"),
-        ("  of a sample", spread),
+        ("  of a sample", f"mean {mean(lengths):,.0f}, median {median(lengths):,.0f}, longest {max(lengths):,}"),
         ("long samples", f"{count}, above {long:,} tokens"),
     ]
     if most is not None:
@@ -201,13 +170,8 @@ def _padding_lines(report: DataReport) -> list[tuple[str, str]]:
     size, packs = report.batch_size, report.packs
     lines = [("padding, unpacked", f"{100 * report.padding:.1f} % of batches of {size} samples")]
     if packs:
-        samples = len(report.lengths) / len(packs)
-        lines += [
-            ("padding, packed", f"{100 * report.pack_padding:.1f} % of batches of {size} packs"),
-            (
-                "packs",
-                f"{len(packs):,}, of {samples:.2f} samples and {mean(packs):,.0f} tokens; "
-                f"{100 * report.pack_fill:.1f} % full",
-            ),
-        ]
+        samples, tokens = len(report.lengths) / len(packs), mean(packs)
+        fill = f"{100 * report.pack_fill:.1f} % full"
+        lines.append(("padding, packed", f"{100 * report.pack_padding:.1f} % of batches of {size} packs"))
+        lines.append(("packs", f"{len(packs):,}, of {samples:.2f} samples and {tokens:,.0f} tokens; {fill}"))
     return lines

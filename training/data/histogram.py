@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -30,27 +29,19 @@ def text_histogram(lengths: Sequence[int]) -> list[str]:
     ]
 
 
-def save_histogram(lengths: Sequence[int], path: str | Path, limits: dict[str, int] | None = None) -> None:
-    """Writes the histogram as a picture.
-
-    Args:
-        lengths (`Sequence[int]`): Lengths in tokens.
-        path (`str` or `Path`): Where to; the suffix names the format.
-        limits (`dict[str, int]`, *optional*): Lengths to mark, by name; those over twice the longest sample's aren't.
-    """
+def save_histogram(lengths: Sequence[int], path: str | Path, limits: dict[str, int]) -> None:
+    """Writes the histogram as a picture; limits are marked by name, up to twice the longest sample's length."""
     longest = max(lengths, default=0)
-    limits = {name: limit for name, limit in (limits or {}).items() if limit <= 2 * longest}
+    limits = {name: limit for name, limit in limits.items() if limit <= 2 * longest}
     edges = round_edges(longest, 80)
     figure = Figure(figsize=(8, 4), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.hist(lengths, bins=edges, color="#3b6ea5")
     for (name, limit), colour in zip(limits.items(), ("#d9822b", "#b03a3a")):
         axes.axvline(limit, color=colour, linestyle="--", linewidth=1.4, label=f"{name}: {limit:,}")
     if limits:
         axes.legend(frameon=False, fontsize=9, loc="upper right")
-    axes.set_xlim(left=0)
-    axes.set(xlabel=f"tokens of a sample ({edges[1] - edges[0]:,} a bar)", ylabel="samples")
+    axes.set(xlim=(0, None), xlabel=f"tokens of a sample ({edges[1] - edges[0]:,} a bar)", ylabel="samples")
     axes.set_title(f"{len(lengths):,} samples, {sum(lengths):,} tokens", fontsize=11)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:,.0f}")

@@ -26,14 +26,9 @@ ROOTS = ("", "cot_image_data", "cot", "viscot")
 
 
 class ImageFolders:
-    """Finds the pictures of Visual CoT under one folder.
+    """Finds the pictures of Visual CoT under one folder; raises a NotADirectoryError if there is none.
 
-    Args:
-        root (`str` or `Path`): The folder that holds the data sets' folders (or `cot_image_data`, as the archive is packed);
-            for a single data set, the folder with its pictures will do.
-
-    Raises:
-        NotADirectoryError: No such folder.
+    It holds the data sets' folders (or `cot_image_data`, as the archive is packed), or the pictures of a single data set.
     """
 
     def __init__(self, root: str | Path):
@@ -54,10 +49,7 @@ class ImageFolders:
     def find(self, image: str, dataset: str | None = None) -> str:
         """The path of a picture; where there is none, the path that it should have.
 
-        Args:
-            image (`str`): A path as a file gives it: absolute, below the root (`cot/cub/...`, `viscot/docvqa/...`), or
-                below its data set's folder.
-            dataset (`str`, *optional*): The data set's name.
+        A file gives it as absolute, below the root (`cot/cub/...`, `viscot/docvqa/...`), or below its data set's folder.
         """
         as_written = os.path.join(self.root, image)
         if os.path.isabs(image) or os.path.exists(as_written):

@@ -1,5 +1,6 @@
 """Pictures of a row: opened at the resolution that the model sees, and measured from their headers alone."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,20 @@ RowImage = str | Path | dict[str, Any] | Image.Image
 def load_image(image: RowImage, image_processor: Qwen2VLImageProcessor) -> Image.Image:
     """Opens a row's picture and resizes it with `qwen_vl_utils`, within the image processor's pixel limits.
 
-    The image processor needn't resize it again: pass `do_resize=False`.
-
-    Args:
-        image (`str`, `Path`, `dict` or `Image.Image`): What `open_picture` opens. A string that begins with `http://` or
-            `https://` is downloaded.
-        image_processor (`Qwen2VLImageProcessor`): Its `size` holds the limits: `shortest_edge` is the smallest, and
-            `longest_edge` the largest number of pixels.
-
-    Returns:
-        `Image.Image`: The picture, RGB, both sides a multiple of a merged patch.
+    It comes as RGB, both sides a multiple of a merged patch, so that the image processor needn't resize it again: pass
+    `do_resize=False`. A string that begins with `http://` or `https://` is downloaded.
 
     Raises:
         PictureError: A picture that can't be opened; `PictureNotFoundError`, a `FileNotFoundError`, if there is no file.
         ValueError: A picture that is too narrow.
         OSError: A picture that can't be downloaded.
     """
-    picture = open_picture(download_picture(image), image) if is_url(image) else open_picture(image)
+    if is_url(image):
+        response = requests.get(image, timeout=DOWNLOAD_TIMEOUT)
+        response.raise_for_status()
+        picture = open_picture(response.content, image)
+    else:
+        picture = open_picture(image)
     count_image_tokens(*picture.size, image_processor)  # what can't be counted can't be trained on
     return fetch_image(
         {"image": picture, **pixel_limits(image_processor)},
@@ -48,10 +46,10 @@ def image_size(image: RowImage) -> tuple[int, int]:
 
     Raises:
         PictureError: As for `load_image`.
-        ValueError: A URL, which only a download_picture can measure.
+        ValueError: A URL, which only a download can measure.
     """
     if is_url(image):
-        raise ValueError(f"{image}: a picture on the web can't be measured; download_picture it, and give its path.")
+        raise ValueError(f"{image}: a picture on the web can't be measured; download it, and give its path.")
     return picture_size(image)
 
 
@@ -63,27 +61,18 @@ def count_image_tokens(width: int, height: int, image_processor: Qwen2VLImagePro
     """
     side = image_processor.patch_size * image_processor.merge_size
     try:
-        rows, columns = (
-            length // side for length in smart_resize(height, width, side, **pixel_limits(image_processor))
-        )
-        if not rows * columns:
+        resized = smart_resize(height, width, side, **pixel_limits(image_processor))
+        if min(resized) < side:
             raise ValueError(f"not one patch of {side} pixels would be left of its shorter side")
     except ValueError as error:
         raise ValueError(f"A picture of {width} x {height} pixels is too narrow: {error}.") from error
-    return rows * columns
+    return math.prod(resized) // side**2
 
 
 def pixel_limits(image_processor: Qwen2VLImageProcessor) -> dict[str, int]:
     """The image processor's limits, as `qwen_vl_utils` names them."""
     size = image_processor.size
     return {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-
-
-def download_picture(url: str) -> bytes:
-    """What lies at a web address; raises an `OSError` where it can't be had."""
-    response = requests.get(url, timeout=DOWNLOAD_TIMEOUT)
-    response.raise_for_status()
-    return response.content
 
 
 def is_url(image: RowImage) -> bool:

@@ -1,6 +1,6 @@
 """Whether a row is good, and how long it becomes, without a model and without reading its pictures' pixels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -15,34 +15,23 @@ from vreflection_hub_card.rows import BadRow, check_past_reflections, row_images
 from .images import count_image_tokens, image_size, load_image
 
 
-INSPECTION_FEATURES = Features(
-    {
-        **{name: Value("string") for name in ("id", "dataset")},
-        **{name: Value("int64") for name in ("tokens", "images", "missing", "reflections")},
-        **{name: Value("string") for name in ("problem", "kind")},
-    }
-)
-
-
 @dataclass
 class Inspection:
-    """What a row holds; with a `problem` it is a bad one, and `tokens` is 0.
+    """What a row holds; with a `problem` it is a bad one, and `tokens` is 0."""
 
-    Args:
-        tokens (`int`): Length of its rendered conversation, pictures and reflections included.
-        images (`int`): Its pictures.
-        missing (`int`): Pictures of which there is no file.
-        reflections (`int`): Its reflections; those of past turns aren't rendered and don't count.
-        problem (`str`, *optional*): What is wrong with it.
-        kind (`str`, *optional*): What kind of problem that is.
-    """
-
-    tokens: int = 0
+    id: str | None
+    dataset: str | None
+    tokens: int = 0  # of its rendered conversation, pictures and reflections included
     images: int = 0
-    missing: int = 0
-    reflections: int = 0
+    missing: int = 0  # pictures of which there is no file
+    reflections: int = 0  # those of past turns aren't rendered and don't count
     problem: str | None = None
-    kind: str | None = None
+    kind: str | None = None  # of the problem
+
+
+INSPECTION_FEATURES = Features(
+    {field.name: Value("int64" if field.type is int else "string") for field in fields(Inspection)}
+)
 
 
 def read_messages(row: dict[str, Any], reflect: bool = True) -> list[dict[str, Any]]:
@@ -86,36 +75,49 @@ def check_messages(messages: list[dict[str, Any]], name: str, row: dict[str, Any
 
 
 def inspect_row(
-    row: dict[str, Any], processor: VReflectionProcessor, reflect: bool = True, decode: bool = False
+    row: dict[str, Any],
+    processor: VReflectionProcessor,
+    *,
+    reflect: bool = True,
+    decode: bool = False,
+    stop: bool = False,
+    max_length: int | None = None,
 ) -> Inspection:
-    """Looks at a row, as [`VReflectionDataCollator`] would make it; of a picture only the header is read.
+    """Looks at a row as [`VReflectionDataCollator`] would make it: with `decode`, at its pictures' pixels, too.
 
-    Args:
-        row (`dict`): The row.
-        processor (`VReflectionProcessor`): The processor.
-        reflect (`bool`, *optional*, defaults to `True`): Whether reflections are kept; plain fine-tuning drops them.
-        decode (`bool`, *optional*, defaults to `False`): Whether to read the pictures as training does.
+    Raises:
+        BadRow: With `stop`, what is wrong with the row.
     """
-    found = Inspection()
+    name = row_name(row)
+    found = Inspection(None if row.get("id") is None else str(row["id"]), row.get("dataset"))
     try:
         messages = read_messages(row, reflect)
-        image_tokens = _image_tokens(pictures(messages), found, processor.image_processor, decode, row_name(row))
-        found.reflections = check_messages(messages, row_name(row), row)
+        image_tokens = _image_tokens(pictures(messages), found, processor.image_processor, decode, name)
+        found.reflections = check_messages(messages, name, row)
         text = processor.apply_chat_template(messages, tokenize=False)
         places = text.count(processor.image_token)
         if places != found.images:
             raise BadRow(
-                f"{row_name(row)}: the rendered text holds {processor.image_token} {places} times, but there are "
+                f"{name}: the rendered text holds {processor.image_token} {places} times, but there are "
                 f"{found.images} images.",
                 "images and places",
             )
         # A place is one token, which becomes as many as its picture has.
-        found.tokens = len(processor.tokenizer(text)["input_ids"]) - places + image_tokens
+        tokens = len(processor.tokenizer(text)["input_ids"]) - places + image_tokens
+        if max_length is not None and tokens > max_length:
+            raise BadRow(
+                f"{name} has {tokens} tokens, above `max_length` ({max_length}). Nothing is cut: raise the limit, shrink "
+                "the pictures, or drop the sample.",
+                "too long",
+            )
+        found.tokens = tokens
     except BadRow as error:
+        if stop:
+            raise
         found.problem, found.kind = str(error), error.kind
         if row.get("error") is not None:  # maybe its picture is missing
             try:
-                _image_tokens(row_images(row), found, processor.image_processor, False, row_name(row))
+                _image_tokens(row_images(row), found, processor.image_processor, False, name)
             except BadRow:
                 found.kind = "missing picture" if found.missing else found.kind
     return found
@@ -140,41 +142,16 @@ def _image_tokens(images: list[Any], found: Inspection, image_processor, decode:
     return tokens
 
 
-def measure_row(row: dict[str, Any], processor: VReflectionProcessor, reflect: bool = True) -> Inspection:
-    """[`inspect_row`], for good rows.
-
-    Raises:
-        BadRow: What is wrong with the row, see [`Inspection`].
-    """
-    found = inspect_row(row, processor, reflect)
-    if found.problem is not None:
-        raise BadRow(found.problem, found.kind)
-    return found
-
-
 def inspect_rows(
-    dataset: Dataset,
-    processor: VReflectionProcessor,
-    *,
-    reflect: bool = True,
-    decode: bool = False,
-    stop: bool = False,
-    num_proc: int | None = None,
+    dataset: Dataset, processor: VReflectionProcessor, *, num_proc: int | None = None, **options
 ) -> Dataset:
-    """Looks at all rows of a data set, with a progress bar, in `num_proc` processes; see [`inspect_row`].
-
-    Returns:
-        `Dataset`: For each row its `id`, its `dataset`, and the fields of an [`Inspection`].
-
-    Raises:
-        BadRow: With `stop`, what is wrong with the first bad row.
-    """
+    """The [`Inspection`] of each row as a data set's row, with a progress bar; the options are [`inspect_row`]'s."""
     inspected = dataset.map(
-        partial(inspect_and_name, processor=processor, reflect=reflect, decode=decode, stop=stop),
+        partial(_inspection, processor=processor, **options),
         remove_columns=dataset.column_names,
         features=INSPECTION_FEATURES,
         num_proc=num_proc,
-        desc="Reading pictures" if decode else "Measuring rows",
+        desc="Reading pictures" if options.get("decode") else "Measuring rows",
         # Never from the cache, by a fingerprint that is always new: pictures come and go without the rows changing.
         keep_in_memory=True,
         new_fingerprint=uuid4().hex,
@@ -182,11 +159,5 @@ def inspect_rows(
     return inspected.with_format(None)
 
 
-def inspect_and_name(
-    row: dict[str, Any], processor: VReflectionProcessor, reflect: bool, decode: bool, stop: bool = False
-) -> dict[str, Any]:
-    """What a row holds, and which row it is."""
-    found = inspect_row(row, processor, reflect, decode)
-    if stop and found.problem is not None:
-        raise BadRow(found.problem, found.kind)
-    return {"id": None if row.get("id") is None else str(row["id"]), "dataset": row.get("dataset"), **vars(found)}
+def _inspection(row: dict[str, Any], processor: VReflectionProcessor, **options) -> dict[str, Any]:
+    return vars(inspect_row(row, processor, **options))

@@ -2,7 +2,9 @@
 
 import random
 from bisect import bisect_right, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -11,9 +13,9 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 
 from modeling_vreflection import VReflectionProcessor
-from vreflection_hub_card.rows import BadRow, row_name
+from vreflection_hub_card.rows import BadRow
 
-from .inspection import inspect_rows, measure_row
+from .inspection import Inspection, inspect_row, inspect_rows
 
 
 T = TypeVar("T")
@@ -76,17 +78,12 @@ def pack_samples(
         yield next_pack()
 
 
+@dataclass(eq=False)
 class PackedDataset(torch.utils.data.Dataset):
-    """Packs of rows that can be asked for by number; an item is a list of rows.
+    """Packs of rows that can be asked for by number; an item is a list of rows."""
 
-    Args:
-        rows (`Dataset`): The rows.
-        packs (`list[list[int]]`): Numbers of the rows of each pack.
-    """
-
-    def __init__(self, rows: Dataset, packs: list[list[int]]):
-        self.rows = rows
-        self.packs = packs
+    rows: Dataset
+    packs: list[list[int]]
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -95,50 +92,19 @@ class PackedDataset(torch.utils.data.Dataset):
         return [self.rows[number] for number in self.packs[index]]
 
 
+@dataclass(eq=False)
 class PackedIterableDataset(torch.utils.data.IterableDataset):
-    """Packs of a stream; an item is a list of rows. Every process measures the whole stream, and collates its own packs.
+    """Packs of a stream; an item is a list of rows. Every process measures the whole stream, and collates its own packs."""
 
-    Args:
-        rows (`IterableDataset`): The rows.
-        processor (`VReflectionProcessor`): Measures them.
-        reflect (`bool`): Whether reflections are kept.
-        on_bad_row (`str`): `"error"`; or `"skip"`, which leaves a bad row to the collator, to name it.
-        rule (`dict`): The keyword arguments of `pack_samples`.
-    """
-
-    def __init__(
-        self, rows: IterableDataset, processor: VReflectionProcessor, reflect: bool, on_bad_row: str, rule: dict
-    ):
-        self.rows = rows
-        self.processor = processor
-        self.reflect = reflect
-        self.on_bad_row = on_bad_row
-        self.rule = rule
+    rows: IterableDataset
+    inspect: Callable[[dict[str, Any]], Inspection]
+    rule: dict[str, int]
 
     def set_epoch(self, epoch: int):
         self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        return pack_samples(((row, self._length(row)) for row in self.rows), **self.rule)
-
-    def _length(self, row: dict[str, Any]) -> int:
-        try:
-            length = measure_row(row, self.processor, reflect=self.reflect).tokens
-            if length > self.rule["max_length"]:
-                raise BadRow(too_long_message(row, length, self.rule["max_length"]))
-        except BadRow:
-            if self.on_bad_row == "error":
-                raise
-            return 0
-        return length
-
-
-def too_long_message(row: dict[str, Any], length: int, max_length: int) -> str:
-    """What is wrong with a sample that is longer than a pack."""
-    return (
-        f"{row_name(row)} has {length} tokens, above `max_length` ({max_length}), the length of a pack. Nothing is "
-        "cut: raise the limit, shrink the pictures, or drop the sample."
-    )
+        return pack_samples(((row, self.inspect(row).tokens) for row in self.rows), **self.rule)
 
 
 def pack_dataset(
@@ -151,44 +117,26 @@ def pack_dataset(
     num_proc: int | None = None,
     seed: int | None = None,
 ) -> tuple[PackedDataset | PackedIterableDataset, list[str]]:
-    """Packs a data set.
+    """Packs a data set by a rule, the keyword arguments of [`pack_samples`]; returns what is wrong with skipped rows, too.
 
     Rows that can be asked for by number are all measured first, from the headers of their pictures, and packed once, in
-    an order that depends on the seed alone; the trainer shuffles packs.
-
-    Args:
-        rows (`Dataset` or `IterableDataset`): The rows.
-        processor (`VReflectionProcessor`): Measures them.
-        rule (`dict`): The keyword arguments of [`pack_samples`].
-        reflect (`bool`, *optional*, defaults to `True`): Whether reflections are kept.
-        on_bad_row (`str`, *optional*, defaults to `"error"`): `"error"` raises at a bad row, `"skip"` leaves it out.
-        num_proc (`int`, *optional*): Processes to measure with.
-        seed (`int`, *optional*): Seed of the order in which samples are packed; as they come, if left out.
-
-    Returns:
-        `tuple`: The packs, and what is wrong with each row that was skipped.
+    an order that depends on the seed alone (without one, as they come); the trainer shuffles packs. With
+    `on_bad_row="skip"` bad rows are left out, those of a stream by the collator.
 
     Raises:
         BadRow: With `on_bad_row="error"`, a row that can't be read or doesn't fit a pack; no row that can be trained on.
     """
+    options = {"reflect": reflect, "stop": on_bad_row == "error", "max_length": rule["max_length"]}
     if isinstance(rows, IterableDataset):
-        return PackedIterableDataset(rows, processor, reflect, on_bad_row, rule), []
+        return PackedIterableDataset(rows, partial(inspect_row, processor=processor, **options), rule), []
     # One process measures: a file that only one of them fails to read would give them different packs.
     measured = [None]
     if PartialState().is_main_process:
-        found = inspect_rows(rows, processor, reflect=reflect, stop=on_bad_row == "error", num_proc=num_proc)
+        found = inspect_rows(rows, processor, num_proc=num_proc, **options)
         measured = [(found["tokens"][:], found["problem"][:])]
-    samples, skipped, too_long = [], [], []
-    for number, (length, problem) in enumerate(zip(*broadcast_object_list(measured)[0])):
-        if problem is not None:
-            skipped.append(problem)
-        elif length > rule["max_length"]:
-            too_long.append(too_long_message(rows[number], length, rule["max_length"]))
-        else:
-            samples.append((number, length))
-    if too_long and on_bad_row == "error":
-        raise BadRow(too_long[0])
-    skipped += too_long
+    lengths, problems = broadcast_object_list(measured)[0]
+    samples = [(number, length) for number, length in enumerate(lengths) if problems[number] is None]
+    skipped = [problem for problem in problems if problem is not None]
     if not samples:
         raise BadRow(f"Of {len(rows)} rows none can be trained on. The first: {' '.join(skipped[:1])}")
     if seed is not None:

@@ -8,7 +8,7 @@ from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_hub_card.rows import make_bad_row
 from vreflection_training.data.data_report import DataReport, format_report, padding_share, report_data
 from vreflection_training.data.histogram import round_edges, text_histogram
-from vreflection_training.data.inspection import measure_row
+from vreflection_training.data.inspection import inspect_row
 
 
 RULE = {"max_length": None, "max_samples": 4, "long_length": 4096, "lookahead": 256}
@@ -50,7 +50,7 @@ def test_everything_is_counted_and_no_bad_row_stops_it(processor, rows, streamin
         "Sample r11",
     ]
     assert report.without_reflection == 1
-    assert report.lengths == [measure_row(row, processor).tokens for row in rows[:8]]
+    assert report.lengths == [inspect_row(row, processor).tokens for row in rows[:8]]
     text = format_report(report)
     for line in (
         "rows 12",
@@ -72,13 +72,13 @@ def test_decoding_finds_what_a_header_hides(processor, rows):
 
 
 def test_samples_longer_than_the_limit_are_bad_rows(processor, rows):
-    lengths = [measure_row(row, processor).tokens for row in rows[:6]]
+    lengths = [inspect_row(row, processor).tokens for row in rows[:6]]
     limit = sorted(lengths)[3]
     rule = {**RULE, "max_length": limit, "long_length": min(lengths)}
     report = report_data(Dataset.from_list(rows[:6]), processor, rule)
     assert report.bad_rows == report.bad["too long"] == 2
     assert sorted(report.lengths) == sorted(lengths)[:4]
-    assert report.named[0].startswith(f"Sample r4: {lengths[4]} tokens, above `max_length`")
+    assert report.named[0].startswith(f"Sample r4 has {lengths[4]} tokens, above `max_length`")
     text = " ".join(format_report(report).split())
     assert f"long samples 3 (75.00 %), above {min(lengths)} tokens" in text
     assert f"longer than max_length 2, above {limit} tokens" in text
@@ -91,7 +91,7 @@ def test_pack_fill_and_padding_add_up(processor, rows, streaming):
     dataset = Dataset.from_list(good)
     dataset = dataset.to_iterable_dataset() if streaming else dataset
     report = report_data(dataset, processor, rule, packed=True, batch_size=3)
-    total = sum(measure_row(row, processor).tokens for row in good)
+    total = sum(inspect_row(row, processor).tokens for row in good)
     assert sum(report.packs) == total == sum(report.lengths)
     assert max(report.packs) <= 300
     assert math.ceil(40 / 3) <= len(report.packs) < 40
@@ -112,7 +112,7 @@ def test_the_packs_are_those_that_training_makes(processor, rows):
     rule = {**RULE, "max_length": 300}
     packs, _ = pack_dataset(dataset, processor, rule, seed=3)
     report = report_data(dataset, processor, rule, packed=True, seed=3)
-    lengths = [measure_row(row, processor).tokens for row in dataset]
+    lengths = [inspect_row(row, processor).tokens for row in dataset]
     assert report.packs == [sum(lengths[number] for number in pack) for pack in packs.packs]
 
 

@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 from datasets import Dataset, Image, List, load_from_disk
@@ -7,8 +8,11 @@ from PIL import Image as Picture
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_hub_card.rows import BadRow
 from vreflection_training import VReflectionDataCollator
-from vreflection_training.data.inspection import inspect_rows, measure_row
+from vreflection_training.data.inspection import inspect_row, inspect_rows
 from vreflection_training.data.sources import load_rows
+
+
+measure_row = partial(inspect_row, stop=True)
 
 
 def picture(width=84, height=56):
@@ -75,19 +79,19 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 def check_agreement(row, processor, collate, reflect=True):
-    measured = measure_row(row, processor, reflect)
+    measured = measure_row(row, processor, reflect=reflect)
     batch = collate([copy.deepcopy(row)], reflect)
     assert measured.tokens == batch["input_ids"].shape[1]
     assert measured.images == len(batch.get("image_grid_thw", ()))
     assert measured.reflections == len(batch.get("boxes", ()))
-    return measured
+    return measured.tokens, measured.images, measured.reflections
 
 
 @pytest.mark.parametrize("name", GOOD)
 @pytest.mark.parametrize("reflect", [True, False])
 def test_a_measured_row_is_as_long_as_the_collators(processor, collate, name, reflect):
-    measured = check_agreement(GOOD[name], processor, collate, reflect)
-    assert measured.reflections == (REFLECTIONS.get(name, 0) if reflect else 0)
+    *_, reflections = check_agreement(GOOD[name], processor, collate, reflect)
+    assert reflections == (REFLECTIONS.get(name, 0) if reflect else 0)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -113,7 +117,7 @@ def test_rows_from_arrow_with_none_in_every_part_count_the_same(processor, colla
     dataset = Dataset.from_list(rows)
     assert dataset.features["images"] == List(Image())
     assert "box" in dataset[0]["messages"][0]["content"][0]  # None, in an image's part
-    expected = [measure_row(row, processor) for row in rows]
+    expected = [check_agreement(row, processor, collate) for row in rows]
     assert [check_agreement(row, processor, collate) for row in dataset] == expected
     dataset.to_parquet(str(tmp_path / "rows.parquet"))  # with the pictures in it
     for streaming in (False, True):
@@ -188,7 +192,7 @@ def test_what_is_bad_for_the_measure_is_bad_for_the_collator(collate, name):
 
 def test_boxes_that_are_dropped_may_be_bad(processor, collate):
     row = make_bad({"box": [3, 4, 50, 60]})
-    assert check_agreement(row, processor, collate, reflect=False).reflections == 0
+    assert check_agreement(row, processor, collate, reflect=False)[-1] == 0
 
 
 def save_rows(tmp_path, count=12):
@@ -248,4 +252,4 @@ def test_a_reflection_before_the_last_question_is_bad(processor, collate):
             BadRow, match="Sample seven: 1 of its reflections belong to turns before the last question"
         ):
             check()
-    assert check_agreement(row, processor, collate, reflect=False).reflections == 0
+    assert check_agreement(row, processor, collate, reflect=False)[-1] == 0
