@@ -5,6 +5,7 @@ from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -48,19 +49,17 @@ def pack_samples(
     Raises:
         ValueError: A sample longer than a pack.
     """
-    waiting: dict[int, tuple[T, int]] = {}  # by arrival
-    lengths: list[tuple[int, int]] = []  # (length, -arrival), ascending: of equal lengths the older one is the last
-
-    def take(length: int, arrival: int) -> T:
-        lengths.pop(bisect_right(lengths, (length, -arrival)) - 1)
-        return waiting.pop(arrival)[0]
+    waiting: list[
+        tuple[int, int, T]
+    ] = []  # (length, -arrival, sample), ascending: of equal lengths the oldest is last
 
     def next_pack() -> list[T]:
-        arrival, (_, length) = next(iter(waiting.items()))
-        pack, room = [take(length, arrival)], max_length - length
-        while len(pack) < max_samples and (fits := bisect_right(lengths, (room, 1))):
-            length, arrival = lengths[fits - 1]
-            pack.append(take(length, -arrival))
+        oldest = max(range(len(waiting)), key=lambda place: waiting[place][1])
+        length, _, sample = waiting.pop(oldest)
+        pack, room = [sample], max_length - length
+        while len(pack) < max_samples and (fits := bisect_right(waiting, room, key=itemgetter(0))):
+            length, _, sample = waiting.pop(fits - 1)
+            pack.append(sample)
             room -= length
         return pack
 
@@ -70,8 +69,7 @@ def pack_samples(
         if length > long_length or length == 0:
             yield [sample]
             continue
-        waiting[arrival] = sample, length
-        insort(lengths, (length, -arrival))
+        insort(waiting, (length, -arrival, sample))
         if len(waiting) == lookahead:
             yield next_pack()
     while waiting:
