@@ -2,6 +2,8 @@
 
 import argparse
 
+from vreflection_hub_card.errors import InputError
+
 from ..recipe_files import RECIPES, find_file, shipped
 
 
@@ -27,8 +29,6 @@ def run(options: argparse.Namespace) -> int:
     own.add_argument("--decode", action="store_true", help="read the pixels of every picture, not only its header")
     own.add_argument("--histogram", metavar="FILE", help="draw the lengths")
     known, arguments = own.parse_known_args(options.options)
-
-    from vreflection_hub_card.errors import InputError
 
     from ..data.data_report import format_report, report_data
     from ..data.sources import load_rows

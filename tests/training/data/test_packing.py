@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from PIL import Image
 
 from vreflection_hub_card.rows import BadRow
@@ -241,3 +241,14 @@ def test_rows_that_are_bad_or_too_long_stop_or_are_left_out(processor, tmp_path,
     assert packs.packs == [[0, 1], [2]] and [data["id"] for data in packs[0]] == ["good 0", "good 1"]
     assert [message.split(":")[0].split(" has")[0] for message in skipped] == ["Sample gone", "Sample long"]
     assert sorted(sum(pack_dataset(rows, processor, rule, on_bad_row="skip", seed=1)[0].packs, [])) == [0, 1, 2]
+
+
+def test_a_stream_packs_its_good_rows_and_leaves_bad_ones_to_the_collator(processor):
+    texts = ["red", "red " * 100, "red", "red"]
+    data = [row(str(number), sizes=(), answer=text) for number, text in enumerate(texts)]
+    stream = IterableDataset.from_generator(lambda: iter(data))
+    rule = {"max_length": 80, "max_samples": 2}
+    packs, skipped = pack_dataset(stream, processor, rule, on_bad_row="skip")
+    assert [[sample["id"] for sample in pack] for pack in packs] == [["1"], ["0", "2"], ["3"]] and skipped == []
+    with pytest.raises(BadRow, match="Sample 1 has .* tokens, above `max_length`"):
+        list(pack_dataset(stream, processor, rule)[0])
