@@ -104,16 +104,10 @@ def save_base_configs(model: PeftModel, save_directory: str | Path):
 
 
 def load_adapter(adapter: str | Path, **kwargs) -> tuple[PeftModel, VReflectionProcessor]:
-    """Loads an adapter that [`VReflectionSFTTrainer`] saved, on a fresh copy of its base.
+    """Loads an adapter, a folder or Hub id, that [`VReflectionSFTTrainer`] saved, on a fresh copy of the base that it names.
 
-    Args:
-        adapter (`str` or `os.PathLike`): Folder or Hub id of the adapter. Its base is the one that it names: a
-            V-Reflection checkpoint, or a stock Qwen2.5-VL.
-        kwargs: Arguments of [`~PreTrainedModel.from_pretrained`] for the base: `dtype`, to which BCM, DAC and the token
-            rows are rounded too; the same `quantization_config`, for a base that was quantized in training.
-
-    Returns:
-        `tuple`: The model with the adapter, and its processor.
+    Further arguments go to [`~PreTrainedModel.from_pretrained`] for the base: `dtype`, to which BCM, DAC and the token rows
+    are rounded too; the same `quantization_config`, for a base that was quantized in training.
 
     Raises:
         ValueError: A base whose latent tokens have other ids than the adapter's.
