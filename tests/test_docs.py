@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 
+@pytest.mark.slow
 def test_the_docs_build_and_the_notebook_runs(tmp_path):
     pytest.importorskip("myst_nb")
     pytest.importorskip("furo")

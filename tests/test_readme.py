@@ -46,6 +46,7 @@ def test_the_loading_example_runs(tmp_path):
     assert re.fullmatch(r"[A-Z]\n", ran.stdout), ran.stderr
 
 
+@pytest.mark.slow
 def test_own_data_trains(tmp_path):
     ran = run_python(python_of("Your own data") + python_of("Train"), tmp_path)
     assert ran.returncode == 0, ran.stderr

@@ -49,6 +49,7 @@ def result(result_file):
     return json.loads(result_file.read_text())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_its_rounds_and_is_gone_on_with(tiny_backbone, result, tmp_path, monkeypatch):
     assert result["repeats"] == 1 and {
         name: len(rounds) for name, rounds in result["rounds"].items()

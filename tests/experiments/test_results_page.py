@@ -42,6 +42,7 @@ def test_a_block_replaces_the_one_between_its_markers():
         fill_block("a", "x", "text")
 
 
+@pytest.mark.slow
 def test_the_studys_summary_shows_the_committed_results(tmp_path):
     study = read_study()
     form, results = study.forms["quick"], read_results(study, STUDY_RESULTS)

@@ -92,7 +92,7 @@ def alone(tmp_path_factory, stage_1):
     scope="module",
     params=[
         pytest.param((None, None), id="ddp"),
-        pytest.param((FSDP2, None), id="fsdp2"),
+        pytest.param((FSDP2, None), id="fsdp2", marks=pytest.mark.slow),
         pytest.param((ZERO, 2), id="zero2", marks=pytest.mark.slow),
         pytest.param((ZERO, 3), id="zero3", marks=pytest.mark.slow),
     ],

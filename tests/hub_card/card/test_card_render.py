@@ -35,6 +35,7 @@ def load(path: Path) -> ModelCard:
     return ModelCard(path.read_text())
 
 
+@pytest.mark.slow
 def test_the_snippets_run(folder, results, tmp_path, monkeypatch, capsys):
     card = load(write_card(folder, "someone/tiny", results))
     scene, asked = draw_question("test", 3)

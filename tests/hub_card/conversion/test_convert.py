@@ -111,6 +111,7 @@ def test_it_reflects_with_its_own_tokens(converted):
     assert [trained["input_ids"][0].tolist().count(token) for token in (start, slot, end)] == [1, STEPS, 1]
 
 
+@pytest.mark.slow
 def test_the_folder_is_enough_where_nothing_of_ours_is_installed(converted, tmp_path):
     make_scene(1).image.save(tmp_path / "picture.png")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

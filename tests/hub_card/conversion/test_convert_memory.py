@@ -32,6 +32,7 @@ print(high - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [1, 6])
 def test_the_peak_is_a_shard_and_not_the_checkpoint(tmp_path, files):
     """Of 24 weights of 8 MiB, in one file or in six, shards of 32 MiB."""

@@ -57,6 +57,7 @@ def writes(server, start=0):
     return [request for request in server.requests[start:] if request[0] != "GET" and request[1] not in harmless]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_published_and_loads(hub_server, hub_environment, ready, tmp_path):
     token = hub_server.add_user("bob")
     ran = run(
@@ -298,7 +299,8 @@ upload(files, Destination(sys.argv[2]), HfApi())
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_an_upload_that_is_killed_can_be_repeated(hub, quick, hub_environment, checkpoint, tmp_path, how):
     name = f"ann/killed-{how}"
     repo = hub.add_repo(name)

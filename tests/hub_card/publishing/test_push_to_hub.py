@@ -12,6 +12,7 @@ from vreflection_hub_card.publishing.smoke_test import smoke_test
 from vreflection_training import VReflectionSFTConfig
 
 
+@pytest.mark.slow
 def test_what_is_pushed_loads(hub, hub_environment, tmp_path):
     environment = hub_environment(os.environ["HF_TOKEN"])
     command = [sys.executable, Path(__file__).with_name("pushing.py"), EMBEDDED, "ann/pushed", "lab/trained", "run"]

@@ -43,6 +43,7 @@ def test_mistakes(capsys, tmp_path):
     fails(capsys, ["--export", tmp_path], "is there already")
 
 
+@pytest.mark.slow
 def test_an_exported_space_runs_by_itself(capsys, tmp_path, served, free_port):
     pytest.importorskip("gradio", reason='needs pip install "vreflection[space]"')
     folder, port = tmp_path / "space", free_port()

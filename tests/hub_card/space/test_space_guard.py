@@ -276,6 +276,7 @@ def small_page(served, free_port, tmp_path_factory):
         yield address, folder / "files"
 
 
+@pytest.mark.slow
 def test_the_oldest_visitors_frames_go(small_page):
     visitors = []
     for number in range(5):

@@ -130,6 +130,7 @@ def test_upload_ask_and_slide(visitor, ask_directly, tmp_path):
     assert min(differences(frames[0].image, frames[1:])) > 4  # so the map did change
 
 
+@pytest.mark.slow
 def test_the_slider_follows_the_latent_steps(visitor, ask_directly):
     visitor.one("#examples button").click()
     visitor.until(lambda: visitor.all("#picture img"))
@@ -192,6 +193,7 @@ def test_what_the_fields_would_not_send_is_refused(question, steps, feedback, fr
         check_options(question, steps, feedback)
 
 
+@pytest.mark.slow
 def test_visitors_do_not_meet(visitor, page, new_browser, ask_directly, tmp_path):
     visitors = [visitor, Visitor(new_browser(), page[0])]
     expected = []

@@ -117,6 +117,7 @@ def losses(folder):
     return [log["loss"] for log in history if "loss" in log]
 
 
+@pytest.mark.slow
 def test_killed_then_preempted_then_finished_equals_uninterrupted(tmp_path):
     assert main_train([str(write_recipe(tmp_path / "straight"))]) == 0
 
@@ -145,6 +146,7 @@ def test_killed_then_preempted_then_finished_equals_uninterrupted(tmp_path):
     assert len(whole_checkpoints(broken)) == 2  # save_total_limit
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_with_its_workers(tmp_path):
     """Python ends workers by SIGTERM, which they ignore while the run goes on, and then waits for them."""
     recipe = write_recipe(tmp_path / "failing")

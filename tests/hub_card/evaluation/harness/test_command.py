@@ -58,6 +58,7 @@ def test_mistakes(arguments, fragment, capsys):
     assert fragment in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_say_what_one_says(tmp_path):
     options = ["evaluate", "--tasks", "glyphsearch_answers", "--limit", "7", "--batch-size", "2", "--device", "cpu"]
     assert main([*options, "--output", str(tmp_path / "one")]) == 0
@@ -95,6 +96,7 @@ def test_mistakes_in_the_data(data, tmp_path, capsys):
     assert "contradict" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_the_harness(tmp_path):
     script = "import sys; sys.modules['lmms_eval'] = None; from vreflection_training.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["evaluate", "--tasks", "mmvp", "--output", str(tmp_path)]

@@ -211,6 +211,7 @@ evaluate(None, ["vstar", "hrbench4k"], output, data, device="cpu", batch_size=2)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_resumed_say_what_one_says(data, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
