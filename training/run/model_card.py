@@ -41,7 +41,7 @@ class RunOrigin:
     """
 
     def __init__(self, started_from: str | None, sources: list[dict] | None = None, from_scratch: bool = False):
-        started_from = started_from or None
+        started_from = None if from_scratch else started_from or None
         self.started_from = started_from and public_name(started_from)
         self.data = [public_source(source) for source in sources or []]
         self.earlier = read_training_facts(Path(started_from)) if started_from else None
