@@ -1,7 +1,11 @@
 """V-Reflection's training through trl's SFTTrainer. The public names are imported when they are first used."""
 
+import logging
 from importlib import import_module
 
+
+# trl imports bitsandbytes where it is installed, which warns on every machine without its kernels for the CPU.
+logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
 PUBLIC = {
     "VReflectionDataCollator": "vreflection_training.collator",

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.metadata
-import logging
 import sys
 
 from vreflection_hub_card.errors import InputError
@@ -20,8 +19,6 @@ def main(argv: list[str] | None = None) -> int:
         `int`: The exit code: 2, with one line on stderr, for wrong input; 1 for a run that failed; 130 for Ctrl+C.
     """
     options = build_parser().parse_args(argv)
-    # bitsandbytes, where it is installed, warns on every machine without its kernels.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return options.run(options) or 0
     except InputError as error:

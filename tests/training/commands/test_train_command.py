@@ -95,6 +95,13 @@ def test_help_and_wrong_arguments_import_neither_torch_nor_transformers(argument
     )
 
 
+@pytest.mark.slow
+def test_importing_the_trainer_prints_nothing():
+    code = "from vreflection_training import VReflectionSFTTrainer"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0 and "gemm_4bit" not in ran.stderr
+
+
 def test_an_unknown_key_in_a_recipe_is_refused(run, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(find_file("tiny_base", RECIPES, "recipe").read_text() + "\nlambda_bmc: 0.1\n")
