@@ -30,11 +30,15 @@ def load_model_and_processor(
     model = VReflectionForConditionalGeneration.from_pretrained(model_name_or_path, **kwargs)
     processor = VReflectionProcessor.from_pretrained(model_name_or_path, revision=revision)
     if "num_latent_tokens" in kwargs:
-        # Another S than the checkpoint's: a checkpoint without BCM can take one.
-        names = processor.tokenizer.convert_ids_to_tokens(list(model.config.latent_token_ids))
-        processor.chat_template = build_chat_template(tuple(names), model.config.num_latent_tokens)
+        set_num_slots(processor, model.config, kwargs["num_latent_tokens"])
         model.generation_config.latent_steps = model.config.num_latent_tokens
     return model, processor
+
+
+def set_num_slots(processor: VReflectionProcessor, config: VReflectionConfig, num_latent_tokens: int) -> None:
+    """Renders reflections with another S than the checkpoint's, which one without BCM can take."""
+    names = processor.tokenizer.convert_ids_to_tokens(list(config.latent_token_ids))
+    processor.chat_template = build_chat_template(tuple(names), num_latent_tokens)
 
 
 def write_sharded_token_rows(model: VReflectionForConditionalGeneration):
@@ -54,7 +58,11 @@ def load_processor(model_name_or_path: str, revision: str = "main", **config) ->
     if is_stock(model_name_or_path, revision):
         steps = {name: value for name, value in config.items() if name == "num_latent_tokens"}
         return VReflectionProcessor.from_backbone(model_name_or_path, revision=revision, **steps)
-    return VReflectionProcessor.from_pretrained(model_name_or_path, revision=revision)
+    processor = VReflectionProcessor.from_pretrained(model_name_or_path, revision=revision)
+    if "num_latent_tokens" in config:
+        own = VReflectionConfig.from_pretrained(model_name_or_path, revision=revision)
+        set_num_slots(processor, own, config["num_latent_tokens"])
+    return processor
 
 
 def build_tiny(seed: int, **kwargs) -> tuple[VReflectionForConditionalGeneration, VReflectionProcessor]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 from transformers import set_seed
-from transformers.image_utils import SizeDict
 from trl import ModelConfig, TrlParser
 
 from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.inference.checkpoints import set_pixel_limits
 
 from .recipe_files import RECIPES, find_file
 from .script_arguments import VReflectionScriptArguments
@@ -53,17 +53,7 @@ def build_processor(script: VReflectionScriptArguments, model_args: ModelConfig)
     else:
         options = script.model_options or {}
         processor = load_processor(model_args.model_name_or_path, model_args.model_revision, **options)
-    return limit_pixels(processor, script)
-
-
-def limit_pixels(processor, script: VReflectionScriptArguments):
-    """Writes the recipe's pixel limits into the processor, so that they hold wherever it is used."""
-    before = processor.image_processor.size
-    least = before["shortest_edge"] if script.min_pixels is None else script.min_pixels
-    most = before["longest_edge"] if script.max_pixels is None else script.max_pixels
-    if not 0 < least <= most:
-        raise InputError(f"`min_pixels` must be above 0 and not above `max_pixels`, got {least} and {most}.")
-    processor.image_processor.size = SizeDict(shortest_edge=least, longest_edge=most)
+    set_pixel_limits(processor.image_processor, script.min_pixels, script.max_pixels)
     return processor
 
 
@@ -91,7 +81,7 @@ def build_trainer(script: VReflectionScriptArguments, model_args: ModelConfig, a
     else:
         options["revision"] = model_args.model_revision
         model, processor = load_model_and_processor(model_args.model_name_or_path, **options)
-    limit_pixels(processor, script)
+    set_pixel_limits(processor.image_processor, script.min_pixels, script.max_pixels)
     shuffle_buffer = None if args.train_sampling_strategy == "sequential" else script.shuffle_buffer
     rows = load_rows(script.sources, streaming=script.streaming, seed=args.seed, shuffle_buffer=shuffle_buffer)
     trainer = VReflectionSFTTrainer(

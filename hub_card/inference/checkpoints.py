@@ -7,6 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
+from transformers.image_utils import SizeDict
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
 
@@ -113,6 +114,19 @@ def find_device(device: str | torch.device | None = None) -> torch.device:
     # torch says "not compiled with CUDA" by an assertion.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {device!r} can't be used ({first_line(error)})") from error
+
+
+def set_pixel_limits(image_processor, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
+    """Sets how many pixels a picture is scaled to at least and at most; `None` leaves the checkpoint's.
+
+    Raises:
+        InputError: Limits that no picture can meet.
+    """
+    least = image_processor.size["shortest_edge"] if min_pixels is None else int(min_pixels)
+    most = image_processor.size["longest_edge"] if max_pixels is None else int(max_pixels)
+    if not 0 < least <= most:
+        raise InputError(f"`min_pixels` must be above 0 and not above `max_pixels`, got {least} and {most}.")
+    image_processor.size = SizeDict(shortest_edge=least, longest_edge=most)
 
 
 def first_line(error: Exception) -> str:

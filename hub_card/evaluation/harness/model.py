@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ...errors import InputError
 from ...inference.attention_maps import GREEDY
-from ...inference.checkpoints import checkpoint_folder, find_device, load_checkpoint
+from ...inference.checkpoints import checkpoint_folder, find_device, load_checkpoint, set_pixel_limits
 from ...inference.encoding import encode_prompts
 from ..provenance import describe_model
 from ..scorers import tagged
@@ -192,14 +192,3 @@ def decoding(settings: dict) -> dict:
     if not given.get("do_sample", given.get("temperature", 0) > 0) or given.get("temperature") == 0:
         return GREEDY | limit | {"num_beams": given.get("num_beams", 1)}
     return {"num_beams": 1} | given | limit | {"do_sample": True}
-
-
-def set_pixel_limits(image_processor, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Sets how many pixels a picture has at least and at most; `None` leaves the checkpoint's."""
-    given = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-    size = {name: image_processor.size[name] if pixels is None else int(pixels) for name, pixels in given.items()}
-    if not 0 < size["shortest_edge"] <= size["longest_edge"]:
-        raise InputError(
-            f"`min_pixels` ({size['shortest_edge']}) must be positive and not above `max_pixels` ({size['longest_edge']})"
-        )
-    image_processor.size = size
