@@ -49,9 +49,8 @@ def pack_samples(
     Raises:
         ValueError: A sample longer than a pack.
     """
-    waiting: list[
-        tuple[int, int, T]
-    ] = []  # (length, -arrival, sample), ascending: of equal lengths the oldest is last
+    # (length, -arrival, sample), ascending: of equal lengths the oldest is last.
+    waiting: list[tuple[int, int, T]] = []
 
     def next_pack() -> list[T]:
         oldest = max(range(len(waiting)), key=lambda place: waiting[place][1])
