@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import (
 
 CHOICES = {
     "region_pooling": ("patch", "roi_align"),
+    "patch_positions": ("none", "sincos"),
     "dac_queries": ("states", "static", "random"),
     "query_position": ("before", "at"),
 }
@@ -36,6 +37,9 @@ class ReflectionConfigMixin:
         region_pooling (`str`, *optional*, defaults to `"patch"`):
             What BCM sees of a box: `"patch"`, the merged patches that it overlaps (App. A.1), or `"roi_align"`, 7 x 7
             bins (Sec. 3.2).
+        patch_positions (`str`, *optional*, defaults to `"none"`):
+            How BCM and DAC know where a patch lies: `"none"`, by its features alone (the paper), or `"sincos"`, by a fixed
+            sinusoid of its centre that is added to what they read.
         dac_queries (`str`, *optional*, defaults to `"states"`):
             DAC's queries: the model's own `"states"` (Eq. 3), or `"static"` learned ones, or `"random"` Gaussian ones
             (the ablation, Tab. 3 d).
@@ -54,6 +58,7 @@ class ReflectionConfigMixin:
     latent_end_token_id: int | None = None
     compression_num_heads: int = 8
     region_pooling: str = "patch"
+    patch_positions: str = "none"
     dac_queries: str = "states"
     query_position: str = "before"
     has_bcm: bool = True
@@ -71,6 +76,8 @@ class ReflectionConfigMixin:
             raise ValueError(
                 f"`compression_num_heads` ({self.compression_num_heads}) must divide the hidden size ({hidden_size})."
             )
+        if self.patch_positions == "sincos" and hidden_size % 4:
+            raise ValueError(f"`patch_positions='sincos'` needs a hidden size that 4 divides, got {hidden_size}.")
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

@@ -1,190 +1,28 @@
-"""What makes `generate` think in latents: who is in a reflection, which token is forced, what the streamer may show.
-
-The state of a row is read off its tokens alone: S slots and the end token follow every start token. So rows of a batch
-enter and leave a reflection at different steps, and beams carry their state along by being reordered.
-"""
+"""What makes `generate` think in latents: the hooks that feed them, step by step."""
 
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache
-from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .compression_vreflection import pad_features
+from .decoding_vreflection import (
+    ReflectionForcing,
+    ReflectionOptions,
+    ReflectionProgress,
+    ReflectionTokenBan,
+    SilentReflectionStreamer,
+    forced_tokens_left,
+)
 
 
-LATENT_FEEDBACK = ("hidden", "dac")
 # Arguments of `forward` that transformers would let through to it, where decoding has no use for them.
 NOT_FOR_GENERATE = ("boxes", "latent_inputs", "bcm_receives_ce", "latent_state", "skip_logits", "labels")
 # What `generate` and the language model call the key-value cache: `cache` from transformers 5.24 on.
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
-
-
-@dataclass(frozen=True)
-class ReflectionOptions:
-    """How one call of `generate` reflects; see `VReflectionForConditionalGeneration.generate`."""
-
-    latent_steps: int
-    latent_feedback: str
-    reflect: bool | None
-
-    def __post_init__(self):
-        if self.latent_steps < 0:
-            raise ValueError(f"`latent_steps` must not be negative, got {self.latent_steps}.")
-        if self.latent_feedback not in LATENT_FEEDBACK:
-            raise ValueError(
-                f"`latent_feedback` must be one of {', '.join(LATENT_FEEDBACK)}, got {self.latent_feedback!r}."
-            )
-        if self.reflect and not self.can_start:
-            raise ValueError("`reflect=True` and `latent_steps=0` contradict each other: set `latent_steps` above 0.")
-
-    @classmethod
-    def resolve(cls, config, *generation_configs, latent_steps=None, latent_feedback=None, reflect=None):
-        """The options of a call: an argument wins, then the first generation config that says something.
-
-        Args:
-            config (`VReflectionConfig`): The model's; where nothing is said, `latent_steps` is its `num_latent_tokens`.
-            generation_configs (`GenerationConfig`): The call's, if there is one, then the model's.
-            latent_steps, latent_feedback, reflect: See `generate`.
-
-        Raises:
-            ValueError: A value that isn't allowed, wherever it comes from.
-        """
-
-        def first(name: str, given, default):
-            values = (given, *(getattr(generation_config, name, None) for generation_config in generation_configs))
-            return next((value for value in values if value is not None), default)
-
-        steps = first("latent_steps", latent_steps, config.num_latent_tokens)
-        return cls(steps, first("latent_feedback", latent_feedback, LATENT_FEEDBACK[0]), reflect)
-
-    @property
-    def can_start(self) -> bool:
-        """Whether a reflection may start at all; where not, this is the plain backbone."""
-        return self.latent_steps > 0 and self.reflect is not False
-
-
-def forced_tokens_left(input_ids: torch.LongTensor, start_id: int, latent_steps: int) -> torch.LongTensor:
-    """For rows (B, T), counts the next tokens that are forced, slots and the end token: (B,), 0 outside of reflections."""
-    recent = input_ids[:, -(latent_steps + 1) :] == start_id
-    left = torch.arange(latent_steps + 2 - recent.shape[1], latent_steps + 2, device=input_ids.device)
-    return (recent * left).sum(1)
-
-
-class ReflectionProgress:
-    """How far the rows are in their reflections, in one call of `generate`: read off the tokens once a step.
-
-    Args:
-        options (`ReflectionOptions`): The options of the call.
-        start_id (`int`): Id of the start token.
-
-    Attributes:
-        left (`torch.LongTensor` of shape `(B,)`): Next tokens of each row that are forced; `None` where no row reflects.
-        forced_steps (`int`): Next tokens that are known to be forced in all rows.
-    """
-
-    def __init__(self, options: ReflectionOptions, start_id: int):
-        self.options = options
-        self.start_id = start_id
-        self.left: torch.LongTensor | None = None
-        self.forced_steps = 0
-
-    def read(self, input_ids: torch.LongTensor):
-        """Brings itself up to tokens (B, T), one more than at the last call."""
-        self.left = forced_tokens_left(input_ids, self.start_id, self.options.latent_steps)
-        # Once all rows are known to be in a reflection, nothing needs to wait for the device until the first one leaves it.
-        self.forced_steps -= self.forced_steps > 0
-        if not self.forced_steps:
-            self.forced_steps, most = torch.stack(self.left.aminmax()).tolist()
-            if not most:
-                self.left = None
-
-
-class ReflectionTokenBan(LogitsProcessor):
-    """Bans the slot and the end token outside of reflections, and the start token where none may start.
-
-    Comes before the processors that keep only the likeliest tokens (`top_k`, `top_p`, `min_p`, `typical_p`), so that they
-    never keep banned tokens alone.
-
-    Args:
-        token_ids (`tuple[int, int, int]`): Ids of the start, slot and end token.
-        progress (`ReflectionProgress`): Of the call, up to the tokens that the scores follow.
-    """
-
-    def __init__(self, token_ids: tuple[int, int, int], progress: ReflectionProgress):
-        self.start_id, self.latent_id, self.end_id = token_ids
-        self.progress = progress
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.progress.forced_steps:  # in all rows: no score counts
-            return scores
-        scores = scores.clone()
-        # No list of ids as an index: it would be copied to the device at every step.
-        scores[:, self.latent_id] = scores[:, self.end_id] = float("-inf")
-        if not self.progress.options.can_start:
-            scores[:, self.start_id] = float("-inf")
-        return scores
-
-
-class ReflectionForcing(LogitsProcessor):
-    """Forces `latent_steps` slots and the end token after every start token, and the start token for `reflect=True`.
-
-    Must come last in the list, so that no other processor forbids what is forced.
-
-    Args:
-        token_ids (`tuple[int, int, int]`): Ids of the start, slot and end token.
-        prompt_length (`int`): Tokens of the prompt.
-        progress (`ReflectionProgress`): Of the call, up to the tokens that the scores follow.
-    """
-
-    def __init__(self, token_ids: tuple[int, int, int], prompt_length: int, progress: ReflectionProgress):
-        self.start_id, self.latent_id, self.end_id = token_ids
-        self.prompt_length = prompt_length
-        self.progress = progress
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.progress.options.reflect and input_ids.shape[1] == self.prompt_length:
-            scores = torch.full_like(scores, float("-inf"))
-            scores[:, self.start_id] = 0.0
-            return scores
-        left = self.progress.left
-        if left is None:
-            return scores
-        forced = left > 0
-        scores = scores.masked_fill(forced[:, None], float("-inf"))
-        scores[:, self.latent_id] = torch.where(left > 1, 0.0, float("-inf"))
-        scores[:, self.end_id] = torch.where(left == 1, 0.0, float("-inf"))
-        return scores
-
-
-class SilentReflectionStreamer(BaseStreamer):
-    """Hands a streamer the prompt and the text, and keeps the tokens of reflections from it; of one row only.
-
-    A streamer of several rows gets all tokens, since it can tell only by their place which row they belong to.
-
-    Args:
-        streamer (`BaseStreamer`): The user's streamer.
-        token_ids (`tuple[int, int, int]`): Ids of the start, slot and end token.
-    """
-
-    def __init__(self, streamer: BaseStreamer, token_ids: tuple[int, int, int]):
-        self.streamer = streamer
-        self.token_ids = torch.tensor(token_ids)
-        self.prompt_is_next = True
-
-    def put(self, value: torch.LongTensor):
-        # Streamers that skip the prompt take whatever comes first for it.
-        if not self.prompt_is_next and value.numel() == 1:
-            value = value[~torch.isin(value, self.token_ids)]
-        if self.prompt_is_next or value.numel():
-            self.streamer.put(value)
-        self.prompt_is_next = False
-
-    def end(self):
-        self.streamer.end()
 
 
 class ReflectionGenerationMixin:
@@ -203,11 +41,16 @@ class ReflectionGenerationMixin:
         latent_steps: int | None = None,
         latent_feedback: str | None = None,
         reflect: bool | None = None,
+        latent_tolerance: float | None = None,
+        latents: torch.Tensor | None = None,
         **kwargs,
     ):
         """`GenerationMixin.generate`, which reflects where the model opens a reflection.
 
-        The returned sequences hold a reflection's tokens, all special: `skip_special_tokens=True` drops them.
+        The returned sequences hold a reflection's tokens, all special: `skip_special_tokens=True` drops them. With
+        `return_dict_in_generate=True` the output also holds `latents` (B, M, D), what was fed to the slots of each sequence,
+        in their order and filled up with zeros; `latent_counts` (B,), how many there are; and with `"dac"`
+        `latent_attention` (B, M, L), float32, where each looked, over the L merged patches of all images of the row.
 
         Args:
             latent_steps (`int`, *optional*): S, steps of a reflection; 0 is the plain backbone. Defaults to the
@@ -215,11 +58,17 @@ class ReflectionGenerationMixin:
             latent_feedback (`str`, *optional*): What a step feeds back: the `"hidden"` state (Sec. 3.4), or what the
                 state queries from the images, `"dac"` (App. A.2). Defaults to the generation config's, else `"hidden"`.
             reflect (`bool`, *optional*): `True`: every answer begins with a reflection. `False`: none holds one.
-                `None`: the model decides.
+                `None`: the generation config's; else the model decides.
+            latent_tolerance (`float`, *optional*): With `"dac"`, a reflection ends before its S steps once the total
+                variation between two consecutive looks, in [0, 1], falls below it. Defaults to the generation config's;
+                0 is off.
+            latents (`torch.Tensor` of shape `(B, M, D)`, *optional*): Latents to feed instead of the model's own: the n-th
+                slot of a prompt's answer is fed the n-th, and slots past the last the model's own.
 
         Raises:
             ValueError: A mode that would silently do without latents: assisted decoding, prompt lookup,
-                `use_cache=False`, continuous batching, tokens of a reflection in the prompt; no room for an answer.
+                `use_cache=False`, continuous batching, tokens of a reflection in the prompt; no room for an answer; with
+                `"dac"`, pictures that this call doesn't hold, or `reflect=True` and a row without a picture.
         """
         if self.config.latent_token_id is None:
             raise ValueError(
@@ -230,27 +79,34 @@ class ReflectionGenerationMixin:
                 f"`generate` has no use for `{given[0]}`, which is an argument of `forward`: leave it out."
             )
         given_config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-        options = self.reflection_options(latent_steps, latent_feedback, reflect, given_config)
+        options = self.reflection_options(latent_steps, latent_feedback, reflect, latent_tolerance, given_config)
         prompt = args[0] if args else kwargs.get("inputs")
-        self._check_prompt(kwargs.get("input_ids") if prompt is None else prompt)
+        prompt = kwargs.get("input_ids") if prompt is None else prompt
+        self._check_prompt(prompt)
         if options.can_start:
             if kwargs.get("assistant_model") is not None:
                 raise ValueError(unsupported("assisted decoding (`assistant_model`)", "leave `assistant_model` out"))
             if options.latent_feedback == "dac" and kwargs.get("pixel_values_videos") is not None:
                 raise ValueError("`latent_feedback='dac'` asks pictures, not videos: use `latent_feedback='hidden'`.")
+        if latents is not None:
+            self._check_latents(latents, prompt, options)
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = SilentReflectionStreamer(kwargs["streamer"], self.config.latent_token_ids)
-        progress = ReflectionProgress(options, self.config.latent_start_token_id)
+        progress = ReflectionProgress(options, self.config.latent_token_ids, kwargs.get("image_grid_thw"), latents)
         result = super().generate(*args, reflection=progress, **kwargs)
         if options.can_start:
             sequences = result if isinstance(result, torch.Tensor) else result.sequences
-            left = forced_tokens_left(sequences, self.config.latent_start_token_id, options.latent_steps)
-            cut = left.nonzero().flatten().tolist()
-            if cut:
+            cut = forced_tokens_left(sequences, *self.config.latent_token_ids[::2], options.latent_steps)
+            if rows := cut.nonzero().flatten().tolist():
                 warnings.warn(
-                    f"Decoding ended within the reflection of rows {cut}: if the length limit cut it, raise `max_new_tokens`.",
+                    f"Decoding ended within the reflection of rows {rows}: if the length limit cut it, raise `max_new_tokens`.",
                     stacklevel=3,
                 )
+        if not isinstance(result, torch.Tensor):
+            embeddings = self.get_input_embeddings().weight
+            recorded = progress.recorded(result.sequences, getattr(result, "beam_indices", None), embeddings)
+            for name, value in recorded.items():
+                result[name] = value
         return result
 
     def _check_prompt(self, prompt: torch.Tensor | None):
@@ -263,11 +119,19 @@ class ReflectionGenerationMixin:
                 "reflections; to begin with a new one, pass `reflect=True`."
             )
 
+    def _check_latents(self, latents: torch.Tensor, prompt: torch.Tensor | None, options: ReflectionOptions):
+        if not options.can_start:
+            raise ValueError("`latents` are fed in reflections, and none may start: set `latent_steps` above 0.")
+        rows, size = "rows" if prompt is None else len(prompt), self.config.get_text_config().hidden_size
+        if latents.ndim != 3 or not latents.shape[1] or latents.shape[2] != size or rows not in ("rows", len(latents)):
+            raise ValueError(f"`latents` must be ({rows}, at least 1, {size}), got {tuple(latents.shape)}.")
+
     def reflection_options(
         self,
         latent_steps: int | None = None,
         latent_feedback: str | None = None,
         reflect: bool | None = None,
+        latent_tolerance: float | None = None,
         generation_config: GenerationConfig | None = None,
     ) -> ReflectionOptions:
         """How `generate` reflects with these arguments, those left out taken from the generation configs.
@@ -282,6 +146,7 @@ class ReflectionGenerationMixin:
             latent_steps=latent_steps,
             latent_feedback=latent_feedback,
             reflect=reflect,
+            latent_tolerance=latent_tolerance,
         )
         if options.can_start and options.latent_feedback == "dac":
             if self.model.dac is None:
@@ -307,6 +172,8 @@ class ReflectionGenerationMixin:
         # The one hook that sees the final generation config. transformers puts the list that it is given before the
         # processors that keep only the likeliest tokens; what it returns can be appended to.
         progress = model_kwargs["reflection"]
+        progress.prompt_length = input_ids_seq_length
+        progress.recording = generation_config.return_dict_in_generate
         ban = ReflectionTokenBan(self.config.latent_token_ids, progress)
         processors = super()._get_logits_processor(
             generation_config,
@@ -332,7 +199,7 @@ class ReflectionGenerationMixin:
                     f"`reflect=True` with {options.latent_steps} latent steps takes {options.latent_steps + 2} tokens; a "
                     f"limit of {room} new tokens leaves none for the answer. Raise `max_new_tokens`."
                 )
-        processors.append(ReflectionForcing(self.config.latent_token_ids, input_ids_seq_length, progress))
+        processors.append(ReflectionForcing(self.config.latent_token_ids, progress))
         return processors
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
@@ -340,29 +207,43 @@ class ReflectionGenerationMixin:
         model_kwargs = {name: value for name, value in model_kwargs.items() if name != "reflection"}
         return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
-    def _expand_inputs_for_generation(self, *args, **kwargs):
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **kwargs)
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         progress = model_kwargs.get("reflection")
-        if progress is not None and progress.options.can_start and progress.options.latent_feedback == "dac":
-            model_kwargs["global_features"] = self._features_of_rows(input_ids, model_kwargs)
-        return input_ids, model_kwargs
+        if progress is not None and progress.options.can_start:
+            if progress.options.latent_feedback == "dac":
+                self._look_up_pictures(progress, input_ids, model_kwargs)
+            progress.expand(expand_size)
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
 
-    def _features_of_rows(self, input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """All image features of each row (B, L, D) and their mask (B, L): what DAC interrogates while decoding."""
+    def _look_up_pictures(self, progress: ReflectionProgress, input_ids: torch.LongTensor, model_kwargs: dict):
+        """Makes DAC's keys and values of all images of each row, once for the whole answer."""
+        counts = (input_ids == self.config.image_token_id).sum(1)
+        if progress.options.reflect and not counts.all():
+            raise ValueError(
+                "`latent_feedback='dac'` asks the pictures at every latent step, and `reflect=True` begins a reflection in "
+                f"every row; row {counts.tolist().index(0)} has no picture."
+            )
         features = self.model.image_features(
             model_kwargs.get("pixel_values"),
-            model_kwargs.get("image_grid_thw"),
+            progress.image_grid_thw,
             model_kwargs.get("mm_encoder_outputs"),
         )
-        counts = (input_ids == self.config.image_token_id).sum(1).tolist()
-        if not features:
+        cache = model_kwargs.get(CACHE)
+        hidden = model_kwargs.get("inputs_embeds") is not None or (cache is not None and cache.get_seq_length() > 0)
+        if hidden or sum(map(len, features)) != counts.sum():
             raise ValueError(
-                "`latent_feedback='dac'` asks the pictures at every latent step, and this call holds none: pass the whole "
-                "prompt with its `pixel_values`, and no cache of an earlier call."
+                "`latent_feedback='dac'` asks the pictures at every latent step, and this call doesn't hold them all: pass the "
+                "whole prompt as `input_ids` with its `pixel_values`, and no cache of an earlier call; or use `reflect=False`."
             )
-        if not all(counts):
-            raise ValueError(f"`latent_feedback='dac'` needs a picture in every row; row {counts.index(0)} has none.")
-        return pad_features(list(torch.cat(features).split(counts)))
+        progress.has_pictures = counts > 0
+        if not features:
+            return
+        features = torch.cat(self.model.looked_at(features, progress.image_grid_thw))
+        padded, mask = pad_features(list(features.split(counts.tolist())))
+        mask[:, 0] |= counts == 0  # a softmax over nothing would be NaN; such a row never looks
+        progress.pictures = (*self.model.dac.keys_and_values(padded), mask)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
@@ -373,8 +254,9 @@ class ReflectionGenerationMixin:
 
     def _reorder_cache(self, cache: Cache, beam_idx: torch.LongTensor) -> Cache:
         cache.reorder_cache(beam_idx)
-        if hasattr(cache, "latent_state"):
-            cache.latent_state = cache.latent_state.index_select(0, beam_idx)
+        for name in ("latent_state", "latent_look"):
+            if hasattr(cache, name):
+                setattr(cache, name, getattr(cache, name).index_select(0, beam_idx))
         return cache
 
     def prepare_inputs_for_generation(
@@ -383,7 +265,6 @@ class ReflectionGenerationMixin:
         *args,
         inputs_embeds=None,  # spelled out, else `generate` takes none
         reflection: ReflectionProgress | None = None,
-        global_features=None,
         **kwargs,
     ):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
@@ -392,10 +273,20 @@ class ReflectionGenerationMixin:
         reflection.read(input_ids)
         if reflection.left is None:
             return inputs
-        state = kwargs[CACHE].latent_state
-        if global_features is not None and (input_ids[:, -1] == self.config.latent_token_id).any():
-            state = self.model.dac(state, *global_features)[0]
-        return {**inputs, "latent_state": state, "skip_logits": reflection.forced_steps > 0}
+        latents = kwargs[CACHE].latent_state
+        if reflection.pictures is not None and (input_ids[:, -1] == self.config.latent_token_id).any():
+            latents = self._look(latents, reflection, kwargs[CACHE])
+        latents = reflection.feed(input_ids, latents)
+        return {**inputs, "latent_state": latents, "skip_logits": reflection.forced_steps > 0}
+
+    def _look(self, states: torch.Tensor, reflection: ReflectionProgress, cache: Cache) -> torch.Tensor:
+        """What states (B, 1, D) see in the rows' pictures (B, 1, D)."""
+        latents, look = self.model.dac.attend(states, *reflection.pictures)
+        reflection.look = look = look[:, 0]
+        if reflection.options.latent_tolerance:
+            reflection.compare(look, getattr(cache, "latent_look", None))
+            cache.latent_look = look  # beside the state: beams move it, too
+        return latents
 
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(

@@ -1,13 +1,14 @@
 """Algorithm 1 on any backbone: where reflections lie in a batch, what fills their slots, what is seen at them.
 
-Symbols in shapes: B rows, T tokens, G reflection segments of the batch, S latent steps, D hidden size, L merged patches
-(the largest count among the segments' images; the others are padded with zeros).
+Symbols in shapes: B rows, T tokens, G reflection segments of the batch, S latent steps, D hidden size, L merged patches of
+all images of a segment's sample before it (the largest count among the segments; the others are padded with zeros).
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -20,7 +21,16 @@ from .compression_vreflection import (
     pad_features,
 )
 from .generation_vreflection import CACHE
-from .regions_vreflection import check_boxes, merged_grids, pool_region, project_attention
+from .regions_vreflection import (
+    add_positions,
+    box_patches,
+    boxes_by_step,
+    check_boxes,
+    merged_grids,
+    pool_region,
+    project_attention,
+)
+from .segments_vreflection import find_segments, images_before, is_packed
 
 
 LATENT_INPUTS = ("bcm", "dac", "hidden")
@@ -32,12 +42,12 @@ class LatentOutput:
 
     Args:
         latent_states (`torch.Tensor` of shape `(G, S, D)`): H, the states that predict the slots.
-        teacher_latents (`torch.Tensor` of shape `(G, S, D)`): Z_T (Eq. 1). `None` without boxes or BCM.
+        teacher_latents (`torch.Tensor` of shape `(G, S, D)`): Z_T (Eq. 1), of each step's box. `None` without boxes or BCM.
         student_latents (`torch.Tensor` of shape `(G, S, D)`): Z_S (Eq. 3). `None` without images or DAC.
-        teacher_attention (`torch.FloatTensor` of shape `(G, S, L)`): Â_T, on the grid of the box's image (Eq. 4);
-            uniform over the box where there is no BCM. `None` without boxes.
-        student_attention (`torch.FloatTensor` of shape `(G, S, L)`): A_S, over the box's image, or without boxes over
-            all images of the row before the segment.
+        teacher_attention (`torch.FloatTensor` of shape `(G, S, L)`): Â_T (Eq. 4), zero outside of the image of the step's
+            box; uniform over the box where there is no BCM. `None` without boxes.
+        student_attention (`torch.FloatTensor` of shape `(G, S, L)`): A_S.
+        inside_box (`torch.BoolTensor` of shape `(G, S, L)`): The patches that the step's box overlaps. `None` without boxes.
     """
 
     latent_states: torch.Tensor | None = None
@@ -45,6 +55,7 @@ class LatentOutput:
     student_latents: torch.Tensor | None = None
     teacher_attention: torch.FloatTensor | None = None
     student_attention: torch.FloatTensor | None = None
+    inside_box: torch.BoolTensor | None = None
 
 
 @dataclass
@@ -82,6 +93,7 @@ class ReflectionModelMixin:
         boxes: torch.LongTensor | None = None,
         latent_inputs: str | None = None,
         bcm_receives_ce: bool = True,
+        latents: torch.Tensor | None = None,
         latent_state: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
@@ -109,6 +121,10 @@ class ReflectionModelMixin:
             embeds = self.get_input_embeddings()(input_ids)
             in_slot = (input_ids == self.config.latent_token_id)[..., None]
             inputs_embeds = torch.where(in_slot, latent_state.to(embeds.dtype), embeds)
+        elif latents is not None:
+            if latent_inputs is not None or boxes is not None:
+                raise ValueError("`latents` fill the slots: pass neither `latent_inputs` nor `boxes` with them.")
+            inputs_embeds = self._replay(input_ids, inputs_embeds, latents)
         elif latent_inputs is not None:
             segments = self._check_reflecting(input_ids, inputs_embeds, cache, boxes, latent_inputs, kwargs)
             if segments is not None:
@@ -193,8 +209,32 @@ class ReflectionModelMixin:
         if self.config.latent_token_id is not None and (input_ids == self.config.latent_token_id).any():
             raise ValueError(
                 "`input_ids` hold latent slots and nothing fills them: pass `latent_inputs`, one of "
-                f"{', '.join(LATENT_INPUTS)}. Prompts must not hold any; the chat template drops past reflections."
+                f"{', '.join(LATENT_INPUTS)}, or recorded `latents`. Prompts must not hold any; the chat template drops "
+                "past reflections."
             )
+
+    def _replay(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, latents: torch.Tensor
+    ) -> torch.Tensor:
+        """Embeddings (B, T, D) of the tokens, with latents (B, M, D) in the slots: the n-th of a row in its n-th slot."""
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("`latents` fill the slots among `input_ids`: pass these, and no `inputs_embeds`.")
+        embeds = self.get_input_embeddings()(input_ids)
+        if latents.ndim != 3 or (len(latents), latents.shape[2]) != (len(embeds), embeds.shape[2]):
+            raise ValueError(
+                f"`latents` must be ({len(embeds)}, latents, {embeds.shape[2]}), got {tuple(latents.shape)}."
+            )
+        in_slot = input_ids == self.config.latent_token_id
+        number = in_slot.cumsum(1) - 1
+        given = in_slot & (number < latents.shape[1])
+        # Where decoding was cut, nothing was fed to the last token.
+        if (in_slot & ~given)[:, :-1].any():
+            raise ValueError(
+                f"Rows hold {in_slot.sum(1).tolist()} slots, and `latents` {latents.shape[1]} latents a row: pass one for "
+                "each slot."
+            )
+        rows, columns = given.nonzero(as_tuple=True)
+        return embeds.index_put((rows, columns), latents[rows, number[rows, columns]].to(embeds.dtype))
 
     def _reflect(
         self,
@@ -224,9 +264,16 @@ class ReflectionModelMixin:
         embeds = self._embed(inputs["input_ids"], features)
         inputs = {**inputs, "position_ids": self._positions(inputs, embeds)}
 
-        teacher_latents, teacher_attention = None, None
+        packed = inputs["position_ids"][0] if is_packed(inputs["position_ids"]) else None
+        image_tokens = [len(feature) for feature in features]
+        images = images_before(inputs["input_ids"], packed, segments, image_tokens, self.config.image_token_id)
+        features = self.looked_at(features, inputs["image_grid_thw"])
+
+        teacher_latents, teacher_attention, inside_box = None, None, None
         if boxes is not None:
-            teacher_latents, teacher_attention = self._teach(boxes, len(rows), features, inputs["image_grid_thw"])
+            teacher_latents, teacher_attention, inside_box = self._teach(
+                boxes, images, features, inputs["image_grid_thw"]
+            )
         if teacher_latents is None and latent_inputs == "bcm":
             raise ValueError(f"`latent_inputs='bcm'` needs {'boxes' if self.bcm is not None else 'a model with BCM'}.")
         if latent_inputs == "dac" and (self.dac is None or boxes is None):
@@ -242,11 +289,8 @@ class ReflectionModelMixin:
 
         student_latents, student_attention = None, None
         if self.dac is not None:
-            if boxes is None:
-                global_features = images_before(inputs, segments, features, self.config.image_token_id)
-            else:
-                global_features = [features[image] for image in boxes[:, 0].tolist()]
-            if all(len(feature) for feature in global_features):
+            global_features = [torch.cat([features[image] for image in before]) for before in images if before]
+            if len(global_features) == len(images):
                 at_slots = self.config.query_position == "at"
                 queries = outputs.last_hidden_state[slots] if at_slots else states
                 student_latents, student_attention = self.dac(queries, *pad_features(global_features))
@@ -261,7 +305,15 @@ class ReflectionModelMixin:
             student_latents=student_latents,
             teacher_attention=teacher_attention,
             student_attention=student_attention,
+            inside_box=inside_box,
         )
+
+    def looked_at(self, features: list[torch.Tensor], image_grid_thw: torch.LongTensor | None) -> list[torch.Tensor]:
+        """What BCM and DAC read of each image, (L_i, D): its features, with `patch_positions` also where its patches lie."""
+        if self.config.patch_positions == "none" or not features:
+            return features
+        grids = merged_grids(image_grid_thw, self.config.vision_config.spatial_merge_size)
+        return [add_positions(feature, grid) for feature, grid in zip(features, grids)]
 
     def _embed(self, input_ids: torch.LongTensor, features: list[torch.Tensor]) -> torch.Tensor:
         """Embeddings (B, T, D) of the tokens, with the pictures' features in their places."""
@@ -289,27 +341,57 @@ class ReflectionModelMixin:
     def _teach(
         self,
         boxes: torch.LongTensor,
-        num_segments: int,
+        images: list[range],
         features: list[torch.Tensor],
         image_grid_thw: torch.LongTensor | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Z_T (G, S, D), `None` without BCM, and Â_T (G, S, L): lines 1-2, 15-16 and 20 of Algorithm 1."""
-        pooling = self.config.region_pooling
-        check_boxes(boxes, num_segments, len(features))
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.BoolTensor]:
+        """Lines 1-2, 15-16 and 20 of Algorithm 1, where each step has its own box.
+
+        Args:
+            boxes (`torch.LongTensor`): See [`boxes_by_step`].
+            images (`list[range]`): See [`images_before`].
+            features (`list[torch.Tensor]`): What BCM reads of each image of the batch, (L_i, D).
+            image_grid_thw (`torch.LongTensor` of shape `(images, 3)`): Their grids.
+
+        Returns:
+            `tuple`: Z_T (G, S, D), `None` without BCM; Â_T and the patches in the step's box (G, S, L).
+        """
+        pooling, device = self.config.region_pooling, features[0].device if features else None
+        paths = boxes_by_step(boxes, self.config.num_latent_tokens).tolist()
+        check_boxes(paths, images)
         grids = merged_grids(image_grid_thw, self.config.vision_config.spatial_merge_size)
-        where = [(box, grids[image]) for image, *box in boxes.tolist()]
-        regions = [pool_region(features[image], *at, pooling) for image, at in zip(boxes[:, 0].tolist(), where)]
-        local, mask = pad_features(regions)
+
+        # Side by side the features of a segment's different boxes, and which of these each feature and each step has.
+        segments, local, of_feature, of_step = [], [], [], []
+        for path in paths:
+            segment = list(dict.fromkeys(map(tuple, path)))
+            pooled = [pool_region(features[image], corners, grids[image], pooling) for *corners, image in segment]
+            segments.append(segment)
+            local.append(torch.cat(pooled))
+            of_feature.append(
+                torch.arange(len(segment)).repeat_interleave(torch.tensor([len(part) for part in pooled]))
+            )
+            of_step.append([segment.index(tuple(box)) for box in path])
+        of_feature = pad_sequence(of_feature, batch_first=True, padding_value=-1).to(device)  # (G, N)
+        of_step = torch.tensor(of_step, device=device)  # (G, S)
+        mask = of_feature[:, None] == of_step[:, :, None]
         if self.bcm is None:
-            latents = None
-            uniform = mask / mask.sum(1, keepdim=True)
-            attention = uniform[:, None].expand(-1, self.config.num_latent_tokens, -1)
+            latents, attention = None, mask / mask.sum(2, keepdim=True)
         else:
-            latents, attention = self.bcm(local, mask)
-        projected = [
-            project_attention(rows[:, inside], *at, pooling).T for rows, inside, at in zip(attention, mask, where)
-        ]
-        return latents, pad_features(projected)[0].transpose(1, 2)
+            latents, attention = self.bcm(pad_sequence(local, batch_first=True), mask)
+
+        lengths = [len(feature) for feature in features]
+        most = max(sum(lengths[image] for image in before) for before in images)
+        projected = attention.new_zeros(*of_step.shape, most)
+        inside = torch.zeros(projected.shape, dtype=torch.bool, device=device)
+        for number, (segment, before) in enumerate(zip(segments, images)):
+            for index, (*corners, image) in enumerate(segment):
+                first = sum(lengths[before.start : image])
+                steps, columns = of_step[number] == index, of_feature[number] == index
+                maps = project_attention(attention[number, steps][:, columns], corners, grids[image], pooling)
+                projected[number, steps, first : first + lengths[image]] = maps
+                inside[number, steps.nonzero(), first + box_patches(corners, grids[image]).to(device)] = True
+        return latents, projected, inside
 
     def _run(self, inputs: dict, embeds: torch.Tensor, kwargs: dict) -> BaseModelOutputWithPast:
         """One pass of the language model over whole sequences."""
@@ -360,44 +442,3 @@ class ReflectionModelMixin:
                 states.append(outputs.last_hidden_state)
             begin = end
         return BaseModelOutputWithPast(last_hidden_state=torch.cat(states, 1))
-
-
-def find_segments(input_ids: torch.LongTensor, config) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Finds the reflection segments in ids (B, T): their rows (G,) and the columns of their first slots (G,)."""
-    in_slot = input_ids == config.latent_token_id
-    begins = in_slot.clone()
-    begins[:, 1:] &= ~in_slot[:, :-1]
-    rows, first = begins.nonzero(as_tuple=True)
-    lengths = in_slot.flatten().cumsum(0).view_as(in_slot)
-    ends = in_slot.clone()
-    ends[:, :-1] &= ~in_slot[:, 1:]
-    lengths = lengths[ends] - lengths[begins] + 1
-    opened = input_ids[rows, first - 1] == config.latent_start_token_id
-    wrong = ((lengths != config.num_latent_tokens) | ~opened | (first == 0)).nonzero().flatten().tolist()
-    if wrong:
-        raise ValueError(
-            f"A segment is a start token and {config.num_latent_tokens} slots; segments {wrong} in rows "
-            f"{rows[wrong].tolist()} have {lengths[wrong].tolist()} slots, or no start token before them."
-        )
-    return rows, first
-
-
-def is_packed(position_ids: torch.LongTensor | None) -> bool:
-    """Whether positions are (4, B, T): transformers' form of rows that hold several samples."""
-    return position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4
-
-
-def images_before(
-    inputs: dict, segments: tuple, features: list[torch.Tensor], image_token_id: int
-) -> list[torch.Tensor]:
-    """F_global where there is no box: the features of all images of the segment's sample before it, (L, D) each."""
-    rows, first = segments
-    is_image = inputs["input_ids"] == image_token_id
-    seen = is_image.flatten().cumsum(0).view_as(is_image) - is_image.long()  # image tokens before each token
-    positions = inputs["position_ids"]
-    starts = first - positions[0, rows, first] if is_packed(positions) else torch.zeros_like(first)
-    table = torch.cat(features) if features else torch.empty(0, 0)
-    return [
-        table[seen[row, start] : seen[row, column]]
-        for row, start, column in zip(rows.tolist(), starts.tolist(), first.tolist())
-    ]

@@ -1,6 +1,7 @@
 """Boxes and what lies in them: regions of an image's merged patch grid, their features, and attention projected back.
 
-Symbols in shapes: S latent steps, D hidden size, N features of a box, L merged patches of an image (h x w, row by row).
+Symbols in shapes: G segments, S latent steps, D hidden size, N features of a box, L merged patches of an image (h x w, row
+by row).
 """
 
 import math
@@ -17,6 +18,8 @@ except ImportError:
 # Boxes travel as integers in this unit of an image's side, because training engines cast floats to bfloat16.
 BOX_UNIT = 65_536
 ROI_BINS = 7
+# Lowest and highest frequency of `add_positions`, in periods a side of the image.
+POSITION_PERIODS = (0.5, 32.0)
 ROI_SAMPLING_RATIO = 2
 
 
@@ -43,21 +46,56 @@ def merged_grids(image_grid_thw: torch.LongTensor, merge_size: int) -> list[tupl
     return [(height // merge_size, width // merge_size) for _, height, width in image_grid_thw.tolist()]
 
 
-def check_boxes(boxes: torch.LongTensor, num_segments: int, num_images: int) -> None:
-    """Checks boxes (G, 5): one for each segment, each inside one of the batch's images.
+def add_positions(features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Adds to an image's features (L, D) where each patch lies: a fixed sinusoid of its centre, of the features' RMS.
+
+    A quarter of the D channels each are sines and cosines of x and sines and cosines of y, in fractions of the image's sides,
+    with D / 4 frequencies in geometric progression.
+    """
+    low, high = (math.log(periods) for periods in POSITION_PERIODS)
+    waves = torch.linspace(low, high, features.shape[1] // 4, device=features.device).exp() * 2 * math.pi
+    y, x = (((torch.arange(size, device=features.device) + 0.5) / size)[:, None] * waves for size in grid)
+    across = torch.cat([x.sin(), x.cos()], 1)[None].expand(len(y), -1, -1)
+    down = torch.cat([y.sin(), y.cos()], 1)[:, None].expand(-1, len(x), -1)
+    positions = torch.cat([across, down], 2).flatten(0, 1)  # (L, D), of RMS sqrt(1 / 2)
+    scale = (2 * features.detach().float().square().mean()).sqrt()
+    return features + (scale * positions).to(features.dtype)
+
+
+def boxes_by_step(boxes: torch.LongTensor, num_latent_tokens: int) -> torch.LongTensor:
+    """Boxes by segment and step, (G, S, 5): x0, y0, x1, y1 in 1/65,536 of the image's sides, image. Raises a `ValueError`.
+
+    `boxes` are these, or (G, 5), one a segment, with the image in front, as processors made them before there were paths.
+    """
+    if boxes.ndim == 2 and boxes.shape[1] == 5:
+        return boxes.roll(-1, 1)[:, None].expand(-1, num_latent_tokens, -1)
+    if boxes.ndim != 3 or boxes.shape[1:] != (num_latent_tokens, 5):
+        raise ValueError(
+            f"`boxes` must be (segments, {num_latent_tokens}, 5), or (segments, 5), got {tuple(boxes.shape)}."
+        )
+    return boxes
+
+
+def check_boxes(paths: list[list[list[int]]], images_before: list[range]):
+    """Checks each segment's boxes, see [`boxes_by_step`]: every one must lie in an image of its sample before the segment.
 
     Raises:
-        ValueError: Another number of boxes than segments; an image that isn't there; corners that are no box.
+        ValueError: Another number of paths than segments; an image that isn't there; corners that are no box.
     """
-    if len(boxes) != num_segments:
-        raise ValueError(f"{len(boxes)} boxes for {num_segments} reflection segments; there must be one each.")
-    for number, (image, x0, y0, x1, y1) in enumerate(boxes.tolist()):
-        if not 0 <= image < num_images:
-            raise ValueError(f"Box {number} lies in image {image}, but the batch has {num_images} images.")
-        if not (0 <= x0 <= x1 <= BOX_UNIT and 0 <= y0 <= y1 <= BOX_UNIT):
-            raise ValueError(
-                f"Box {number} must be x0 <= x1, y0 <= y1 within 0 to {BOX_UNIT}, got {[x0, y0, x1, y1]}."
-            )
+    if len(paths) != len(images_before):
+        raise ValueError(f"{len(paths)} boxes for {len(images_before)} reflection segments; there must be one each.")
+    for number, (path, images) in enumerate(zip(paths, images_before)):
+        for x0, y0, x1, y1, image in path:
+            if image not in images:
+                there = f"{images.start} to {images.stop - 1}" if images else "none"
+                raise ValueError(
+                    f"Box {number} lies in image {image} of the batch, which its sample doesn't show before the segment: "
+                    f"there it has {there}."
+                )
+            if not (0 <= x0 <= x1 <= BOX_UNIT and 0 <= y0 <= y1 <= BOX_UNIT):
+                raise ValueError(
+                    f"Box {number} must be x0 <= x1, y0 <= y1 within 0 to {BOX_UNIT}, got {[x0, y0, x1, y1]}."
+                )
 
 
 def box_patches(box: list[int], grid: tuple[int, int]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from modeling_vreflection import VReflectionConfig
-from modeling_vreflection.generation_vreflection import ReflectionOptions
+from modeling_vreflection.decoding_vreflection import ReflectionOptions
 
 from ..errors import InputError
 from ..inference.checkpoints import checkpoint_config, first_line

@@ -13,7 +13,7 @@ import torch
 from starlette.middleware import Middleware
 
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
-from modeling_vreflection.generation_vreflection import LATENT_FEEDBACK
+from modeling_vreflection.decoding_vreflection import LATENT_FEEDBACK
 
 from ..errors import InputError
 from ..glyphsearch import draw_question

@@ -71,6 +71,7 @@ class ReflectionCausalLMMixin:
         boxes: torch.LongTensor | None = None,
         latent_inputs: str | None = None,
         bcm_receives_ce: bool = True,
+        latents: torch.Tensor | None = None,
         latent_state: torch.Tensor | None = None,
         skip_logits: bool = False,
         past_key_values: Cache | None = None,
@@ -82,13 +83,16 @@ class ReflectionCausalLMMixin:
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Where rows hold several samples each, every
                 token's position in its own sample, with `mm_token_type_ids`, `attention_mask=None` and
                 `use_cache=False`: attention stays within samples.
-            boxes (`torch.LongTensor` of shape `(G, 5)`, *optional*): One row a segment, in the order of `input_ids`:
-                the image's index in `image_grid_thw`, then x0, y0, x1, y1 in 1/65,536 of its sides. The processor makes
-                them.
+            boxes (`torch.LongTensor` of shape `(G, S, 5)`, *optional*): For each segment, in the order of `input_ids`, the
+                box of each step: x0, y0, x1, y1 in 1/65,536 of its image's sides, and the image's index in
+                `image_grid_thw`. The processor makes them. Or (G, 5), one box a segment, with the image's index in front.
             latent_inputs (`str`, *optional*): What fills the slots. `"bcm"`: Z_T, one pass. `"dac"`: Z_S; a first pass
                 over Z_T gives the states that query DAC. `"hidden"`: the states themselves, step by step, as decoding
                 does. Required where there are slots.
             bcm_receives_ce (`bool`, *optional*, defaults to `True`): Whether gradients flow into BCM through the slots.
+            latents (`torch.Tensor` of shape `(B, M, D)`, *optional*): Latents to replay, such as those that `generate`
+                returns: the n-th slot of a row holds its n-th latent, wherever the slot stands. Only a slot in the last
+                column may lack one.
             latent_state (`torch.Tensor` of shape `(B, 1, D)`, *optional*): What `generate` feeds to rows in a slot.
             skip_logits (`bool`, *optional*, defaults to `False`): Return zeros, which cost nothing, for logits that
                 nobody will read: `generate` sets it where the next token of every row is forced.
@@ -96,8 +100,9 @@ class ReflectionCausalLMMixin:
 
         Raises:
             ValueError: Slots that nothing fills; segments of the wrong length; another number of boxes than segments;
-                a box outside its image; a `latent_inputs` that the model or the batch doesn't allow; both names of the
-                cache; videos, embeddings or a cache beside segments.
+                a box outside its image, or in one that isn't shown before the segment; a `latent_inputs` that the model or
+                the batch doesn't allow; fewer latents than slots; both names of the cache; videos, embeddings or a cache
+                beside segments.
         """
         videos = {
             "pixel_values_videos": pixel_values_videos,
@@ -118,6 +123,7 @@ class ReflectionCausalLMMixin:
             boxes=boxes,
             latent_inputs=latent_inputs,
             bcm_receives_ce=bcm_receives_ce,
+            latents=latents,
             latent_state=latent_state,
             past_key_values=past_key_values,
             return_dict=True,
@@ -205,7 +211,16 @@ class ReflectionCausalLMMixin:
         )
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Saves the checkpoint with the code that loads it. The keys stay as they are in the model, so that resuming finds them."""
+        """Saves the checkpoint with the code that loads it. The keys stay as they are in the model, so that resuming finds them.
+
+        Raises:
+            ValueError: A checkpoint that would decode by DAC (`latent_feedback`) and has none.
+        """
+        if getattr(self.generation_config, "latent_feedback", None) == "dac" and not self.config.has_dac:
+            raise ValueError(
+                "The generation config's `latent_feedback` is 'dac', which needs DAC, and `has_dac=False` leaves it out: keep "
+                "DAC, or set `generation_config.latent_feedback = 'hidden'`."
+            )
         kwargs.setdefault("save_original_format", False)
         self.config.auto_map = dict(self.hub_classes)
         return super().save_pretrained(save_directory, *args, **kwargs)

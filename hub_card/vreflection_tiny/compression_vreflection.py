@@ -1,6 +1,7 @@
 """The two cross-attention modules, BCM (Eq. 1) and DAC (Eq. 3).
 
-Symbols in shapes: G segments of a batch, S latent steps, D hidden size, N features of a box, L merged patches of an image.
+Symbols in shapes: G segments of a batch, S latent steps, D hidden size, N features of a segment's boxes, L merged patches
+of the images before it.
 """
 
 import torch
@@ -28,23 +29,29 @@ class LatentCrossAttention(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
 
+    def keys_and_values(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Projects features (G, N, D) to keys and values, (G, heads, N, D / heads) each: all that a later look needs."""
+        return self._split(self.k_proj(features)), self._split(self.v_proj(features))
+
     def attend(
-        self, queries: torch.Tensor, features: torch.Tensor, mask: torch.Tensor
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attends from queries (G, S, D) to features (G, N, D) where mask (G, N), bool, is true.
+        """Attends from queries (G, S, D) to N keys and values where mask, bool, is true: (G, N), or by step (G, S, N).
 
         Returns:
             `tuple`: The latents (G, S, D), in the dtype of the weights, and the attention (G, S, N), float32, the mean
             of the heads' softmaxes.
         """
-        q, k, v = (
-            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (G, heads, S or N, D / heads)
-            for projection, x in ((self.q_proj, queries), (self.k_proj, features), (self.v_proj, features))
-        )
-        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        weights = scores.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)  # (G, heads, S, N)
-        mixed = (weights.to(v.dtype) @ v).transpose(1, 2).flatten(-2)  # (G, S, D)
+        mask = mask[:, None] if mask.ndim == 2 else mask
+        q = self._split(self.q_proj(queries))
+        scores = (q @ keys.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)  # (G, heads, S, N)
+        mixed = (weights.to(values.dtype) @ values).transpose(1, 2).flatten(-2)  # (G, S, D)
         return self.norm(self.o_proj(mixed)), weights.mean(1)
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        """Splits (G, N, D) into heads: (G, heads, N, D / heads)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     @property
     def is_trained(self) -> bool:
@@ -60,8 +67,11 @@ class BoxGuidedCompression(LatentCrossAttention):
         self.queries = nn.Parameter(torch.empty(num_latent_tokens, hidden_size))
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compresses F_local (G, N, D) into Z_T (G, S, D); returns it with A_T (G, S, N), float32."""
-        return self.attend(self.queries.expand(len(features), -1, -1), features, mask)
+        """Compresses F_local (G, N, D) into Z_T (G, S, D); returns it with A_T (G, S, N), float32.
+
+        Of a path's boxes, all features stand side by side, and the mask (G, S, N) gives each step those of its own.
+        """
+        return self.attend(self.queries.expand(len(features), -1, -1), *self.keys_and_values(features), mask)
 
 
 class DynamicAutoregressiveCompression(LatentCrossAttention):
@@ -94,7 +104,7 @@ class DynamicAutoregressiveCompression(LatentCrossAttention):
             states = self.queries.expand(len(states), -1, -1)
         elif self.source == "random":
             states = torch.randn_like(states)
-        return self.attend(states, features, mask)
+        return self.attend(states, *self.keys_and_values(features), mask)
 
 
 def pad_features(features: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

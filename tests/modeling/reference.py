@@ -3,10 +3,13 @@
 They run the stock Qwen2.5-VL, without a cache, on one row at a time, over embeddings that are put together here.
 """
 
+import math
+
 import torch
 from torch import nn
 from transformers import LogitsProcessor
 
+from modeling_vreflection.regions_vreflection import POSITION_PERIODS
 from vreflection_hub_card.glyphsearch import make_scene
 
 
@@ -74,6 +77,22 @@ def patches_inside(box, grid: tuple[int, int]) -> list[int]:
     ]
 
 
+def with_positions(features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """What `patch_positions="sincos"` lets BCM and DAC read of an image, patch by patch and channel by channel."""
+    (height, width), (low, high) = grid, POSITION_PERIODS
+    count = features.shape[1] // 4
+    waves = [low * (high / low) ** (index / (count - 1)) for index in range(count)]
+    rows = []
+    for row in range(height):
+        for column in range(width):
+            angles = [
+                [2 * math.pi * wave * at for wave in waves] for at in ((column + 0.5) / width, (row + 0.5) / height)
+            ]
+            rows.append([wave(angle) for of_axis in angles for wave in (math.sin, math.cos) for angle in of_axis])
+    positions = torch.tensor(rows)
+    return features + positions * features.square().mean().sqrt() / positions.square().mean().sqrt()
+
+
 class Row:
     """One row of a batch without its padding, run on the stock model.
 
@@ -130,9 +149,18 @@ class Row:
 
 @torch.no_grad()
 def decode_uncached(
-    row: Row, ids: list[int], new_tokens: int, starts=(), steps: int = 8, feedback=None, banned=(), given=None
+    row: Row,
+    ids: list[int],
+    new_tokens: int,
+    starts=(),
+    steps: int = 8,
+    feedback=None,
+    banned=(),
+    given=None,
+    look=None,
+    tolerance: float = 0.0,
 ) -> tuple[list[int], torch.Tensor]:
-    """Greedy decoding that recomputes everything at every step.
+    """Greedy decoding that recomputes everything at every step; `row.fed` then holds what was fed to the slots.
 
     Args:
         row: The prompt.
@@ -143,13 +171,16 @@ def decode_uncached(
         feedback: What is fed for a state (D,), itself by default.
         banned: Ids that are never chosen.
         given: Tokens to follow instead of the model's choice.
+        look: Where a state (D,) looks, a distribution (L,).
+        tolerance: Half the L1 distance of two consecutive looks below which a reflection ends.
 
     Returns:
         The tokens and the logits (new_tokens, V).
     """
     start, slot, end = ids
     table = row.stock.get_input_embeddings().weight.detach()
-    tokens, logits, queue = [], [], []
+    tokens, logits, queue, looks = [], [], [], []
+    row.fed = []
     for step in range(new_tokens):
         state = row.run()[-1]
         logits.append(row.logits(state))
@@ -162,10 +193,16 @@ def decode_uncached(
         else:
             token = start if step in starts else int(allowed.argmax())
         if token == start:
-            queue = [slot] * steps + [end]
+            queue, looks = [slot] * steps + [end], []
         fed = table[token]
         if token == slot:
             fed = state if feedback is None else feedback(state)
+            if step + 1 < new_tokens:  # nobody reads what the last token is fed
+                row.fed.append(fed)
+            if tolerance:
+                looks.append(look(state))
+                if len(looks) > 1 and (looks[-1] - looks[-2]).abs().sum() / 2 < tolerance:
+                    queue = [end]
         row.extend(token, fed)
         tokens.append(token)
     return tokens, torch.stack(logits)

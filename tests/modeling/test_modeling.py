@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import BOXES, Row, answer, ask, attend, encode, patches_inside, picture
+from reference import BOXES, Row, answer, ask, attend, encode, patches_inside, picture, with_positions
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from modeling_vreflection.reflection_vreflection import images_before
+from modeling_vreflection.regions_vreflection import boxes_by_step
+from modeling_vreflection.segments_vreflection import images_before
 
 
 STEPS = 8
@@ -34,6 +35,20 @@ def mixed(processor):
 
 
 @pytest.fixture(scope="module")
+def paths(processor, mixed):
+    """The same rows, where segments follow paths: over two images, with a box twice in a row, as long as the segment."""
+    there = [(BOXES[index % 3], index % 2) for index in range(STEPS)]
+    regions = [[there, [(BOXES[1], 0), (BOXES[1], 0), (BOXES[0], 1)]], [], [], [[(BOXES[2], 0), (BOXES[0], 0)]]]
+    first_image = [0, 2, 3, 3]  # of each row in the batch
+    boxes = [
+        [[round(65_536 * corner) for corner in box] + [first + image] for box, image in by_step(region)]
+        for first, row in zip(first_image, regions)
+        for region in row
+    ]
+    return SimpleNamespace(inputs={**mixed.inputs, "boxes": torch.tensor(boxes)}, regions=regions)
+
+
+@pytest.fixture(scope="module")
 def aligned(processor):
     """What `latent_inputs="hidden"` takes: one segment a row, all in one column; rows without one; a shorter tail."""
     samples = [
@@ -53,27 +68,42 @@ def batch_of(processor, samples, **kwargs):
     return SimpleNamespace(inputs=inputs, regions=[regions for _, regions in samples])
 
 
+def by_step(region) -> list[tuple[list[float], int]]:
+    """The box and image of each step: `region` is a pair of them, or a list of pairs, whose last one is repeated."""
+    path = region if isinstance(region, list) else [region]
+    return [*path, *[path[-1]] * (STEPS - len(path))]
+
+
 def expect(model, stock, batch, latent_inputs, position="before"):
-    """Recomputes a training forward row by row: a list of each row's states, and a dict of what is seen at segments."""
+    """Recomputes a training forward row by row and step by step: each row's states, and what is seen at segments."""
     start, slot, end = model.config.latent_token_ids
-    rows, seen = [], {key: [] for key in ("H", "Z_T", "Z_S", "A_T", "A_S")}
+    rows, seen = [], {key: [] for key in ("H", "Z_T", "Z_S", "A_T", "A_S", "inside")}
     for index, regions in enumerate(batch.regions):
         row = Row(stock, batch.inputs, index)
         slots = (row.ids == slot).nonzero().flatten().view(-1, STEPS)
         assert len(slots) == len(regions) and (row.ids[slots[:, 0] - 1] == start).all()
         columns = slots.flatten()
         teachers, students = [], []
-        for box, image in regions:
-            patches = patches_inside(box, row.grids[image])
-            if model.model.bcm is not None:
-                local = row.features[image][patches]
-                latents, attention = attend(model.model.bcm, model.model.bcm.queries[None], local[None])
-                teachers.append(latents[0])
-            else:
-                attention = torch.full((1, STEPS, len(patches)), 1 / len(patches))
-            projected = torch.zeros(STEPS, len(row.features[image]))
-            projected[:, patches] = attention[0].detach()
-            seen["A_T"].append(projected)
+        # All pictures of these conversations come before their answers.
+        sincos = model.config.patch_positions == "sincos"
+        read = [with_positions(*image) if sincos else image[0] for image in zip(row.features, row.grids)]
+        everything = torch.cat(read) if read else None
+        offsets = torch.tensor([0, *map(len, row.features)]).cumsum(0).tolist()
+        for region in regions:
+            latents, maps, inside = [], torch.zeros(STEPS, len(everything)), torch.zeros(STEPS, len(everything))
+            for step, (box, image) in enumerate(by_step(region)):
+                patches = torch.tensor(patches_inside(box, row.grids[image]))
+                attention = torch.full((len(patches),), 1 / len(patches))
+                if model.model.bcm is not None:
+                    query = model.model.bcm.queries[None, step : step + 1]
+                    seen_by_step, weights = attend(model.model.bcm, query, read[image][patches][None])
+                    latents.append(seen_by_step[0, 0])
+                    attention = weights[0, 0]
+                maps[step, offsets[image] + patches] = attention.detach()
+                inside[step, offsets[image] + patches] = 1
+            seen["A_T"].append(maps)
+            seen["inside"].append(inside)
+            teachers += [torch.stack(latents)] if latents else []
         if latent_inputs == "hidden" or not teachers:
             for column in columns.tolist():
                 row.fill([column], row.run(length=column)[-1:])
@@ -81,10 +111,10 @@ def expect(model, stock, batch, latent_inputs, position="before"):
             filled = torch.cat(teachers)
             row.fill(columns, filled if latent_inputs == "bcm" else filled.detach())
         states = row.run()
-        for segment, (_, image) in zip(slots, regions):
+        for segment in slots:
             seen["H"].append(states[segment - 1])
             queries = states[segment if position == "at" else segment - 1]
-            latents, attention = attend(model.model.dac, queries[None], row.features[image][None])
+            latents, attention = attend(model.model.dac, queries[None], everything[None])
             students.append(latents[0])
             seen["A_S"].append(attention[0])
         if latent_inputs == "dac" and students:
@@ -94,7 +124,7 @@ def expect(model, stock, batch, latent_inputs, position="before"):
         seen["Z_S"] += students
         rows.append(states)
     stacked = {key: torch.stack(seen[key]) if seen[key] else None for key in ("H", "Z_T", "Z_S")}
-    for key in ("A_T", "A_S"):
+    for key in ("A_T", "A_S", "inside"):
         stacked[key] = pad_sequence([maps.T for maps in seen[key]], batch_first=True).transpose(1, 2)
     return rows, stacked
 
@@ -117,6 +147,7 @@ def check(model, stock, batch, latent_inputs, position="before"):
     torch.testing.assert_close(outputs.student_latents, seen["Z_S"], **close)
     torch.testing.assert_close(outputs.teacher_attention, seen["A_T"], **close)
     torch.testing.assert_close(outputs.student_attention, seen["A_S"], **close)
+    assert torch.equal(outputs.inside_box, seen["inside"].bool())
     return outputs
 
 
@@ -142,6 +173,64 @@ def test_forward_equals_recomputation_row_by_row(model, stock, processor, mixed,
         mixed = batch_of(processor, samples)
         assert mixed.inputs["attention_mask"][:, 0].all()
     check(model, stock, mixed, latent_inputs)
+
+
+@pytest.mark.parametrize("positions", ["none", "sincos"])
+@pytest.mark.parametrize("latent_inputs", ["bcm", "dac"])
+def test_paths_equal_recomputation_step_by_step(make_model, stock, paths, latent_inputs, positions):
+    check(make_model(patch_positions=positions), stock, paths, latent_inputs)
+
+
+@pytest.mark.parametrize("has_bcm", [True, False])
+@pytest.mark.parametrize("pooling", ["patch", "roi_align"])
+def test_each_step_sees_what_a_call_with_its_box_alone_shows(make_model, paths, aligned, pooling, has_bcm):
+    model = make_model(region_pooling=pooling, has_bcm=has_bcm)
+    inputs = paths.inputs
+    if not has_bcm:  # then states are fed back, in one segment a row
+        boxes = boxes_by_step(aligned.inputs["boxes"], STEPS).clone()
+        boxes[0, 2:5], boxes[0, 5:] = boxes[1, 0], boxes[2, 0]
+        boxes[0, :, 4] = torch.tensor([0, 1] * 4)
+        inputs = {**aligned.inputs, "boxes": boxes}
+    options = {"latent_inputs": "bcm" if has_bcm else "hidden"}
+    with torch.no_grad():
+        whole = model(**inputs, **options)
+        for step in range(STEPS):
+            boxes = inputs["boxes"][:, step : step + 1].expand(-1, STEPS, -1)
+            alone = model(**{**inputs, "boxes": boxes}, **options)
+            if has_bcm:
+                torch.testing.assert_close(whole.teacher_latents[:, step], alone.teacher_latents[:, step])
+            torch.testing.assert_close(whole.teacher_attention[:, step], alone.teacher_attention[:, step])
+            assert torch.equal(whole.inside_box[:, step], alone.inside_box[:, step])
+    torch.testing.assert_close(whole.teacher_attention.sum(2), torch.ones(whole.teacher_attention.shape[:2]))
+
+
+def test_one_box_a_segment_can_be_given_with_its_image_in_front(model, mixed):
+    boxes = boxes_by_step(mixed.inputs["boxes"], STEPS)
+    assert boxes[:, 0, 4].tolist() == [1, 0, 3]
+    with torch.no_grad():
+        by_step, by_segment = (
+            model(**{**mixed.inputs, "boxes": given}, latent_inputs="dac") for given in (boxes, boxes[:, 0].roll(1, 1))
+        )
+    for name in ("logits", "teacher_latents", "teacher_attention", "student_latents", "student_attention"):
+        assert torch.equal(by_step[name], by_segment[name])
+
+
+def test_positions_reach_bcm_and_dac_and_nobody_else(make_model, stock, processor, mixed):
+    model = make_model(patch_positions="sincos")
+    inputs = batch_of(processor, [sample("Which?", [picture(1), picture(2, (84, 56))], "A")]).inputs
+    assert torch.equal(model(**inputs).logits, stock(**inputs).logits)
+    plain = make_model()
+    with torch.no_grad():
+        ours, theirs = model(**mixed.inputs, latent_inputs="bcm"), plain(**mixed.inputs, latent_inputs="bcm")
+    assert (ours.teacher_latents - theirs.teacher_latents).abs().max() > 0.1
+    assert (ours.student_attention - theirs.student_attention).abs().max() > 1e-3
+
+
+def test_positions_need_a_hidden_size_that_four_divides(make_model):
+    with pytest.raises(ValueError, match="that 4 divides, got 190"):
+        config = make_model().config.to_dict()
+        config["text_config"] = {**config["text_config"], "hidden_size": 190}
+        type(make_model().config)(**{**config, "patch_positions": "sincos", "compression_num_heads": 2})
 
 
 def test_feeding_states_back_equals_uncached_recomputation(model, stock, aligned):
@@ -180,8 +269,9 @@ def test_static_queries_are_the_same_whatever_the_states(make_model, mixed):
     model = make_model(dac_queries="static")
     outputs = model(**mixed.inputs, latent_inputs="bcm")
     features = model.get_image_features(mixed.inputs["pixel_values"], mixed.inputs["image_grid_thw"]).pooler_output
-    for segment, image in enumerate((1, 0, 3)):
-        expected, _ = attend(model.model.dac, model.model.dac.queries[None], features[image][None])
+    for segment, images in enumerate(((0, 1), (0, 1), (3,))):
+        seen = torch.cat([features[image] for image in images])
+        expected, _ = attend(model.model.dac, model.model.dac.queries[None], seen[None])
         torch.testing.assert_close(outputs.student_latents[segment], expected[0], atol=1e-4, rtol=1e-4)
 
 
@@ -239,11 +329,14 @@ def test_a_reflection_without_any_image_feeds_states_back(model, processor):
 
 
 def test_images_after_a_segment_are_not_looked_at():
-    image, features = 7, [torch.full((2, 1), 1.0), torch.full((1, 1), 2.0), torch.full((3, 1), 3.0)]
-    ids = torch.tensor([[7, 7, 0, 7, 0, 0, 0, 0], [0, 0, 7, 7, 0, 0, 7, 0]])
-    segments = (torch.tensor([0, 0, 1]), torch.tensor([2, 5, 4]))
-    seen = images_before({"input_ids": ids, "position_ids": None}, segments, features, image)
-    assert [looked.flatten().tolist() for looked in seen] == [[1, 1], [1, 1, 2], [3, 3]]
+    ids = torch.tensor([[7, 7, 0, 7, 0, 0, 0, 0], [0, 0, 7, 7, 7, 0, 7, 0]])
+    segments = (torch.tensor([0, 0, 1, 1]), torch.tensor([2, 5, 5, 7]))
+    images = [2, 1, 3, 1]  # tokens of each
+    assert images_before(ids, None, segments, images, 7) == [range(0, 1), range(0, 2), range(2, 3), range(2, 4)]
+    # Packed: a sample begins anew within its row.
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1]])
+    assert images_before(ids, positions, segments, images, 7) == [range(0, 1), range(1, 2), range(2, 3), range(3, 4)]
+    assert images_before(ids, None, (torch.tensor([1]), torch.tensor([1])), images, 7) == [range(2, 2)]
 
 
 @pytest.mark.parametrize("latent_inputs", ["bcm", "dac", "hidden"])
@@ -421,7 +514,7 @@ def test_what_a_reflecting_pass_would_ignore_is_refused(model, processor, mixed)
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_another_number_of_boxes_is_refused(model, mixed, count):
-    boxes = mixed.inputs["boxes"].repeat(2, 1)[:count]
+    boxes = boxes_by_step(mixed.inputs["boxes"], STEPS).repeat(2, 1, 1)[:count]
     with pytest.raises(ValueError, match=f"{count} boxes for 3 reflection segments"):
         model(**{**mixed.inputs, "boxes": boxes}, latent_inputs="bcm")
 
@@ -435,19 +528,27 @@ def test_boxes_without_segments_are_refused(model, processor, mixed):
 @pytest.mark.parametrize(
     ("box", "message"),
     [
-        ([4, 0, 0, 9, 9], "Box 1 lies in image 4.*4 images"),
-        ([-1, 0, 0, 9, 9], "Box 1 lies in image -1"),
-        ([0, 9, 0, 8, 9], "Box 1 must be"),
-        ([0, 0, 9, 9, 8], "Box 1 must be"),
-        ([0, 0, 0, 65537, 9], "Box 1 must be"),
-        ([0, -1, 0, 9, 9], "Box 1 must be"),
+        ([0, 0, 9, 9, 4], "Box 1 lies in image 4.*0 to 1"),
+        ([0, 0, 9, 9, 2], "Box 1 lies in image 2.*0 to 1"),  # of another row
+        ([0, 0, 9, 9, -1], "Box 1 lies in image -1"),
+        ([9, 0, 8, 9, 0], "Box 1 must be"),
+        ([0, 9, 9, 8, 0], "Box 1 must be"),
+        ([0, 0, 65537, 9, 0], "Box 1 must be"),
+        ([-1, 0, 9, 9, 0], "Box 1 must be"),
     ],
 )
 def test_impossible_boxes_are_refused(model, mixed, box, message):
-    boxes = mixed.inputs["boxes"].clone()
-    boxes[1] = torch.tensor(box)
+    boxes = boxes_by_step(mixed.inputs["boxes"], STEPS).clone()
+    boxes[1, 5] = torch.tensor(box)
     with pytest.raises(ValueError, match=message):
         model(**{**mixed.inputs, "boxes": boxes}, latent_inputs="bcm")
+
+
+def test_boxes_of_another_shape_are_refused(model, mixed):
+    boxes = boxes_by_step(mixed.inputs["boxes"], STEPS)
+    for wrong in (boxes[:, :7], boxes[..., :4], boxes[None]):
+        with pytest.raises(ValueError, match=r"`boxes` must be \(segments, 8, 5\)"):
+            model(**{**mixed.inputs, "boxes": wrong}, latent_inputs="bcm")
 
 
 def test_modes_name_the_module_or_input_that_they_miss(model, make_model, mixed):
@@ -496,7 +597,7 @@ def test_feeding_back_refuses_what_a_cache_cannot_do(model, make_model, processo
     samples = [sample("What?", [picture(1)], BOXES[0], "A"), sample("What?", [picture(1)], BOXES[0], "A A A")]
     with pytest.raises(ValueError, match="one column.*left"):
         model(**batch_of(processor, samples).inputs, latent_inputs="hidden")
-    packed = torch.zeros(4, *aligned.inputs["input_ids"].shape, dtype=torch.long)
+    packed = torch.arange(aligned.inputs["input_ids"].shape[1]).expand(4, len(aligned.inputs["input_ids"]), -1)
     with pytest.raises(ValueError, match="turn `sample_packing` off"):
         model(**aligned.inputs, position_ids=packed, latent_inputs="hidden")
     checkpointed = make_model().train()

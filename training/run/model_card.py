@@ -8,7 +8,7 @@ import accelerate
 import trl
 from huggingface_hub import ModelCard
 
-from modeling_vreflection.generation_vreflection import ReflectionOptions
+from modeling_vreflection.decoding_vreflection import ReflectionOptions
 from vreflection_hub_card.card import read_training_facts, render_card
 from vreflection_hub_card.card.card_check import is_hub_id
 from vreflection_hub_card.card.checkpoint import Checkpoint, read_weights

@@ -119,18 +119,14 @@ def test_another_sample_in_the_pack_changes_nothing(strong, processor):
 def test_without_boxes_the_student_sees_its_own_sample_alone(make_model, processor):
     model = make_model(has_bcm=False)
     collate = VReflectionDataCollator(processor, model.config)
-    # Feeding states back can't run packed, so the maps are compared through what they look at.
-    from modeling_vreflection.reflection_vreflection import find_segments, images_before
+    # Feeding states back can't run packed, so what they look at is compared.
+    from modeling_vreflection.segments_vreflection import find_segments, images_before
 
     batch = collate(PACKS[:1])
-    features = [torch.full((size, 1), float(number)) for number, size in enumerate((6, 8, 15))]
-    positions = model.model._with_packed_positions(
-        batch["input_ids"], batch["position_ids"], None, batch["mm_token_type_ids"], batch["image_grid_thw"], False
-    )
-    inputs = {"input_ids": batch["input_ids"], "position_ids": positions}
     segments = find_segments(batch["input_ids"], model.config)
-    seen = images_before(inputs, segments, features, model.config.image_token_id)
-    assert [sorted(set(feature.flatten().tolist())) for feature in seen] == [[0], [1, 2], [1, 2]]
+    tokens = (batch["image_grid_thw"].prod(1) // 4).tolist()
+    seen = images_before(batch["input_ids"], batch["position_ids"], segments, tokens, model.config.image_token_id)
+    assert [list(images) for images in seen] == [[0], [1, 2], [1, 2]]
 
 
 def test_a_pack_is_labelled_like_its_samples(processor, model):

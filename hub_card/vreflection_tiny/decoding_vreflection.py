@@ -1,0 +1,298 @@
+"""One call of `generate`: its options, who is in a reflection, which token is forced, what was fed, what a streamer may show.
+
+The state of a row is read off its tokens: slots and the end token follow every start token. So rows of a batch enter and
+leave a reflection at different steps, and beams carry their state along by being reordered.
+
+Symbols in shapes: B rows, T tokens, M latents of a row, D hidden size, L merged patches of all images of a row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessor
+from transformers.generation.streamers import BaseStreamer
+
+
+LATENT_FEEDBACK = ("hidden", "dac")
+
+
+@dataclass(frozen=True)
+class ReflectionOptions:
+    """How one call of `generate` reflects; see `VReflectionForConditionalGeneration.generate`."""
+
+    latent_steps: int
+    latent_feedback: str
+    reflect: bool | None = None
+    latent_tolerance: float | None = None
+
+    def __post_init__(self):
+        if self.latent_steps < 0:
+            raise ValueError(f"`latent_steps` must not be negative, got {self.latent_steps}.")
+        if self.latent_feedback not in LATENT_FEEDBACK:
+            raise ValueError(
+                f"`latent_feedback` must be one of {', '.join(LATENT_FEEDBACK)}, got {self.latent_feedback!r}."
+            )
+        if self.reflect not in (None, True, False):
+            raise ValueError(f"`reflect` must be True, False or None, got {self.reflect!r}.")
+        if self.reflect and not self.can_start:
+            raise ValueError("`reflect=True` and `latent_steps=0` contradict each other: set `latent_steps` above 0.")
+        if self.latent_tolerance is not None and not 0 <= self.latent_tolerance <= 1:
+            raise ValueError(f"`latent_tolerance` must lie in [0, 1], got {self.latent_tolerance}; 0 is off.")
+        if self.latent_tolerance and self.latent_feedback != "dac":
+            raise ValueError("`latent_tolerance` compares DAC's looks: use it with `latent_feedback='dac'`.")
+
+    @classmethod
+    def resolve(
+        cls,
+        config,
+        *generation_configs,
+        latent_steps=None,
+        latent_feedback=None,
+        reflect=None,
+        latent_tolerance=None,
+    ):
+        """The options of a call: an argument wins, then the first generation config that says something.
+
+        Args:
+            config (`VReflectionConfig`): The model's; where nothing is said, `latent_steps` is its `num_latent_tokens`.
+            generation_configs (`GenerationConfig`): The call's, if there is one, then the model's.
+            latent_steps, latent_feedback, reflect, latent_tolerance: See `generate`.
+
+        Raises:
+            ValueError: A value that isn't allowed, wherever it comes from.
+        """
+
+        def first(name: str, given, default=None):
+            values = (given, *(getattr(generation_config, name, None) for generation_config in generation_configs))
+            return next((value for value in values if value is not None), default)
+
+        steps = first("latent_steps", latent_steps, config.num_latent_tokens)
+        feedback = first("latent_feedback", latent_feedback, LATENT_FEEDBACK[0])
+        # What a config says for DAC's looks, or for reflections at all, doesn't bind a call that does without them.
+        if feedback == "dac":
+            latent_tolerance = first("latent_tolerance", latent_tolerance)
+        if steps:
+            reflect = first("reflect", reflect)
+        return cls(steps, feedback, reflect, latent_tolerance)
+
+    @property
+    def can_start(self) -> bool:
+        """Whether a reflection may start at all; where not, this is the plain backbone."""
+        return self.latent_steps > 0 and self.reflect is not False
+
+
+def forced_tokens_left(input_ids: torch.LongTensor, start_id: int, end_id: int, latent_steps: int) -> torch.LongTensor:
+    """For rows (B, T), counts the next tokens that are forced, slots and the end token: (B,), 0 outside of reflections.
+
+    A reflection is open while no end token follows its start token.
+    """
+    recent = input_ids[:, -(latent_steps + 1) :]
+    left = torch.arange(latent_steps + 2 - recent.shape[1], latent_steps + 2, device=input_ids.device)
+    opened, closed = (((recent == token) * left).amax(1) for token in (start_id, end_id))
+    return torch.where(closed > opened, 0, opened)
+
+
+class ReflectionProgress:
+    """One call of `generate`: how far the rows are in their reflections, what they look at, and what was fed.
+
+    Args:
+        options (`ReflectionOptions`): The options of the call.
+        token_ids (`tuple[int, int, int]`): Ids of the start, slot and end token.
+        image_grid_thw (`torch.LongTensor` of shape `(images, 3)`, *optional*): The call's; later hooks don't see it.
+        given (`torch.Tensor` of shape `(B, M, D)`, *optional*): Latents to feed instead of the model's own.
+
+    Attributes:
+        left (`torch.LongTensor` of shape `(B,)`): Next tokens of each row that are forced; `None` where no row reflects.
+        forced_steps (`int`): Next tokens that are known to be forced in all rows.
+        settled (`torch.BoolTensor` of shape `(B,)`): Rows whose look came to rest, so that their reflection ends here.
+        pictures (`tuple`): DAC's keys and values (B, heads, L, D / heads) of all images of each row, and their mask (B, L);
+            `None` where nothing asks them.
+        has_pictures (`torch.BoolTensor` of shape `(B,)`): Which rows may reflect; `None` for all.
+        look (`torch.FloatTensor` of shape `(B, L)`): Where each row looks at this step.
+        prompt_length (`int`): Tokens of the prompts.
+        recording (`bool`): Whether to keep what was fed and looked at, by column of the slot, in `fed` and `looks`.
+    """
+
+    def __init__(
+        self,
+        options: ReflectionOptions,
+        token_ids: tuple[int, int, int],
+        image_grid_thw: torch.LongTensor | None = None,
+        given: torch.Tensor | None = None,
+    ):
+        self.options = options
+        self.start_id, self.latent_id, self.end_id = token_ids
+        self.image_grid_thw = image_grid_thw
+        self.given = given
+        self.left: torch.LongTensor | None = None
+        self.forced_steps = 0
+        self.settled: torch.BoolTensor | None = None
+        self.pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.has_pictures: torch.BoolTensor | None = None
+        self.look: torch.FloatTensor | None = None
+        self.prompt_length = 0
+        self.recording = False
+        self.fed: dict[int, torch.Tensor] = {}
+        self.looks: dict[int, torch.Tensor] = {}
+
+    def read(self, input_ids: torch.LongTensor):
+        """Brings itself up to tokens (B, T), one more than at the last call."""
+        self.left = forced_tokens_left(input_ids, self.start_id, self.end_id, self.options.latent_steps)
+        self.settled = None
+        # Once all rows are known to be in a reflection, nothing needs to wait for the device until the first one leaves it;
+        # when that is, only a look that comes to rest can tell.
+        self.forced_steps -= self.forced_steps > 0
+        if not self.forced_steps or self.options.latent_tolerance:
+            least, most = torch.stack(self.left.aminmax()).tolist()
+            self.forced_steps = min(least, 1) if self.options.latent_tolerance else least
+            if not most:
+                self.left = None
+
+    def compare(self, look: torch.Tensor, previous: torch.Tensor | None):
+        """Ends the reflections whose looks (B, L) came to rest, from the second step on: half the L1 distance is small."""
+        if previous is not None:
+            second = (self.left > 1) & (self.left < self.options.latent_steps)
+            self.settled = second & ((look - previous).abs().sum(1) / 2 < self.options.latent_tolerance)
+
+    def feed(self, input_ids: torch.LongTensor, latents: torch.Tensor) -> torch.Tensor:
+        """What is fed to the last of tokens (B, T), where it is a slot: `latents` (B, 1, D), or those given."""
+        if self.given is not None:
+            number = (input_ids[:, self.prompt_length :] == self.latent_id).sum(1) - 1
+            given = self.given[torch.arange(len(number), device=number.device), number % self.given.shape[1]]
+            own = (number < 0) | (number >= self.given.shape[1])
+            latents = torch.where(own[:, None, None], latents, given[:, None].to(latents))
+        if self.recording:
+            column = input_ids.shape[1] - 1
+            self.fed[column] = latents[:, 0]
+            if self.look is not None:
+                self.looks[column] = self.look
+        return latents
+
+    def expand(self, size: int):
+        """Repeats what is known of each row, for beams or several answers."""
+        if size == 1:
+            return
+        tensors = (self.given, self.has_pictures, *(self.pictures or ()))
+        self.given, self.has_pictures, *pictures = (
+            None if tensor is None else tensor.repeat_interleave(size, 0) for tensor in tensors
+        )
+        self.pictures = tuple(pictures) or None
+
+    def recorded(
+        self, sequences: torch.LongTensor, beam_indices: torch.LongTensor | None, like: torch.Tensor
+    ) -> dict[str, torch.Tensor | None]:
+        """What `generate` returns of sequences (B, T): latents in the dtype and on the device of `like` (..., D).
+
+        With beams, `beam_indices` (B, new tokens) say from which row of its step a token comes.
+        """
+        slots = sequences[:, :-1] == self.latent_id  # a slot in the last column was fed nothing
+        slots[:, : self.prompt_length] = False
+        if beam_indices is not None:
+            slots[:, self.prompt_length :] &= beam_indices[:, 1:] >= 0
+        counts, numbers = slots.sum(1), slots.cumsum(1) - 1
+        rows, columns = slots.nonzero(as_tuple=True)
+        sources = rows if beam_indices is None else beam_indices[rows, columns + 1 - self.prompt_length]
+
+        def gather(kept: dict[int, torch.Tensor], gathered: torch.Tensor) -> torch.Tensor:
+            if kept:
+                steps = torch.searchsorted(torch.tensor(list(kept), device=columns.device), columns)
+                gathered[rows, numbers[rows, columns]] = torch.stack(list(kept.values()))[steps, sources]
+            return gathered
+
+        shape = len(sequences), int(counts.max())
+        attention = None
+        if self.options.latent_feedback == "dac":
+            length = 0 if self.pictures is None else self.pictures[2].shape[1]
+            attention = gather(self.looks, torch.zeros(*shape, length, device=like.device))
+        latents = gather(self.fed, like.new_zeros(*shape, like.shape[-1]))
+        return {"latents": latents, "latent_counts": counts, "latent_attention": attention}
+
+
+class ReflectionTokenBan(LogitsProcessor):
+    """Bans the slot and the end token outside of reflections, and the start token where none may start.
+
+    None may start with `latent_steps=0` or `reflect=False`, nor in a row without a picture where DAC asks the pictures.
+
+    Comes before the processors that keep only the likeliest tokens (`top_k`, `top_p`, `min_p`, `typical_p`), so that they
+    never keep banned tokens alone.
+
+    Args:
+        token_ids (`tuple[int, int, int]`): Ids of the start, slot and end token.
+        progress (`ReflectionProgress`): Of the call, up to the tokens that the scores follow.
+    """
+
+    def __init__(self, token_ids: tuple[int, int, int], progress: ReflectionProgress):
+        self.start_id, self.latent_id, self.end_id = token_ids
+        self.progress = progress
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.progress.forced_steps:  # in all rows: no score counts
+            return scores
+        scores = scores.clone()
+        # No list of ids as an index: it would be copied to the device at every step.
+        scores[:, self.latent_id] = scores[:, self.end_id] = float("-inf")
+        if not self.progress.options.can_start:
+            scores[:, self.start_id] = float("-inf")
+        elif self.progress.has_pictures is not None:
+            scores[:, self.start_id].masked_fill_(~self.progress.has_pictures, float("-inf"))
+        return scores
+
+
+class ReflectionForcing(LogitsProcessor):
+    """Forces `latent_steps` slots and the end token after every start token, and the start token for `reflect=True`.
+
+    Where a row's look has come to rest (`latent_tolerance`), the end token comes at once.
+
+    Must come last in the list, so that no other processor forbids what is forced.
+
+    Args:
+        token_ids (`tuple[int, int, int]`): Ids of the start, slot and end token.
+        progress (`ReflectionProgress`): Of the call, up to the tokens that the scores follow.
+    """
+
+    def __init__(self, token_ids: tuple[int, int, int], progress: ReflectionProgress):
+        self.start_id, self.latent_id, self.end_id = token_ids
+        self.progress = progress
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.progress.options.reflect and input_ids.shape[1] == self.progress.prompt_length:
+            scores = torch.full_like(scores, float("-inf"))
+            scores[:, self.start_id] = 0.0
+            return scores
+        left = self.progress.left
+        if left is None:
+            return scores
+        forced = left > 0
+        if self.progress.settled is not None:
+            left = torch.where(self.progress.settled, 1, left)
+        scores = scores.masked_fill(forced[:, None], float("-inf"))
+        scores[:, self.latent_id] = torch.where(left > 1, 0.0, float("-inf"))
+        scores[:, self.end_id] = torch.where(left == 1, 0.0, float("-inf"))
+        return scores
+
+
+class SilentReflectionStreamer(BaseStreamer):
+    """Hands a streamer the prompt and the text, and keeps the tokens of reflections from it; of one row only.
+
+    A streamer of several rows gets all tokens, since it can tell only by their place which row they belong to.
+
+    Args:
+        streamer (`BaseStreamer`): The user's streamer.
+        token_ids (`tuple[int, int, int]`): Ids of the start, slot and end token.
+    """
+
+    def __init__(self, streamer: BaseStreamer, token_ids: tuple[int, int, int]):
+        self.streamer = streamer
+        self.token_ids = torch.tensor(token_ids)
+        self.prompt_is_next = True
+
+    def put(self, value: torch.LongTensor):
+        # Streamers that skip the prompt take whatever comes first for it.
+        if not self.prompt_is_next and value.numel() == 1:
+            value = value[~torch.isin(value, self.token_ids)]
+        if self.prompt_is_next or value.numel():
+            self.streamer.put(value)
+        self.prompt_is_next = False
+
+    def end(self):
+        self.streamer.end()
