@@ -19,7 +19,6 @@ from datasets import disable_progress_bars
 from tqdm import tqdm
 
 from vreflection_hub_card.evaluation.glyphsearch_accuracy import evaluate_glyphsearch
-from vreflection_hub_card.evaluation.interventions import LatentInterventionModel
 from vreflection_hub_card.evaluation.provenance import describe_machine, describe_versions, sha256
 from vreflection_hub_card.inference.checkpoints import EMBEDDED, load_checkpoint
 
@@ -93,7 +92,7 @@ class StudyRun:
 
     def evaluate(self, arm: StudyArm, checkpoint: Path) -> dict:
         """Decodes the test scenes in all ways of an arm."""
-        model, processor = load_checkpoint(checkpoint, None, LatentInterventionModel)
+        model, processor = load_checkpoint(checkpoint)
         ways = {
             way: evaluate_glyphsearch(model, processor, self.form.scenes, "test", DIFFICULTY, **options)
             for way, options in arm.evaluate.items()

@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from modeling_vreflection import VReflectionProcessor
+from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
 
 from ..glyphsearch import GLYPHS, Question, Scene, draw_question, scene_seed
-from ..inference.attention_maps import GREEDY, Reflection, generate_and_look, offered_sources, recorded_steps
+from ..inference.attention_maps import GREEDY, Reflection, generate_and_look, offered_sources
 from ..inference.encoding import encode_prompts, user_turn
-from .interventions import EXCHANGED, INTERVENTIONS, LatentInterventionModel, first_latents, replace_latents
+from .interventions import EXCHANGED, INTERVENTIONS, first_latents, replace_latents
 from .statistics import proportion
 
 
@@ -44,7 +45,7 @@ class Sample:
 
 
 def evaluate_glyphsearch(
-    model: LatentInterventionModel,
+    model: VReflectionForConditionalGeneration,
     processor: VReflectionProcessor,
     limit: int = 500,
     split: str = "test",
@@ -58,7 +59,7 @@ def evaluate_glyphsearch(
     """Asks one question about each of a split's first scenes: unchanged, without latents, and with other latents.
 
     Args:
-        model (`LatentInterventionModel`): The model.
+        model (`VReflectionForConditionalGeneration`): The model.
         processor (`VReflectionProcessor`): Its processor.
         limit (`int`): Scenes.
         split (`str`): `"test"` or `"validation"`.
@@ -94,7 +95,7 @@ def evaluate_glyphsearch(
 
 
 def answer_batch(
-    model: LatentInterventionModel,
+    model: VReflectionForConditionalGeneration,
     processor: VReflectionProcessor,
     drawn: list[tuple[Scene, Question]],
     options: dict,
@@ -110,32 +111,31 @@ def answer_batch(
         turns = [user_turn([scenes[scene].image], questions[question].text) for scene, question in pairs]
         return encode_prompts(processor, turns, model.device)
 
-    def generate(inputs: dict, **options) -> torch.LongTensor:
-        sequences = model.generate(**inputs, **GREEDY, **limit, **options)
-        return sequences[:, inputs["input_ids"].shape[1] :]
+    def generate(inputs: dict, **options) -> tuple[torch.LongTensor, torch.Tensor]:
+        result = model.generate(**inputs, **GREEDY, **limit, **options, return_dict_in_generate=True)
+        return result.sequences[:, inputs["input_ids"].shape[1] :], result.latents
 
     def decode(tokens: torch.LongTensor, rows: list[int]) -> dict[int, str]:
         return dict(zip(rows, (text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True))))
 
     all_rows = list(range(len(drawn)))
     inputs = encode(all_rows, all_rows)
-    with recorded_steps(model) as steps:
-        tokens, reflections = generate_and_look(model, inputs, offered_sources(model.config), **options, **limit)
-    latents = first_latents(steps, tokens, model.config)
+    tokens, latents, reflections = generate_and_look(model, inputs, offered_sources(model.config), **options, **limit)
+    first = first_latents(latents, tokens, model.config)
     answers = {UNCHANGED: decode(tokens, all_rows)}
-    answers[WITHOUT_LATENTS] = decode(generate(inputs, latent_steps=0), all_rows)
+    answers[WITHOUT_LATENTS] = decode(generate(inputs, latent_steps=0)[0], all_rows)
 
     # Interventions are made among the rows that reflect, so that only latents are exchanged.
-    rows = list(latents)
+    rows = list(first)
     if rows and interventions:
-        with recorded_steps(model) as steps:
-            tokens = generate(encode(rows[1:] + rows[:1], rows), **options | {"reflect": True})
-        own = torch.stack(list(latents.values()))
-        others = torch.stack(list(first_latents(steps, tokens, model.config).values()))
+        tokens, latents = generate(encode(rows[1:] + rows[:1], rows), **options | {"reflect": True})
+        own = pad_sequence(list(first.values()), batch_first=True)
+        others = pad_sequence(list(first_latents(latents, tokens, model.config).values()), batch_first=True)
         inputs = encode(rows, rows)
         for name in interventions:
-            with model.feeding(replace_latents(name, own, model, others, generator)):
-                tokens = generate(inputs, **options)
+            # Every reflection of an answer is fed the same.
+            replaced = replace_latents(name, own, model, others, generator).repeat(1, limit["max_new_tokens"], 1)
+            tokens, _ = generate(inputs, **options, latents=replaced)
             answers[name] = {} if name in EXCHANGED and len(rows) == 1 else decode(tokens, rows)
     return [
         Sample(

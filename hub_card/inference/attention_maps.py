@@ -55,7 +55,7 @@ def offered_sources(config: VReflectionConfig) -> tuple[str, ...]:
 
 def generate_and_look(
     model: VReflectionForConditionalGeneration, inputs: dict, sources: tuple[str, ...] = SOURCES, **options
-) -> tuple[torch.LongTensor, list[list[Reflection]]]:
+) -> tuple[torch.LongTensor, torch.Tensor, list[list[Reflection]]]:
     """Decodes greedily and returns the attention of every latent step.
 
     The states that query DAC, and what the slots were fed, are recorded from the decoding itself. The language model's
@@ -89,7 +89,7 @@ def generate_and_look(
 
     attention = {}
     if "dac" in sources:
-        attention["dac"] = [dac_attention(model, steps, is_image, *segment) for segment in found]
+        attention["dac"] = [dac_attention(model, steps, is_image, grids, *segment) for segment in found]
     if "llm" in sources:
         mask = inputs["attention_mask"]
         attention["llm"] = language_attention(model, steps, is_image, mask, output[CACHE], found)
@@ -98,7 +98,7 @@ def generate_and_look(
     for number, (row, _, count) in enumerate(found):
         maps = {source: split_by_image(rows[number], grids[row]) for source, rows in attention.items()}
         reflections[row].append(Reflection(count, maps))
-    return tokens, reflections
+    return tokens, output.latents, reflections
 
 
 @contextmanager
@@ -153,6 +153,7 @@ def dac_attention(
     model: VReflectionForConditionalGeneration,
     steps: list[RecordedStep],
     is_image: torch.BoolTensor,
+    grids: list[list[tuple[int, int]]],
     row: int,
     first: int,
     count: int,
@@ -161,9 +162,11 @@ def dac_attention(
     # The state of step i predicts new token i, and is the state at new token i - 1.
     offset = first + (model.config.query_position == "at")
     states = torch.cat([step.state[row] for step in steps[offset : offset + count]])
-    features = steps[0].embeds[row, is_image[row]]  # F_global, as it stands among the prompt's embeddings
+    # F_global, as it stands among the prompt's embeddings.
+    features = steps[0].embeds[row, is_image[row]].split([height * width for height, width in grids[row]])
     with torch.no_grad():
-        return model.model.dac(states[None], *pad_features([features]))[1][0].cpu()
+        seen = torch.cat(model.model.looked_at(features, grids[row]))
+        return model.model.dac(states[None], *pad_features([seen]))[1][0].cpu()
 
 
 def language_attention(

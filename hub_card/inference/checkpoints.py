@@ -62,7 +62,6 @@ def checkpoint_config(folder: Path) -> VReflectionConfig:
 def load_checkpoint(
     folder: Path,
     device: str | torch.device | None = None,
-    model_class: type[VReflectionForConditionalGeneration] = VReflectionForConditionalGeneration,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
 ) -> tuple[VReflectionForConditionalGeneration, VReflectionProcessor]:
@@ -71,7 +70,6 @@ def load_checkpoint(
     Args:
         folder (`Path`): The checkpoint, see `checkpoint_folder`.
         device (`str` or `torch.device`, *optional*): Where to compute; without it a GPU if there is one.
-        model_class (`type`, *optional*): The model's class, or a subclass of it.
         dtype (`str` or `torch.dtype`, *optional*): Defaults to float32 on a CPU, to the dtype of the weights elsewhere.
         attn_implementation (`str`, *optional*): Defaults to transformers' choice.
 
@@ -84,7 +82,7 @@ def load_checkpoint(
     checkpoint_config(folder)
     device = find_device(device)
     try:
-        model, report = model_class.from_pretrained(
+        model, report = VReflectionForConditionalGeneration.from_pretrained(
             folder,
             dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
             attn_implementation=attn_implementation,

@@ -36,5 +36,5 @@ def look(
         [`Look`]: The answer; reflections hold a map (S, h, w) for each source and each picture of the conversation.
     """
     inputs = encode_prompts(processor, messages, model.device)
-    tokens, reflections = generate_and_look(model, inputs, sources, **options)
+    tokens, _, reflections = generate_and_look(model, inputs, sources, **options)
     return Look(processor.decode(tokens[0], skip_special_tokens=True).strip(), reflections[0])

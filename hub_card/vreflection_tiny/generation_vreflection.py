@@ -240,7 +240,7 @@ class ReflectionGenerationMixin:
         progress.has_pictures = counts > 0
         if not features:
             return
-        features = torch.cat(self.model.looked_at(features, progress.image_grid_thw))
+        features = torch.cat(self.model.looked_at(features, self.model.grids(progress.image_grid_thw)))
         padded, mask = pad_features(list(features.split(counts.tolist())))
         mask[:, 0] |= counts == 0  # a softmax over nothing would be NaN; such a row never looks
         progress.pictures = (*self.model.dac.keys_and_values(padded), mask)

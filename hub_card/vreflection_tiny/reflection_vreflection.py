@@ -161,6 +161,10 @@ class ReflectionModelMixin:
             return []
         return list(self.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output)
 
+    def grids(self, image_grid_thw: torch.LongTensor | None) -> list[tuple[int, int]]:
+        """Height and width of each image's merged grid."""
+        return merged_grids(image_grid_thw, self.config.vision_config.spatial_merge_size)
+
     def _with_packed_positions(
         self, input_ids, position_ids, attention_mask, mm_token_type_ids, image_grid_thw, use_cache
     ) -> torch.LongTensor | None:
@@ -267,13 +271,12 @@ class ReflectionModelMixin:
         packed = inputs["position_ids"][0] if is_packed(inputs["position_ids"]) else None
         image_tokens = [len(feature) for feature in features]
         images = images_before(inputs["input_ids"], packed, segments, image_tokens, self.config.image_token_id)
-        features = self.looked_at(features, inputs["image_grid_thw"])
+        grids = self.grids(inputs["image_grid_thw"])
+        features = self.looked_at(features, grids)
 
         teacher_latents, teacher_attention, inside_box = None, None, None
         if boxes is not None:
-            teacher_latents, teacher_attention, inside_box = self._teach(
-                boxes, images, features, inputs["image_grid_thw"]
-            )
+            teacher_latents, teacher_attention, inside_box = self._teach(boxes, images, features, grids)
         if teacher_latents is None and latent_inputs == "bcm":
             raise ValueError(f"`latent_inputs='bcm'` needs {'boxes' if self.bcm is not None else 'a model with BCM'}.")
         if latent_inputs == "dac" and (self.dac is None or boxes is None):
@@ -308,12 +311,11 @@ class ReflectionModelMixin:
             inside_box=inside_box,
         )
 
-    def looked_at(self, features: list[torch.Tensor], image_grid_thw: torch.LongTensor | None) -> list[torch.Tensor]:
-        """What BCM and DAC read of each image, (L_i, D): its features, with `patch_positions` also where its patches lie."""
-        if self.config.patch_positions == "none" or not features:
+    def looked_at(self, features: list[torch.Tensor], grids: list[tuple[int, int]]) -> list[torch.Tensor]:
+        """What BCM and DAC read of images with these merged grids, (L_i, D) each: features, and with `patch_positions` places."""
+        if self.config.patch_positions == "none":
             return features
-        grids = merged_grids(image_grid_thw, self.config.vision_config.spatial_merge_size)
-        return [add_positions(feature, grid) for feature, grid in zip(features, grids)]
+        return [add_positions(*image) for image in zip(features, grids)]
 
     def _embed(self, input_ids: torch.LongTensor, features: list[torch.Tensor]) -> torch.Tensor:
         """Embeddings (B, T, D) of the tokens, with the pictures' features in their places."""
@@ -343,7 +345,7 @@ class ReflectionModelMixin:
         boxes: torch.LongTensor,
         images: list[range],
         features: list[torch.Tensor],
-        image_grid_thw: torch.LongTensor | None,
+        grids: list[tuple[int, int]],
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.BoolTensor]:
         """Lines 1-2, 15-16 and 20 of Algorithm 1, where each step has its own box.
 
@@ -351,7 +353,7 @@ class ReflectionModelMixin:
             boxes (`torch.LongTensor`): See [`boxes_by_step`].
             images (`list[range]`): See [`images_before`].
             features (`list[torch.Tensor]`): What BCM reads of each image of the batch, (L_i, D).
-            image_grid_thw (`torch.LongTensor` of shape `(images, 3)`): Their grids.
+            grids (`list[tuple[int, int]]`): Their merged grids, h and w.
 
         Returns:
             `tuple`: Z_T (G, S, D), `None` without BCM; Â_T and the patches in the step's box (G, S, L).
@@ -359,7 +361,6 @@ class ReflectionModelMixin:
         pooling, device = self.config.region_pooling, features[0].device if features else None
         paths = boxes_by_step(boxes, self.config.num_latent_tokens).tolist()
         check_boxes(paths, images)
-        grids = merged_grids(image_grid_thw, self.config.vision_config.spatial_merge_size)
 
         # Side by side the features of a segment's different boxes, and which of these each feature and each step has.
         segments, local, of_feature, of_step = [], [], [], []

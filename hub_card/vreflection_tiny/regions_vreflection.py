@@ -41,9 +41,10 @@ def quantise_box(box: Sequence[float] | None, where: str = "The box") -> list[in
     return low + [max(low[0], math.floor(x1 * BOX_UNIT)), max(low[1], math.floor(y1 * BOX_UNIT))]
 
 
-def merged_grids(image_grid_thw: torch.LongTensor, merge_size: int) -> list[tuple[int, int]]:
+def merged_grids(image_grid_thw: torch.LongTensor | None, merge_size: int) -> list[tuple[int, int]]:
     """Height and width of each image's merged grid, from `image_grid_thw` (images, 3), which counts unmerged patches."""
-    return [(height // merge_size, width // merge_size) for _, height, width in image_grid_thw.tolist()]
+    grids = [] if image_grid_thw is None else image_grid_thw.tolist()
+    return [(height // merge_size, width // merge_size) for _, height, width in grids]
 
 
 def add_positions(features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import pytest
 
-from vreflection_hub_card.evaluation.interventions import LatentInterventionModel
 from vreflection_hub_card.glyphsearch import make_scene, questions
 from vreflection_hub_card.inference.checkpoints import load_checkpoint
 
@@ -26,7 +25,7 @@ def save(model, processor, folder):
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
     """The stand-in's model, whose latents can be replaced, and its processor."""
-    return load_checkpoint(tiny_folder, "cpu", LatentInterventionModel)
+    return load_checkpoint(tiny_folder, "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -21,9 +21,9 @@ import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationConfig
 from transformers.cli.serve import Serve
 
-from vreflection_hub_card.evaluation.interventions import LatentInterventionModel, first_latents
+from modeling_vreflection import VReflectionForConditionalGeneration
+from vreflection_hub_card.evaluation.interventions import first_latents
 from vreflection_hub_card.glyphsearch import draw_question, make_scene, scene_seed
-from vreflection_hub_card.inference.attention_maps import recorded_steps
 from vreflection_hub_card.inference.checkpoints import EMBEDDED
 
 
@@ -200,12 +200,11 @@ def test_eight_at_once_keep_their_latents(open_client, generate, depending_folde
     # With another's latents every one of these answers would be another one.
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     inputs = inputs_of(processor, SEEDS)
-    model = LatentInterventionModel.from_pretrained(folder).eval()
-    with recorded_steps(model) as steps:
-        sequences = model.generate(**inputs, max_new_tokens=NEW_TOKENS)
-    latents = first_latents(steps, sequences[:, inputs["input_ids"].shape[1] :], model.config)
-    with model.feeding(torch.stack([latents[row] for row in range(len(SEEDS))]).roll(1, 0)):
-        sequences = model.generate(**inputs, max_new_tokens=NEW_TOKENS)
+    model = VReflectionForConditionalGeneration.from_pretrained(folder).eval()
+    result = model.generate(**inputs, max_new_tokens=NEW_TOKENS, return_dict_in_generate=True)
+    latents = first_latents(result.latents, result.sequences[:, inputs["input_ids"].shape[1] :], model.config)
+    others = torch.stack([latents[row] for row in range(len(SEEDS))]).roll(1, 0)
+    sequences = model.generate(**inputs, max_new_tokens=NEW_TOKENS, latents=others)
     mixed = processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert not set(mixed) & set(alone)
 

@@ -144,14 +144,13 @@ def compare_runs(first: Path, second: Path) -> None:
 def run_glyphsearch(options: argparse.Namespace) -> None:
     """GlyphSearch, which needs no harness."""
     from vreflection_hub_card.evaluation.glyphsearch_accuracy import evaluate_glyphsearch
-    from vreflection_hub_card.evaluation.interventions import LatentInterventionModel
     from vreflection_hub_card.evaluation.provenance import describe_machine, describe_model, describe_versions
     from vreflection_hub_card.inference.checkpoints import checkpoint_folder, load_checkpoint
 
     output = options.output or GLYPHSEARCH_OUTPUT
     check_writable(output)
     folder = checkpoint_folder(options.model)
-    model, processor = load_checkpoint(folder, options.device, LatentInterventionModel)
+    model, processor = load_checkpoint(folder, options.device)
     asked = {name: getattr(options, name) or default for name, default in GLYPHSEARCH_DEFAULTS.items()}
     description = describe_model(model, folder, options.model)
     started = datetime.datetime.now(datetime.UTC)

@@ -11,7 +11,7 @@ from vreflection_hub_card.evaluation.glyphsearch_accuracy import (
     evaluate_glyphsearch,
     summarise_glyphsearch,
 )
-from vreflection_hub_card.evaluation.interventions import EXCHANGED, INTERVENTIONS, LatentInterventionModel
+from vreflection_hub_card.evaluation.interventions import EXCHANGED, INTERVENTIONS
 from vreflection_hub_card.evaluation.provenance import sha256
 from vreflection_hub_card.evaluation.statistics import proportion, wilson_interval
 from vreflection_hub_card.glyphsearch import draw_question, get_difficulty, scene_row
@@ -122,7 +122,7 @@ def test_results_count_what_happened():
 
 
 def test_a_model_that_reflects_is_measured_in_all_ways(tiny_folder):
-    model, processor = load_checkpoint(tiny_folder, "cpu", LatentInterventionModel)
+    model, processor = load_checkpoint(tiny_folder, "cpu")
     result = evaluate_glyphsearch(
         model, processor, limit=5, split="validation", batch_size=4, latent_feedback="dac", reflect=True
     )

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from vreflection_hub_card.evaluation.interventions import INTERVENTIONS, first_latents, replace_latents
-from vreflection_hub_card.inference.attention_maps import RecordedStep, recorded_steps
 
 
 @pytest.fixture
@@ -19,69 +18,32 @@ def inputs(tiny, conversations):
     )
 
 
-def generate(model, inputs, **options):
-    return model.generate(**inputs, **{"reflect": True, "max_new_tokens": 14} | options)
-
-
-def generate_and_record(model, inputs, **options):
-    """The sequences, and the latents that were fed, by row."""
-    with recorded_steps(model) as steps:
-        sequences = generate(model, inputs, **options)
-    return sequences, first_latents(steps, sequences[:, inputs["input_ids"].shape[1] :], model.config)
-
-
-@pytest.mark.parametrize("latent_feedback", ["hidden", "dac"])
-def test_fed_back_its_own_latents_change_nothing_and_others_arrive(tiny, inputs, latent_feedback):
-    model, _ = tiny
-    usual, latents = generate_and_record(model, inputs, latent_feedback=latent_feedback)
-    latents = torch.stack([latents[row] for row in range(3)])
-    assert latents.shape == (3, 8, model.config.text_config.hidden_size)
-    with model.feeding(latents):
-        assert torch.equal(generate(model, inputs, latent_feedback=latent_feedback), usual)
-    others = latents.roll(1, 0)
-    with recorded_steps(model) as steps, model.feeding(others):
-        changed = generate(model, inputs, latent_feedback=latent_feedback)
-    # Step 0 is the prompt, step 1 the opening token, then eight slots.
-    assert torch.equal(torch.cat([step.embeds for step in steps[2:10]], 1), others)
-    assert not torch.equal(changed, usual)
-    assert torch.equal(generate(model, inputs, latent_feedback=latent_feedback), usual)
-
-
-def test_only_rows_in_a_reflection_are_recorded_and_fed(tiny, inputs):
-    model, _ = tiny
-
-    def open_in(*rows):
-        def processor(input_ids, scores):
-            if input_ids.shape[1] == inputs["input_ids"].shape[1]:
-                scores[list(rows)] = float("-inf")
-                scores[list(rows), model.config.latent_start_token_id] = 0
-            return scores
-
-        return {"logits_processor": [processor], "reflect": None}
-
-    usual, latents = generate_and_record(model, inputs, **open_in(0, 2))
-    assert {row: len(one) for row, one in latents.items()} == {0: 8, 2: 8}
-    with model.feeding(torch.zeros(3, *latents[0].shape)):
-        zeroed = generate(model, inputs, **open_in(0, 2))
-    assert torch.equal(zeroed[1], usual[1])
-
-
 def test_only_the_first_complete_reflection_counts(tiny):
     config = tiny[0].config
     start, slot, end = config.latent_start_token_id, config.latent_token_id, config.latent_end_token_id
     tokens = torch.tensor([[start, slot, slot, end, 0, start, slot, end], [0, 0, 0, 0, 0, start, slot, slot]])
-    # Step i is fed token i - 1; here each is the number of its step.
-    steps = [RecordedStep(torch.full((2, 1, 4), float(index)), None, None) for index in range(9)]
-    latents = first_latents(steps, tokens, config)
-    assert list(latents) == [0] and latents[0][:, 0].tolist() == [2, 3]
+    latents = torch.arange(6.0).view(2, 3, 1).expand(2, 3, 4)
+    first = first_latents(latents, tokens, config)
+    assert list(first) == [0] and first[0][:, 0].tolist() == [0, 1]
 
 
-def test_an_error_ends_the_feeding_too(tiny, inputs):
+@pytest.mark.parametrize("latent_feedback", ["hidden", "dac"])
+def test_latents_of_another_row_change_answers(tiny, inputs, latent_feedback):
     model, _ = tiny
-    usual = generate(model, inputs)
-    with pytest.raises(ValueError), model.feeding(torch.zeros(3, 8, usual.shape[0])):
-        generate(model, inputs, latent_steps=0)
-    assert torch.equal(generate(model, inputs), usual)
+    options = {
+        "reflect": True,
+        "max_new_tokens": 14,
+        "latent_feedback": latent_feedback,
+        "return_dict_in_generate": True,
+    }
+    usual = model.generate(**inputs, **options)
+    length = inputs["input_ids"].shape[1]
+    own = torch.stack(list(first_latents(usual.latents, usual.sequences[:, length:], model.config).values()))
+    assert own.shape == (3, 8, model.config.text_config.hidden_size)
+    others = replace_latents("shuffled", own, model, own, torch.Generator())
+    changed = model.generate(**inputs, **options, latents=others)
+    assert torch.equal(changed.latents, others)
+    assert not torch.equal(changed.sequences, usual.sequences)
 
 
 @pytest.mark.parametrize("name", INTERVENTIONS)

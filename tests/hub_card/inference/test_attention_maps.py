@@ -19,7 +19,7 @@ def test_states_and_dac_maps_are_those_of_one_pass_over_the_sequence(tiny, conve
     model, processor = tiny
     inputs = encode_prompts(processor, [conversations[index]], "cpu")
     with recorded_steps(model) as steps:
-        tokens, reflections = generate_and_look(model, inputs, ("dac",), reflect=True, max_new_tokens=12)
+        tokens, _, reflections = generate_and_look(model, inputs, ("dac",), reflect=True, max_new_tokens=12)
     extra = torch.zeros_like(tokens)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], extra + 1], 1)
@@ -37,7 +37,7 @@ def test_llm_maps_are_the_attention_of_an_eager_decoding(tiny, tiny_folder, conv
     model, processor = tiny
     inputs = encode_prompts(processor, conversations, "cpu")
     options = {"reflect": True, "latent_feedback": latent_feedback, "max_new_tokens": 12}
-    tokens, reflections = generate_and_look(model, inputs, ("llm",), **options)
+    tokens, _, reflections = generate_and_look(model, inputs, ("llm",), **options)
 
     eager, _ = load_checkpoint(tiny_folder, "cpu")
     eager.set_attn_implementation("eager")
@@ -58,7 +58,7 @@ def test_llm_maps_are_the_attention_of_an_eager_decoding(tiny, tiny_folder, conv
 def test_a_batch_gives_the_maps_of_single_runs(tiny, conversations, latent_feedback):
     model, processor = tiny
     options = {"reflect": True, "latent_feedback": latent_feedback, "latent_steps": 5, "max_new_tokens": 9}
-    _, batch = generate_and_look(model, encode_prompts(processor, conversations, "cpu"), **options)
+    *_, batch = generate_and_look(model, encode_prompts(processor, conversations, "cpu"), **options)
     for conversation, (together,) in zip(conversations, batch):
         (alone,) = look(model, processor, conversation, **options).reflections
         assert alone.steps == together.steps == 5
@@ -81,7 +81,7 @@ def test_every_reflection_of_an_answer_is_found_in_its_order(tiny, conversations
         return scores
 
     options = {"latent_steps": 3, "max_new_tokens": 16, "logits_processor": [open_reflections]}
-    _, reflections = generate_and_look(model, inputs, **options)
+    *_, reflections = generate_and_look(model, inputs, **options)
     assert [len(row) for row in reflections] == [2, 1]
 
     eager = model.__class__.generate
@@ -121,7 +121,7 @@ def test_a_cut_reflection_is_left_out(tiny, conversations):
         return scores
 
     with pytest.warns(UserWarning, match="ended within the reflection"):
-        _, reflections = generate_and_look(tiny[0], inputs, logits_processor=[open_late], max_new_tokens=8)
+        *_, reflections = generate_and_look(tiny[0], inputs, logits_processor=[open_late], max_new_tokens=8)
     assert reflections == [[]]
 
 
