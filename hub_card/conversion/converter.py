@@ -50,7 +50,8 @@ def convert(
     Args:
         source (`Path`): Its folder.
         out (`Path`): A folder that doesn't exist or is empty.
-        inference_only (`bool`, *optional*, defaults to `False`): Leave BCM and DAC out.
+        inference_only (`bool`, *optional*, defaults to `False`): Leave BCM out, and DAC unless the checkpoint decodes by it
+            (`latent_feedback`).
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): The size of a file with weights, and what of
             them is in memory at a time.
 
@@ -107,9 +108,10 @@ def assign(
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = target.config.tie_word_embeddings and shapes.pop(HEAD)
+    left_out = [module for module in MODULES if not getattr(target.config, f"has_{module}")]
     weights, problems = {}, []
     for name, weight in stored.items():
-        if inference_only and any(holds_module(name, module) for module in MODULES):
+        if inference_only and any(holds_module(name, module) for module in left_out):
             continue
         if tied and name == HEAD:
             if not any(EMBEDDING in our_names(other) and stored[other].is_equal(weight) for other in stored):

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Collection
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, Qwen
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from modeling_vreflection import VReflectionConfig, VReflectionProcessor
+from modeling_vreflection.decoding_vreflection import ReflectionOptions
 from modeling_vreflection.processing_vreflection import LATENT_TOKENS
 
 from ..errors import InputError
@@ -25,6 +27,8 @@ LVR_TOKENS = {
     "lvr_latent_end_id": "<|lvr_latent_end|>",
 }
 IMAGE_TOKEN = "<|image_pad|>"
+# What generation_config.json says about reflections.
+REFLECTION_ENTRIES = tuple(field.name for field in dataclass_fields(ReflectionOptions))
 # The authors' modules have a head for every 64 dimensions, and no more than 8.
 MOST_HEADS, HEAD_SIZE = 8, 64
 
@@ -59,8 +63,8 @@ def describe(folder: Path, names: Collection[str], inference_only: bool) -> Targ
         if fields.get("model_type") == VReflectionConfig.model_type:
             if not inference_only:
                 raise InputError(
-                    f"{folder}: a V-Reflection checkpoint already; what can be done is to drop BCM and DAC, with "
-                    "--inference-only"
+                    f"{folder}: a V-Reflection checkpoint already; what can be done is to drop what decoding doesn't need, "
+                    "with --inference-only"
                 )
             config = checkpoint_config(folder)
             processor = VReflectionProcessor.from_pretrained(folder)
@@ -69,9 +73,9 @@ def describe(folder: Path, names: Collection[str], inference_only: bool) -> Targ
             config, processor, first_new_id, stored_vocabulary = from_stock_layout(folder, fields, names)
         else:
             raise InputError(f"{folder}: no Qwen2.5-VL, its model type is {fields.get('model_type')!r}")
-        if inference_only:
-            config.has_bcm = config.has_dac = False
         decoding = converted_generation_config(folder, config)
+        if inference_only:
+            config.has_bcm, config.has_dac = False, config.has_dac and decoding.latent_feedback == "dac"
     except InputError:
         raise
     # transformers meets JSON of another shape than it expects with any of these.
@@ -162,8 +166,12 @@ def converted_generation_config(folder: Path, config: VReflectionConfig) -> Gene
     decoding = GenerationConfig(**{name: value for name, value in entries.items() if name in known})
     decoding.use_cache = True
     decoding._from_model_config = False  # else it wouldn't keep the entries below, which transformers doesn't know
-    decoding.latent_steps = entries.get("latent_steps", config.num_latent_tokens)
-    decoding.latent_feedback = entries.get("latent_feedback", "hidden") if config.has_dac else "hidden"
+    entries = {"latent_steps": config.num_latent_tokens, "latent_feedback": "hidden", **entries}
+    for name in REFLECTION_ENTRIES:
+        if name in entries:
+            setattr(decoding, name, entries[name])
+    if not config.has_dac:
+        decoding.latent_feedback, decoding.latent_tolerance = "hidden", None
     try:
         decoding.validate(strict=True)  # else it can be loaded, and not saved
     except ValueError as error:

@@ -262,7 +262,7 @@ def set_tag(destination: Destination, commit: str, api: HfApi) -> None:
 
 @contextmanager
 def inference_only(folder: Path, repo_id: str) -> Iterator[Path]:
-    """Yields a temporary copy of a checkpoint without BCM and DAC, with a card that says so.
+    """Yields a temporary copy of a checkpoint without what decoding doesn't need, with a card that says so.
 
     Raises:
         InputError: The folder isn't fit to be published itself; weights that can't be converted.
@@ -270,7 +270,7 @@ def inference_only(folder: Path, repo_id: str) -> Iterator[Path]:
     files, card = find_files(folder), check_card(folder).data
     with TemporaryDirectory(prefix="vreflection-") as parent:
         copy = Path(parent) / folder.resolve().name
-        convert(folder, copy, inference_only=True)
+        config = convert(folder, copy, inference_only=True).config
         for name in (TRAINING_FACTS, "LICENSE"):
             if name in files:
                 shutil.copy(files[name], copy / name)
@@ -285,5 +285,5 @@ def inference_only(folder: Path, repo_id: str) -> Iterator[Path]:
         note = f"{CARD} is written anew"
         if card.eval_results or any(name.startswith(".eval_results/") for name in files):
             note += ", without the results, which were measured on the whole weights"
-        print(f"BCM and DAC are left out; {note}.")
+        print(f"{'BCM is' if config.has_dac else 'BCM and DAC are'} left out; {note}.")
         yield copy

@@ -113,7 +113,10 @@ def add_inputs(model: VReflectionForConditionalGeneration) -> tuple[gr.Image, gr
             elem_id="latent-feedback",
         )
         always = gr.Checkbox(
-            label="Always begin with a reflection", info="Otherwise the model decides.", elem_id="always-reflect"
+            label="Always begin with a reflection",
+            value=bool(defaults.reflect),
+            info="Otherwise the model decides.",
+            elem_id="always-reflect",
         )
     return picture, ask, [question, latent_steps, latent_feedback, always]
 

@@ -20,7 +20,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--inference-only",
         action="store_true",
-        help="leave BCM and DAC out, which only training and heatmaps need; the weights load in the stock class too",
+        help="leave out what only training and heatmaps need: BCM, and DAC unless the checkpoint decodes by it",
     )
     parser.add_argument("--revision", help="a branch, tag or commit of a Hub id")
     parser.set_defaults(run=run)

@@ -22,7 +22,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--inference-only",
         action="store_true",
-        help="leave BCM and DAC out, which only training and heatmaps need; the folder stays as it is",
+        help="leave out BCM, and DAC unless the checkpoint decodes by it; the folder stays as it is",
     )
     parser.add_argument("--revision", metavar="TAG", help="tag the commit, e.g. v1")
     parser.add_argument(

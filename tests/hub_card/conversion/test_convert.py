@@ -149,14 +149,19 @@ def test_inference_only_loads_in_the_stock_class_too(tmp_path, released, kind):
 
 
 def test_one_of_ours_keeps_what_inference_needs(tmp_path):
-    """Its feedback may have been DAC's output, which is not there any more."""
+    """Where it decodes by DAC, that includes DAC."""
     model, processor = load_checkpoint(EMBEDDED, "cpu", dtype=torch.bfloat16)
-    model.generation_config.latent_feedback, model.generation_config.latent_steps = "dac", 5
+    said = {"latent_steps": 5, "latent_feedback": "dac", "latent_tolerance": 0.25, "reflect": True}
+    for name, value in said.items():
+        setattr(model.generation_config, name, value)
     for part in (model, processor):
         part.save_pretrained(tmp_path / "in")
     assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--inference-only"]) == 0
     lean, leaner = load_checkpoint(tmp_path / "out", "cpu", dtype="auto")
-    assert (lean.generation_config.latent_feedback, lean.generation_config.latent_steps) == ("hidden", 5)
+    assert {name: getattr(lean.generation_config, name) for name in said} == said
+    assert (lean.config.has_bcm, lean.config.has_dac) == (False, True)
+    weights = weights_of(tmp_path / "out")
+    assert [name for name in weights if "dac" in name] and not [name for name in weights if "bcm" in name]
     assert (
         lean.dtype == torch.bfloat16 and json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
     )
