@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import BatchFeature, CompileConfig, LogitsProcessor, LogitsProcessorList
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
+from modeling_vreflection.decoding_vreflection import LATENT_FEEDBACK
 from vreflection_hub_card.evaluation.provenance import describe_model
 from vreflection_hub_card.glyphsearch import draw_question
 from vreflection_hub_card.inference.checkpoints import checkpoint_folder, find_device, load_checkpoint
@@ -116,7 +117,14 @@ class PhaseTimer(LogitsProcessor):
 class DecodingArm:
     """A model of one of the two classes, over our model's weights, that answers in one way."""
 
-    def __init__(self, weights: dict[str, torch.Tensor], config: VReflectionConfig, name: str, variant: Variant):
+    def __init__(
+        self,
+        weights: dict[str, torch.Tensor],
+        config: VReflectionConfig,
+        name: str,
+        variant: Variant,
+        latent_feedback: str = "hidden",
+    ):
         self.variant = variant
         self.model = model_on(weights, config, name == "stock", variant.attention).eval()
         self.clock = pick_clock(self.model.device)[1]
@@ -128,7 +136,7 @@ class DecodingArm:
             "pad_token_id": text.pad_token_id,
         }
         if name != "stock":
-            self.options |= {"reflect": True, "latent_steps": self.latent_steps, "latent_feedback": "hidden"}
+            self.options |= {"reflect": True, "latent_steps": self.latent_steps, "latent_feedback": latent_feedback}
 
     def answer(self, inputs: BatchFeature, text_steps: int) -> dict[str, float]:
         """Answers with the tokens of a reflection and `text_steps` more.
@@ -173,6 +181,7 @@ def measure_decoding(
     text_steps: int = 16,
     variants: tuple[str, ...] = ("sdpa",),
     batch_sizes: tuple[int, ...] = (1,),
+    latent_feedback: str = "hidden",
 ) -> dict:
     """Measures our class beside the stock one, and writes the result file after every round.
 
@@ -185,6 +194,7 @@ def measure_decoding(
         text_steps (`int`, *optional*, defaults to 16): Text steps of an answer, after its reflection.
         variants (`tuple[str, ...]`, *optional*): Keys of `VARIANTS` beside `"sdpa"`, all at batch 1.
         batch_sizes (`tuple[int, ...]`, *optional*): Batch sizes beside 1, with `"sdpa"`.
+        latent_feedback (`str`, *optional*, defaults to `"hidden"`): What a latent step feeds back, or `"dac"`.
 
     Raises:
         ValueError: A result file of other settings.
@@ -203,6 +213,7 @@ def measure_decoding(
             "prompt_tokens": prompts[1]["input_ids"].shape[1],
             "image_tokens": int((prompts[1]["input_ids"] == config.image_token_id).sum()),
             "latent_steps": config.num_latent_tokens,
+            "latent_feedback": latent_feedback,
             "text_steps": text_steps,
             "variants": [variant.title for variant in chosen],
             "batch_sizes": sizes,
@@ -210,7 +221,9 @@ def measure_decoding(
     }
     result = open_result(output, command, device, settings)
     models = {
-        (variant.title, name): DecodingArm(weights, config, name, variant) for variant in chosen for name in CLASSES
+        (variant.title, name): DecodingArm(weights, config, name, variant, latent_feedback)
+        for variant in chosen
+        for name in CLASSES
     }
     arms = {(title, 1, name): arm for (title, name), arm in models.items()}
     arms |= {(DEFAULT.title, size, name): models[DEFAULT.title, name] for size in sizes for name in CLASSES}
@@ -218,9 +231,11 @@ def measure_decoding(
         for _ in range(3 if arm.variant.compiled else 1):
             arm.answer(prompts[size], text_steps)
     if "memory" not in result:
-        plain = VReflectionConfig.from_dict({**config.to_dict(), "has_bcm": False, "has_dac": False})
+        plain = VReflectionConfig.from_dict(
+            {**config.to_dict(), "has_bcm": False, "has_dac": latent_feedback == "dac"}
+        )
         three = {name: models[DEFAULT.title, name] for name in CLASSES}
-        three["inference_only"] = DecodingArm(weights, plain, "inference_only", DEFAULT)
+        three["inference_only"] = DecodingArm(weights, plain, "inference_only", DEFAULT, latent_feedback)
         result["memory"] = {name: measure_answer_memory(arm, prompts[1], text_steps) for name, arm in three.items()}
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             result["loading"] = pool.submit(measure_loading, subject.folder).result()
@@ -302,10 +317,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text-steps", type=int, default=16, metavar="N", help="of an answer (default: 16)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["sdpa"], help="default: sdpa")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1], metavar="N", help="default: 1")
+    parser.add_argument(
+        "--latent-feedback",
+        choices=LATENT_FEEDBACK,
+        default="hidden",
+        help="what a latent step is fed (default: hidden)",
+    )
+    parser.add_argument(
+        "--side", type=int, metavar="N", help="of the pictures, in merged patches (default: the backbone's)"
+    )
     parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and scenes (default: 0)")
     options = vars(parser.parse_args(words))
     name, backbone, device = options.pop("model"), options.pop("backbone"), find_device(options.pop("device"))
+    side = options.pop("side")
     if name is not None and backbone is not None:
         parser.error("give either a model or --backbone")
     with tempfile.TemporaryDirectory() as scratch:
@@ -315,6 +340,8 @@ def main(arguments: list[str] | None = None) -> None:
             folder = checkpoint_folder(name)
             model, processor = load_checkpoint(folder, device)
             subject = Subject(model, processor, folder, describe_model(model, folder, name))
+        if side is not None:
+            subject = replace(subject, side=side)
         command = shlex.join(["python", "-m", "experiments.benchmark.decoding", *words])
         measure_decoding(subject, command=command, **options)
 
