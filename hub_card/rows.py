@@ -25,7 +25,11 @@ FEATURES = Features(
                         "type": Value("string"),
                         "text": Value("string"),
                         "box": List(Value("float64")),
+                        "boxes": List(List(Value("float64"))),
                         "image_index": Value("int64"),
+                        "image_indices": List(
+                            Value("int64")
+                        ),  # an `image_index` that is a list: a column has one type
                     }
                 ),
             }
@@ -40,6 +44,12 @@ PARTS = {
     "system": ("text", "image"),
     "user": ("text", "image"),
     "assistant": ("text", "reflection"),
+}
+# What a part may hold besides its type.
+PART_KEYS = {
+    "text": ("text",),
+    "image": ("image",),
+    "reflection": ("box", "boxes", "image_index"),
 }
 
 
@@ -66,7 +76,8 @@ def row_images(row: dict[str, Any]) -> list[Any]:
 def row_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages of a row with its pictures, as given, in their places, and without the keys that Arrow fills with None.
 
-    Raises a `BadRow` for messages that aren't any, too many or few pictures, or what the row's reader found wrong.
+    Raises a `BadRow` for messages that aren't any, parts with unknown keys, too many or few pictures, or what the row's reader
+    found wrong.
     """
     if row.get("error") is not None:
         raise BadRow(f"{row_name(row)}: {row['error']}", "format")
@@ -111,6 +122,12 @@ def reflection_part(box: Sequence[float], image_index: int = 0) -> dict[str, Any
     return {"type": "reflection", "box": list(box), "image_index": image_index}
 
 
+def path_part(boxes: Sequence[Sequence[float]], image_index: int | Sequence[int] = 0) -> dict[str, Any]:
+    """A content part that is a reflection on several boxes, in the order of looking; an image for all, or one for each."""
+    image_index = image_index if isinstance(image_index, int) else list(image_index)
+    return {"type": "reflection", "boxes": [list(box) for box in boxes], "image_index": image_index}
+
+
 def normalise_row(row: dict[str, Any], row_id: str, dataset: str) -> dict[str, Any]:
     """Brings a row in the project's format, pictures inline or as placeholders, text as string or parts, to `FEATURES`.
 
@@ -148,12 +165,18 @@ def flatten_boxes(boxes: Any) -> list[list[float]]:
 
 def _plain_part(part: dict[str, Any]) -> dict[str, Any]:
     """A part with nothing in it that `FEATURES` can't hold."""
-    box, image_index = part.get("box"), part.get("image_index")
-    if box is not None and not (_is_list(box) and all(isinstance(corner, (int, float)) for corner in box)):
+    box, boxes, image_index = (part.get(key) for key in ("box", "boxes", "image_index"))
+    if box is not None and not _are_numbers(box):
         raise BadRow(f"`box` must be [x0, y0, x1, y1], got {box!r}.")
-    if image_index is not None and not isinstance(image_index, int):
-        raise BadRow(f"`image_index` must be a number, got {image_index!r}.")
-    return {key: part[key] for key in ("type", "text", "box", "image_index") if key in part}
+    if boxes is not None and not (_is_list(boxes) and all(map(_are_numbers, boxes))):
+        raise BadRow(f"`boxes` must be a list of [x0, y0, x1, y1], got {boxes!r}.")
+    indices = image_index if _is_list(image_index) else [image_index]
+    if image_index is not None and not all(isinstance(index, int) for index in indices):
+        raise BadRow(f"`image_index` must be a number, or of `boxes` a list of them, got {image_index!r}.")
+    part = {key: part[key] for key in ("type", "text", "box", "boxes", "image_index") if key in part}
+    if _is_list(image_index):
+        part["image_indices"] = part.pop("image_index")
+    return part
 
 
 def _clean_message(message: Any, name: str) -> dict[str, Any]:
@@ -169,13 +192,26 @@ def _clean_message(message: Any, name: str) -> dict[str, Any]:
         raise BadRow(f"{name}: `content` must be text or parts with a `type`, got {content!r}.", "messages")
     parts = [{key: value for key, value in part.items() if value is not None} for part in content]
     for part in parts:
+        if "image_indices" in part and "image_index" not in part:  # as `FEATURES` stores it
+            part["image_index"] = part.pop("image_indices")
         if part["type"] not in PARTS[role]:
             kinds = " or ".join(map(repr, PARTS[role]))
             raise BadRow(f"{name}: a content part of role {role!r} is {kinds}, not {part['type']!r}.", "messages")
         if part["type"] == "text" and not isinstance(part.get("text"), str):
             raise BadRow(f"{name}: a part of type 'text' needs `text`, got {part!r}.", "messages")
+        if unknown := [key for key in part if key not in ("type", *PART_KEYS[part["type"]])]:
+            keys = ", ".join(PART_KEYS[part["type"]])
+            shown = {key: value for key, value in part.items() if key != "image"}
+            raise BadRow(
+                f"{name}: a part of type {part['type']!r} holds {keys} besides its type, not {unknown[0]!r}: {shown!r}.",
+                "unknown key",
+            )
     return {"role": role, "content": parts}
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
+
+
+def _are_numbers(value: Any) -> bool:
+    return _is_list(value) and all(isinstance(number, (int, float)) for number in value)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import AddedToken
@@ -98,6 +98,8 @@ CHAT_TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+# Of a content part that is a reflection.
+REFLECTION_KEYS = ("type", "box", "boxes", "image_index")
 # U+2060, invisible: put into a token's name where text holds it, so that it isn't the token.
 WORD_JOINER = "\u2060"
 
@@ -125,19 +127,29 @@ class ReflectionProcessorMixin:
 
     Messages may hold, in the assistant's answer to the last question, a part
     `{"type": "reflection", "box": [x0, y0, x1, y1], "image_index": 0}`: corners as fractions of the image's sides, origin
-    at the top left, and which of the conversation's images they lie in (the first, if left out).
+    at the top left, and which of the conversation's images they lie in (the first, if left out). A path has `boxes` instead
+    of `box`, 1 to S of them in the order of looking, and one `image_index` for all or a list with one for each.
 
     Args:
         image_processor (`Qwen2VLImageProcessor`): The image processor.
         tokenizer (`Qwen2Tokenizer`): The tokenizer, with the three latent tokens.
         chat_template (`str`, *optional*): A Jinja template, see `build_chat_template`.
         latent_start_token (`str`, *optional*, defaults to `"<|sovt|>"`): Name of the token that opens a segment.
+        num_latent_tokens (`int`, *optional*): S, the latent steps of a reflection, as the chat template renders them and
+            the model's config says. Only boxes need it.
     """
 
     def __init__(
-        self, image_processor=None, tokenizer=None, chat_template=None, latent_start_token=LATENT_TOKENS[0], **kwargs
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        latent_start_token=LATENT_TOKENS[0],
+        num_latent_tokens: int | None = None,
+        **kwargs,
     ):
         self.latent_start_token = latent_start_token
+        self.num_latent_tokens = num_latent_tokens
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
@@ -161,7 +173,20 @@ class ReflectionProcessorMixin:
             tokenizer,
             build_chat_template(latent_tokens, num_latent_tokens),
             latent_tokens[0],
+            num_latent_tokens,
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "ReflectionProcessorMixin":
+        """`ProcessorMixin.from_pretrained`; a folder whose processor doesn't say S takes it from its config.json."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if processor.num_latent_tokens is None:
+            try:
+                config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            except OSError:  # a processor without a model beside it
+                config = {}
+            processor.num_latent_tokens = config.get("num_latent_tokens")
+        return processor
 
     def __call__(self, images=None, text=None, boxes: Sequence | None = None, videos=None, audio=None, **kwargs):
         """Prepares text and images, as the backbone's processor does, and boxes.
@@ -174,25 +199,28 @@ class ReflectionProcessorMixin:
                 `[x0, y0, x1, y1]` in [0, 1], or a message's reflection part, whose `image_index` counts within the text.
 
         Returns:
-            `BatchFeature`: The usual keys, and with boxes `boxes` (G, 5), `int64`: image index within the batch, then the
-            corners in 1/65,536 of its sides, rounded inwards so that a box that ends on a patch's edge stays there.
+            `BatchFeature`: The usual keys, and with boxes `boxes` (G, S, 5), `int64`, a line for each latent step: the
+            corners of its box in 1/65,536 of the image's sides, rounded inwards so that a box that ends on a patch's edge
+            stays there, then the image's index within the batch. Of K boxes step k has the k-th, and all after it the last.
 
         Raises:
-            ValueError: A picture that can't be opened, by name; a box that is no box, naming sample and box; another number of boxes than segments; videos, audio,
-                and arguments that neither the tokenizer nor the image processor has.
+            ValueError: A picture that can't be opened, by name; a box that is no box, naming sample and box; a part with
+                unknown keys, with both or neither of `box` and `boxes`, or with more than S boxes; another number of boxes
+                than segments; boxes and no `num_latent_tokens`; videos, audio, and arguments that neither the tokenizer nor
+                the image processor has.
         """
         refuse_other_media(videos=videos, audio=audio)
         if unknown := [name for name in kwargs if name not in self._known_arguments]:
             raise ValueError(
                 f"Neither the tokenizer nor the image processor has an argument `{unknown[0]}`, so that it would be ignored."
             )
-        quantised = None
+        of_steps = None
         if boxes is not None:
             texts, boxes = ([text], [boxes]) if isinstance(text, str) else (text, boxes)
-            quantised = self._quantise(texts, boxes)
+            of_steps = self._boxes_of_steps(texts, boxes)
         inputs = super().__call__(images=open_pictures(images), text=text, **kwargs)
-        if quantised is not None:
-            inputs["boxes"] = torch.tensor(quantised, dtype=torch.long).reshape(-1, 5)
+        if of_steps is not None:
+            inputs["boxes"] = torch.tensor(of_steps, dtype=torch.long).reshape(-1, self.num_latent_tokens, 5)
         return inputs
 
     def apply_chat_template(self, conversation, *args, processor_kwargs: dict | None = None, **kwargs):
@@ -213,22 +241,105 @@ class ReflectionProcessorMixin:
         own = set(ProcessingKwargs.__annotations__) - {"videos_kwargs", "audio_kwargs"} | {"common_kwargs"}
         return own | {*TextKwargs.__annotations__, *ImagesKwargs.__annotations__, *of_images}
 
-    def _quantise(self, texts: list[str], boxes: Sequence) -> list[list[int]]:
+    def _boxes_of_steps(self, texts: list[str], boxes: Sequence) -> list[list[list[int]]]:
+        """For each reflection S lines x0, y0, x1, y1, image; see `__call__`."""
         if len(boxes) != len(texts):
             raise ValueError(f"`boxes` must hold a list for each of the {len(texts)} texts, got {len(boxes)}.")
-        rows, first_image = [], 0
+        reflections, first_image = [], 0
         for sample, (text, sample_boxes) in enumerate(zip(texts, boxes)):
             images, segments = text.count(self.image_token), text.count(self.latent_start_token)
             if len(sample_boxes) != segments:
                 raise ValueError(f"Sample {sample} has {segments} reflection segments, but {len(sample_boxes)} boxes.")
             for number, item in enumerate(sample_boxes):
-                item = item if isinstance(item, dict) else {"box": item}
-                where, image = f"Box {number} of sample {sample}", item.get("image_index") or 0
-                if not isinstance(image, int) or not 0 <= image < images:
-                    raise ValueError(f"{where} has `image_index` {image!r}, but the sample has {images} images.")
-                rows.append([first_image + image, *quantise_box(item.get("box"), where)])
+                part = item if isinstance(item, dict) else {"box": item}
+                path = read_path(part, images, self.num_latent_tokens, number, f" of sample {sample}")
+                path += path[-1:] * (self.num_latent_tokens - len(path))
+                reflections.append([[*corners, first_image + image] for *corners, image in path])
             first_image += images
-        return rows
+        return reflections
+
+
+class ReflectionPartError(ValueError):
+    """A reflection part that can't be used; `kind` is a report's heading for what is wrong."""
+
+    def __init__(self, message: str, kind: str = "box"):
+        super().__init__(message)
+        self.kind = kind
+
+
+def read_path(
+    part: dict[str, Any], num_images: int, num_latent_tokens: int | None, number: int, sample: str = ""
+) -> list[list[int]]:
+    """Checks a reflection part, and returns its boxes in the order of looking.
+
+    Args:
+        part (`dict`): The part; keys that hold `None` count as left out.
+        num_images (`int`): How many images the sample has.
+        num_latent_tokens (`int`): S.
+        number (`int`): Which of the sample's reflections it is, for errors.
+        sample (`str`, *optional*): The sample's name, for errors, such as `" of sample 3"`.
+
+    Returns:
+        `list[list[int]]`: For each of the K boxes x0, y0, x1, y1 in 1/65,536 of the image's sides, and the image's index.
+
+    Raises:
+        ReflectionPartError: Unknown keys; both or neither of `box` and `boxes`; more boxes than S; a box that is no box; an
+            `image_index` that is none of the images, or a list of another length.
+        ValueError: S is not known.
+    """
+    if num_latent_tokens is None:
+        raise ValueError(
+            "The processor doesn't know how many latent steps a reflection has: neither processor_config.json nor config.json "
+            "holds `num_latent_tokens`. Set `processor.num_latent_tokens` to that of the model's config, and save it again."
+        )
+    where = f"Reflection {number}{sample}"
+    part = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in part.items()}
+    given = {key: value for key, value in part.items() if value is not None}
+    if unknown := [key for key in given if key not in REFLECTION_KEYS]:
+        raise ReflectionPartError(
+            f"{where} has the key {unknown[0]!r}, which nothing reads; a reflection has {', '.join(REFLECTION_KEYS)}.",
+            "unknown key",
+        )
+    images = given.get("image_index", 0)
+    if "boxes" not in given:
+        boxes, names = [part.get("box")], [f"Box {number}{sample}"]
+        if isinstance(images, (list, tuple)):
+            raise ReflectionPartError(
+                f"{names[0]} has `image_index` {images!r}: of a single `box` it is a number.", "image_index"
+            )
+    else:
+        boxes = given["boxes"]
+        if "box" in given:
+            raise ReflectionPartError(f"{where} has both `box` and `boxes`: leave one of them out.")
+        if not isinstance(boxes, (list, tuple)) or not boxes:
+            raise ReflectionPartError(f"{where} must have as `boxes` at least one [x0, y0, x1, y1], got {boxes!r}.")
+        if len(boxes) > num_latent_tokens:
+            raise ReflectionPartError(
+                f"{where} has {len(boxes)} boxes, but only {num_latent_tokens} latent steps (`num_latent_tokens`): leave some "
+                "out.",
+                "path too long",
+            )
+        names = [f"Box {place} of reflection {number}{sample}" for place in range(len(boxes))]
+    if not isinstance(images, (list, tuple)):
+        images = [images] * len(boxes)
+    if len(images) != len(boxes):
+        raise ReflectionPartError(
+            f"{where} has {len(boxes)} boxes, but {len(images)} numbers in `image_index`: give one for each box, or one "
+            "number for all.",
+            "image_index",
+        )
+    path = []
+    for name, box, image in zip(names, boxes, images):
+        try:
+            corners = quantise_box(box, name)
+        except ValueError as error:
+            raise ReflectionPartError(str(error)) from error
+        if not isinstance(image, int) or not 0 <= image < num_images:
+            raise ReflectionPartError(
+                f"{name} has `image_index` {image!r}, but the sample has {num_images} images.", "image_index"
+            )
+        path.append([*corners, image])
+    return path
 
 
 def refuse_other_media(videos=None, audio=None, **kwargs):

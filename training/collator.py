@@ -38,13 +38,14 @@ class VReflectionDataCollator:
 
     The batch holds `input_ids`, `mm_token_type_ids`, `labels` (B, T), and `attention_mask` (B, T), or if packed
     `position_ids` (B, T), which begin anew with each sample; with pictures `pixel_values` and `image_grid_thw`; and
-    `boxes` (G, 5), one a reflection. For the trainer alone there are, of the samples, `sample_ids` and how many
-    `reflections` each has; `skipped`, what is wrong with each row that was left out; `num_tokens`, without padding; and
-    `dummy`, whether a dummy row follows, see `every_module`.
+    `boxes` (G, S, 5), for each reflection a line a latent step: x0, y0, x1, y1 in 1/65,536 and the image's index in the
+    batch. For the trainer alone there are, of the samples, `sample_ids` and how many `reflections` each has; `skipped`, what
+    is wrong with each row that was left out; `num_tokens`, without padding; and `dummy`, whether a dummy row follows, see
+    `every_module`.
 
     ```python
     {'input_ids': tensor([[257, 268, ...], ...]), 'labels': tensor([[-100, ..., 379, -100, ...], ...]),
-     'boxes': tensor([[0, 44861, 24967, 63585, 43690], ...]), 'sample_ids': ['glyphsearch-train-0', ...], ...}
+     'boxes': tensor([[[44861, 24967, 63585, 43690, 0], ...], ...]), 'sample_ids': ['glyphsearch-train-0', ...], ...}
     ```
 
     Args:
@@ -107,7 +108,7 @@ class VReflectionDataCollator:
         try:
             messages = read_messages(row, self.reflect)
             images = iter([load_image(image, self.processor.image_processor) for image in pictures(messages)])
-            count = check_messages(messages, f"Sample {name}", row)
+            count = len(check_messages(messages, f"Sample {name}", row, self.processor.num_latent_tokens))
             for message in messages:
                 message["content"] = [
                     {**part, "image": next(images)} if part["type"] == "image" else part for part in message["content"]
@@ -167,7 +168,7 @@ class VReflectionDataCollator:
         if "boxes" in batch:  # from images of the row to images of the batch
             images = torch.tensor([len(row.get("image_grid_thw", ())) for row in rows])
             boxes = torch.tensor([len(row.get("boxes", ())) for row in rows])
-            batch["boxes"][:, 0] += (images.cumsum(0) - images).repeat_interleave(boxes)
+            batch["boxes"][..., 4] += (images.cumsum(0) - images).repeat_interleave(boxes)[:, None]
         return batch
 
     def _shifts(self, rows: list[dict[str, torch.Tensor]]) -> list[int]:

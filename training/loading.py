@@ -39,6 +39,7 @@ def set_num_slots(processor: VReflectionProcessor, config: VReflectionConfig, nu
     """Renders reflections with another S than the checkpoint's, which one without BCM can take."""
     names = processor.tokenizer.convert_ids_to_tokens(list(config.latent_token_ids))
     processor.chat_template = build_chat_template(tuple(names), num_latent_tokens)
+    processor.num_latent_tokens = num_latent_tokens
 
 
 def write_sharded_token_rows(model: VReflectionForConditionalGeneration):

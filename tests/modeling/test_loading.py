@@ -114,7 +114,7 @@ def test_from_backbone_takes_the_number_of_latents_and_the_dtype(backbone):
         backbone, num_latent_tokens=4, dtype=torch.bfloat16
     )
     assert len(model.model.bcm.queries) == 4 and model.model.bcm.queries.dtype == torch.bfloat16
-    assert model.generation_config.latent_steps == 4
+    assert model.generation_config.latent_steps == processor.num_latent_tokens == 4
     content = [{"type": "reflection", "box": [0, 0, 1, 1]}, {"type": "text", "text": "Z"}]
     text = processor.apply_chat_template([{"role": "assistant", "content": content}], tokenize=False)
     assert text.endswith("<|sovt|>" + 4 * "<|lvr|>" + "<|eovt|>Z<|im_end|>\n")
@@ -131,7 +131,7 @@ def test_tokens_may_have_other_names(backbone, tmp_path):
         inputs = encode(loaded, messages)
         ids = inputs["input_ids"][0].tolist()
         assert [ids.count(token) for token in model.config.latent_token_ids] == [1, 8, 1]
-        assert inputs["boxes"].tolist() == [[0, 0, 0, 32768, 32768]]
+        assert inputs["boxes"].tolist() == [[[0, 0, 32768, 32768, 0]] * 8]
         assert loaded.tokenizer.convert_ids_to_tokens(model.config.latent_token_ids) == list(names)
     inputs = encode(processor, ask("What?", picture(1)))
     sequences = model.generate(**inputs, reflect=True, max_new_tokens=11)

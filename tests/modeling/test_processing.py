@@ -1,5 +1,6 @@
 """From messages to ids, masks and boxes: the conversation format, what text can't do, and which boxes are refused."""
 
+import json
 import random
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from PIL import Image
 from reference import END, SLOT, START, answer, ask, encode, picture
 
-from modeling_vreflection.processing_vreflection import rendered_reflections
+from modeling_vreflection import VReflectionProcessor
+from modeling_vreflection.processing_vreflection import build_chat_template, rendered_reflections
 from modeling_vreflection.regions_vreflection import quantise_box
 
 
@@ -246,14 +248,14 @@ def test_boxes_of_a_batch_count_images_through(processor):
     boxes = encode(processor, *conversations)["boxes"]
     assert boxes.dtype == torch.int64
     corners = [16384, 32768, 49152, 65536]
-    assert boxes.tolist() == [[image, *corners] for image in (1, 0, 4, 2)]
+    assert boxes.tolist() == [[[*corners, image]] * 8 for image in (1, 0, 4, 2)]
 
 
 def test_boxes_may_come_beside_the_text(processor):
     text, images = texts((1, 1), (0, 0), (2, 2))
     boxes = [[BOX], [], [{"box": BOX, "image_index": 1}, BOX]]
     found = processor(text=text, images=images, boxes=boxes, padding=True, return_tensors="pt")["boxes"]
-    assert found[:, 0].tolist() == [0, 2, 1]
+    assert found[:, 0, 4].tolist() == [0, 2, 1]
     one = processor(text=text[0], images=images[:1], boxes=[BOX], return_tensors="pt")["boxes"]
     assert one.tolist() == found[:1].tolist()
 
@@ -262,8 +264,136 @@ def test_no_reflection_no_boxes(processor):
     assert "boxes" not in encode(processor, ask("Q", picture(1)) + answer("A"))
     text, images = texts((1, 0), (0, 0))
     inputs = processor(text=text, images=images, boxes=[[], []], padding=True, return_tensors="pt")
-    assert inputs["boxes"].shape == (0, 5)
+    assert inputs["boxes"].shape == (0, 8, 5)
 
+
+# Paths
+
+PATH = [[0.0, 0.0, 0.25, 0.25], [0.25, 0.5, 0.75, 1.0], [0.25, 0.5, 0.75, 1.0], [0.5, 0.5, 1.0, 1.0]]
+CORNERS = [
+    [0, 0, 16384, 16384],
+    [16384, 32768, 49152, 65536],
+    [16384, 32768, 49152, 65536],
+    [32768, 32768, 65536, 65536],
+]
+
+
+def path(boxes, **keys):
+    return {"type": "reflection", "boxes": boxes, **keys}
+
+
+def reflect(*parts):
+    return [{"role": "assistant", "content": [*parts, {"type": "text", "text": "A"}]}]
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_each_step_has_its_box_and_the_last_one_repeats(processor, count):
+    found = encode(processor, ask("Q", picture(1)) + reflect(path(PATH[:count])))["boxes"]
+    assert found.dtype == torch.int64
+    assert found.tolist() == [[[*CORNERS[min(step, count - 1)], 0] for step in range(8)]]
+
+
+def test_a_path_may_have_as_many_boxes_as_there_are_steps(processor):
+    found = encode(processor, ask("Q", picture(1)) + reflect(path(PATH * 2)))["boxes"]
+    assert found.tolist() == [[[*corners, 0] for corners in CORNERS * 2]]
+
+
+def test_a_path_leads_through_several_pictures_of_its_sample(processor):
+    """One image for all boxes, or one for each; next to single boxes, in a batch."""
+    conversations = [
+        ask("Q", picture(1)) + answer(BOX, "A"),
+        ask("Q", picture(2), picture(3))
+        + reflect(path(PATH[:3], image_index=[1, 0, 1]), path(PATH[:2], image_index=1), path(PATH[:2])),
+    ]
+    images = encode(processor, *conversations)["boxes"][..., 4]
+    assert images.tolist() == [[0] * 8, [2, 1] + [2] * 6, [2] * 8, [1] * 8]
+
+
+def test_paths_may_come_beside_the_text_and_with_the_keys_that_arrow_fills(processor):
+    text, images = texts((2, 2))
+    parts = [
+        {"boxes": np.array(PATH[:2]), "image_index": np.array([0, 1])},
+        {"type": "reflection", "text": None, "box": BOX, "boxes": None, "image_index": None},
+    ]
+    found = processor(text=text, images=images, boxes=[parts], return_tensors="pt")["boxes"]
+    assert found[0].tolist() == [[*CORNERS[0], 0]] + [[*CORNERS[1], 1]] * 7
+    assert found[1].tolist() == [[*CORNERS[1], 0]] * 8
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"boxes": PATH[:1] * 9}, "Reflection 1 of sample 1 has 9 boxes, but only 8 latent steps"),
+        ({"boxes": []}, "Reflection 1 of sample 1 must have as `boxes` at least one"),
+        ({"boxes": "all"}, "Reflection 1 of sample 1 must have as `boxes` .* got 'all'"),
+        ({"boxes": BOX}, "Box 0 of reflection 1 of sample 1 must be .* got 0.25"),
+        ({"boxes": PATH, "box": BOX}, "Reflection 1 of sample 1 has both `box` and `boxes`"),
+        ({}, "Box 1 of sample 1 must be .* got None"),
+        ({"boxes": [BOX, [0.5, 0, 0.1, 1]]}, r"Box 1 of reflection 1 of sample 1 must have x0 < x1.*\[0.5, 0.0, 0.1, 1.0\]"),
+        ({"boxes": PATH, "image_index": [0, 0]}, "Reflection 1 of sample 1 has 4 boxes, but 2 numbers in `image_index`"),
+        ({"boxes": PATH[:2], "image_index": [0, 2]}, "Box 1 of reflection 1 of sample 1 has `image_index` 2, but the sample has 2"),
+        ({"boxes": PATH[:2], "image_index": [0, None]}, "Box 1 of reflection 1 of sample 1 has `image_index` None"),
+        ({"boxes": PATH[:2], "image_index": -1}, "Box 0 of reflection 1 of sample 1 has `image_index` -1"),
+        ({"box": BOX, "image_index": [1]}, r"Box 1 of sample 1 has `image_index` \[1\]: of a single `box`"),
+        ({"box": BOX, "boxs": PATH}, "Reflection 1 of sample 1 has the key 'boxs', which nothing reads"),
+    ],
+)  # fmt: skip
+def test_what_is_no_path_is_refused_by_name(processor, part, message):
+    before = ask("Q", picture(1)) + answer(BOX)
+    conversation = ask("Q", picture(2), picture(3)) + reflect(path([BOX]), {"type": "reflection", **part})
+    with pytest.raises(ValueError, match=message):
+        encode(processor, before, conversation)
+    text, images = texts((1, 1), (2, 2))
+    with pytest.raises(ValueError, match=message):
+        processor(text=text, images=images, boxes=[[BOX], [BOX, part]], padding=True)
+
+
+# S
+
+
+@pytest.fixture
+def folder(processor, model, tmp_path):
+    """A folder as it was written before processors knew S."""
+    processor.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "processor_config.json").read_text())
+    assert fields.pop("num_latent_tokens") == 8
+    (tmp_path / "processor_config.json").write_text(json.dumps(fields))
+    return tmp_path
+
+
+def test_the_number_of_steps_is_saved(processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(processor, "num_latent_tokens", 3)
+    monkeypatch.setattr(processor, "chat_template", build_chat_template(num_latent_tokens=3))
+    processor.save_pretrained(tmp_path)
+    loaded = VReflectionProcessor.from_pretrained(tmp_path)
+    conversation = ask("Q", picture(1)) + reflect(path(PATH[:2]))
+    assert encode(loaded, conversation)["boxes"].tolist() == [[[*CORNERS[step], 0] for step in (0, 1, 1)]]
+    with pytest.raises(ValueError, match="4 boxes, but only 3 latent steps"):
+        encode(loaded, ask("Q", picture(1)) + reflect(path(PATH)))
+
+
+def test_a_folder_of_before_takes_it_from_its_config(processor, folder):
+    loaded = VReflectionProcessor.from_pretrained(folder)
+    assert loaded.num_latent_tokens == 8
+    conversation = ask("Q", picture(1)) + answer(BOX, "A")
+    found, expected = encode(loaded, conversation), encode(processor, conversation)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_without_a_number_of_steps_boxes_are_refused_and_prompts_are_not(processor, folder):
+    (folder / "config.json").unlink()
+    loaded = VReflectionProcessor.from_pretrained(folder)
+    assert loaded.num_latent_tokens is None
+    prompt = ask("Q", picture(1))
+    assert torch.equal(encode(loaded, prompt)["input_ids"], encode(processor, prompt)["input_ids"])
+    with pytest.raises(ValueError, match="Set `processor.num_latent_tokens`"):
+        encode(loaded, prompt + answer(BOX, "A"))
+    loaded.num_latent_tokens = 8
+    assert encode(loaded, prompt + answer(BOX, "A"))["boxes"].shape == (1, 8, 5)
+
+
+# What is no box
 
 NAN, INF = float("nan"), float("inf")
 

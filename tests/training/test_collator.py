@@ -50,11 +50,41 @@ def test_assistant_tokens_are_labelled_and_forced_tokens_are_not(collate, proces
 
 def test_samples_without_picture_or_box_share_a_batch(collate, processor):
     batch = collate([TEXT_ONLY, scene(0), WITHOUT_BOX, scene(1)])
-    assert batch["boxes"][:, 0].tolist() == [0, 2]  # images: scene 0, the one without box, scene 1
+    assert batch["boxes"][..., 4].tolist() == [[0] * 8, [2] * 8]  # images: scene 0, the one without box, scene 1
     assert len(batch["image_grid_thw"]) == 3
     assert batch["sample_ids"] == ["text", "glyphsearch-train-0", "no-box", "glyphsearch-train-1"]
     assert supervised(batch, processor, 0) == "Which glyph<|im_end|>"
     assert supervised(batch, processor, 2) == "K<|im_end|>"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_paths_count_the_images_of_the_batch_through(collate, packed):
+    boxes = [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]
+    row = {
+        "id": "path",
+        "images": [Image.new("RGB", (56, 56))] * 2,
+        "messages": [
+            {"role": "user", "content": "Which?"},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "reflection", "boxes": boxes, "image_index": [1, 0]},
+                    {"type": "reflection", "box": boxes[0], "image_index": 1},
+                    {"type": "text", "text": "K"},
+                ],
+            },
+        ],
+    }
+    rows = [row, WITHOUT_BOX, TEXT_ONLY, row]
+    batch = collate([rows[:2], rows[2:]] if packed else rows)
+    low, high = [0, 0, 32768, 32768], [32768, 32768, 65536, 65536]
+    assert batch["boxes"].tolist() == [
+        [[*low, 1]] + [[*high, 0]] * 7,
+        [[*low, 1]] * 8,
+        [[*low, 4]] + [[*high, 3]] * 7,
+        [[*low, 4]] * 8,
+    ]
+    assert batch["reflections"] == [2, 0, 0, 2]
 
 
 def test_alignment_moves_rows_and_changes_nothing_in_them(collate, model):
@@ -126,7 +156,7 @@ def test_each_row_is_prepared_once_whatever_is_wrong_with_others(collate, proces
 def test_a_dummy_row_runs_every_module_and_has_no_labels(collate):
     batch = collate([TEXT_ONLY], every_module=True)
     assert batch["dummy"] and batch["sample_ids"] == ["text"] and batch["reflections"] == [0]
-    assert batch["boxes"].shape == (1, 5) and (batch["labels"][1] == -100).all() and "pixel_values" in batch
+    assert batch["boxes"].shape == (1, 8, 5) and (batch["labels"][1] == -100).all() and "pixel_values" in batch
     assert not collate([TEXT_ONLY, scene(0)], every_module=True)["dummy"]
     packed = collate([[TEXT_ONLY]], every_module=True)
     assert packed["dummy"] and len(packed["input_ids"]) == 1

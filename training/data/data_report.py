@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from modeling_vreflection import VReflectionProcessor
 
-from .histogram import save_histogram, text_histogram
+from .histogram import save_histogram, text_counts, text_histogram
 from .inspection import Inspection, inspect_row, inspect_rows
 from .packing import pack_samples
 
@@ -37,6 +37,7 @@ class DataReport:
     named: list[str] = field(default_factory=list)  # what is wrong with the first of them
     without_reflection: int = 0
     lengths: list[int] = field(default_factory=list)  # tokens of each good row
+    path_lengths: list[int] = field(default_factory=list)  # boxes of each of their reflections
     padding: float = 0.0  # share in batches of single samples
     packs: list[int] = field(default_factory=list)  # tokens of each
     pack_padding: float = 0.0
@@ -65,6 +66,7 @@ class DataReport:
         if row.problem is None:
             self.without_reflection += row.reflections == 0
             self.lengths.append(row.tokens)
+            self.path_lengths += row.path_lengths
         else:
             self.bad[row.kind] += 1
             self.named += [row.problem][: MOST_NAMED - len(self.named)]
@@ -117,6 +119,8 @@ def format_report(report: DataReport) -> str:
         text += ["", *_table(_length_lines(report))]
         text += ["", *text_histogram(report.lengths)]
         text += ["", *_table(_padding_lines(report))]
+    if max(report.path_lengths, default=0) > 1:
+        text += ["", *_table(_path_lines(report)), "", *text_counts(report.path_lengths)]
     if report.named:
         rest = report.bad_rows - len(report.named)
         text += ["", "Bad rows:", *(f"- {problem}" for problem in report.named)]
@@ -164,6 +168,15 @@ def _length_lines(report: DataReport) -> list[tuple[str, str]]:
         name = f"longer than {'a pack' if report.packed else 'max_length'}"
         lines.append((name, f"{report.bad['too long']:,}, above {most:,} tokens"))
     return lines
+
+
+def _path_lines(report: DataReport) -> list[tuple[str, str]]:
+    lengths = report.path_lengths
+    several = sum(length > 1 for length in lengths)
+    return [
+        ("reflections", f"{len(lengths):,}"),
+        ("  with a path", f"{_share(several, len(lengths))}, longest {max(lengths)} boxes"),
+    ]
 
 
 def _padding_lines(report: DataReport) -> list[tuple[str, str]]:

@@ -22,10 +22,21 @@ def text_histogram(lengths: Sequence[int]) -> list[str]:
     edges = round_edges(max(lengths, default=0), 20)
     counts, _ = np.histogram(lengths, edges)
     width = len(f"{edges[-1]:,}")
+    names = [f"{low:>{width},} to {high - 1:<{width},}" for low, high in zip(edges, edges[1:])]
+    return _bars(names, counts.tolist())
+
+
+def text_counts(values: Sequence[int]) -> list[str]:
+    """Lines with a value from 1 to the largest, a bar, and how often it occurs."""
+    names = range(1, max(values, default=0) + 1)
+    width = len(f"{names.stop - 1:,}")
+    return _bars([f"{name:>{width},}" for name in names], [values.count(name) for name in names])
+
+
+def _bars(names: Sequence[str], counts: Sequence[int]) -> list[str]:
     return [
-        f"{low:>{width},} to {high - 1:<{width},}  "
-        f"{'█' * max(round(BAR * count / counts.max()), int(count > 0)):<{BAR}}  {count:,}".rstrip()
-        for low, high, count in zip(edges, edges[1:], counts)
+        f"{name}  {'█' * max(round(BAR * count / max(counts)), int(count > 0)):<{BAR}}  {count:,}".rstrip()
+        for name, count in zip(names, counts)
     ]
 
 

@@ -1,15 +1,14 @@
 """Whether a row is good, and how long it becomes, without a model and without reading its pictures' pixels."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 from uuid import uuid4
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 
 from modeling_vreflection import VReflectionProcessor
-from modeling_vreflection.processing_vreflection import rendered_reflections
-from modeling_vreflection.regions_vreflection import quantise_box
+from modeling_vreflection.processing_vreflection import ReflectionPartError, read_path, rendered_reflections
 from vreflection_hub_card.rows import BadRow, check_past_reflections, row_images, row_messages, row_name
 
 from .images import count_image_tokens, image_size, load_image
@@ -24,14 +23,18 @@ class Inspection:
     tokens: int = 0  # of its rendered conversation, pictures and reflections included
     images: int = 0
     missing: int = 0  # pictures of which there is no file
-    reflections: int = 0  # those of past turns aren't rendered and don't count
+    path_lengths: list[int] = field(default_factory=list)  # boxes of each reflection; past turns aren't rendered
     problem: str | None = None
     kind: str | None = None  # of the problem
 
+    @property
+    def reflections(self) -> int:
+        """How many reflections are rendered."""
+        return len(self.path_lengths)
 
-INSPECTION_FEATURES = Features(
-    {field.name: Value("int64" if field.type is int else "string") for field in fields(Inspection)}
-)
+
+ARROW = {int: Value("int64"), list[int]: List(Value("int64"))}
+INSPECTION_FEATURES = Features({field.name: ARROW.get(field.type, Value("string")) for field in fields(Inspection)})
 
 
 def read_messages(row: dict[str, Any], reflect: bool = True) -> list[dict[str, Any]]:
@@ -51,27 +54,27 @@ def pictures(messages: list[dict[str, Any]]) -> list[Any]:
     return [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
 
 
-def check_messages(messages: list[dict[str, Any]], name: str, row: dict[str, Any]) -> int:
-    """Checks what needs neither pixels nor tokens, and counts the reflections that are rendered.
+def check_messages(
+    messages: list[dict[str, Any]], name: str, row: dict[str, Any], num_latent_tokens: int | None
+) -> list[int]:
+    """Checks what needs neither pixels nor tokens, and counts the boxes of each reflection that is rendered.
 
     Raises:
-        BadRow: No assistant's turn; a reflection of a past turn; a box that isn't one, or of a picture that isn't there.
+        BadRow: No assistant's turn; a reflection of a past turn; a box that isn't one, or of a picture that isn't there; a
+            path that is empty, or longer than the `num_latent_tokens` steps of a reflection.
+        ValueError: Reflections, and no `num_latent_tokens`.
     """
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow(f"{name} has nothing to learn from: no assistant's turn.", "nothing to learn")
     check_past_reflections(messages, row)
-    images, reflections = len(pictures(messages)), rendered_reflections(messages)
-    for number, part in enumerate(reflections):
-        try:
-            quantise_box(part.get("box"), f"Box {number}")
-        except ValueError as error:
-            raise BadRow(f"{name}: {error}", "box") from error
-        index = part.get("image_index") or 0
-        if not isinstance(index, int) or not 0 <= index < images:
-            raise BadRow(
-                f"{name}: Box {number} has `image_index` {index!r}, but the sample has {images} images.", "image_index"
-            )
-    return len(reflections)
+    images = len(pictures(messages))
+    try:
+        return [
+            len(read_path(part, images, num_latent_tokens, number))
+            for number, part in enumerate(rendered_reflections(messages))
+        ]
+    except ReflectionPartError as error:
+        raise BadRow(f"{name}: {error}", error.kind) from error
 
 
 def inspect_row(
@@ -93,7 +96,7 @@ def inspect_row(
     try:
         messages = read_messages(row, reflect)
         image_tokens = _image_tokens(pictures(messages), found, processor.image_processor, decode, name)
-        found.reflections = check_messages(messages, name, row)
+        found.path_lengths = check_messages(messages, name, row, processor.num_latent_tokens)
         text = processor.apply_chat_template(messages, tokenize=False)
         places = text.count(processor.image_token)
         if places != found.images:

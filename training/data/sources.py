@@ -80,6 +80,8 @@ def load_rows(
             - `image_folder`: where relative paths of pictures begin, by default at the file's folder; `"released_meta"`
               has its own;
             - `weight`: its share of the mixture, relative to the others';
+            - `paths`: for `"visual_cot"`, whether the boxes of a question become the path of one reflection instead of a
+              reflection each (`False`, if left out);
             - for `"messages"` arguments of `datasets.load_dataset`, such as `split` (`"train"`, if left out), `name` or
               `data_files`; for GlyphSearch those of its functions.
         streaming (`bool`, *optional*, defaults to `False`): Whether to read rows as they are used. Otherwise they are read
@@ -145,9 +147,15 @@ def _parse(source: dict[str, Any], number: int) -> Source:
         raise ValueError(f"{where}: a meta file names its own image folders: leave `image_folder` out.")
     if parsed.image_folder is not None and not os.path.isdir(parsed.image_folder):
         raise NotADirectoryError(f"{where}: there is no `image_folder` {parsed.image_folder}.")
+    if "paths" in options and parsed.format != "visual_cot":
+        raise ValueError(
+            f"{where}: `paths` is for 'visual_cot', not for {parsed.format!r}, whose rows say it themselves."
+        )
+    if not isinstance(options.get("paths", False), bool):
+        raise ValueError(f"{where}: `paths` must be true or false, got {options['paths']!r}.")
     if parsed.format != "messages" or _is_json(parsed.path):
-        if options:
-            raise ValueError(f"{where}: a file read as {parsed.format!r} takes no {', '.join(map(repr, options))}.")
+        if unknown := [name for name in options if name != "paths"]:
+            raise ValueError(f"{where}: a file read as {parsed.format!r} takes no {', '.join(map(repr, unknown))}.")
         if not os.path.exists(parsed.path):
             raise FileNotFoundError(f"{where}: there is no file {parsed.path}.")
     return parsed
@@ -160,7 +168,7 @@ def _load(source: Source, streaming: bool) -> Dataset | IterableDataset:
     if source.format == "released_meta":
         entries = read_meta(source.path)
         return _concatenate(
-            [_load_files("released", [entry["data_path"]], entry["image_folder"], streaming) for entry in entries]
+            [_load_files("released", [entry["data_path"]], entry["image_folder"], streaming, {}) for entry in entries]
         )
     path = Path(source.path)
     folder = source.image_folder
@@ -172,7 +180,7 @@ def _load(source: Source, streaming: bool) -> Dataset | IterableDataset:
     files = sorted(path.glob("*_cot_train.jsonl")) if path.is_dir() else [path]
     if not files:
         raise FileNotFoundError(f"There are no files *_cot_train.jsonl in {path}.")
-    return _load_files(source.format, files, folder, streaming)
+    return _load_files(source.format, files, folder, streaming, source.options)
 
 
 def _load_messages(source: Source, folder: str | None, streaming: bool) -> Dataset | IterableDataset:
@@ -226,14 +234,16 @@ def _keep_encoded(feature: Any) -> Any:
     return feature
 
 
-def _load_files(format: str, files: list[str | Path], folder: str, streaming: bool) -> Dataset | IterableDataset:
-    """Loads what a reader makes of files."""
+def _load_files(
+    format: str, files: list[str | Path], folder: str, streaming: bool, options: dict[str, Any]
+) -> Dataset | IterableDataset:
+    """Loads what a reader makes of files; the options are the reader's."""
     folders = ImageFolders(folder)
     stamps = _stamps(files)
     if format != "messages":  # whose rows say themselves where their pictures are
         stamps += folders.stamp()
     files = tuple(map(os.path.abspath, files))
-    return _generate(_file_rows, streaming, stamps, format=format, files=files, folder=folders.root)
+    return _generate(_file_rows, streaming, stamps, format=format, files=files, folder=folders.root, options=options)
 
 
 def _generate(generator: Callable, streaming: bool, stamps: tuple, **options) -> Dataset | IterableDataset:
@@ -242,10 +252,12 @@ def _generate(generator: Callable, streaming: bool, stamps: tuple, **options) ->
     return (IterableDataset if streaming else Dataset).from_generator(generator, features=FEATURES, gen_kwargs=options)
 
 
-def _file_rows(format: str, files: tuple[str, ...], folder: str, stamps: tuple) -> Iterator[dict[str, Any]]:
+def _file_rows(
+    format: str, files: tuple[str, ...], folder: str, options: dict[str, Any], stamps: tuple
+) -> Iterator[dict[str, Any]]:
     folders = ImageFolders(folder)
     for path in files:
-        yield from READERS[format](path, folders)
+        yield from READERS[format](path, folders, **options)
 
 
 def _scene_rows(name: str, options: dict[str, Any], stamps: tuple) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vreflection_hub_card.rows import flatten_boxes, reflection_part, text_part
+from vreflection_hub_card.rows import flatten_boxes, path_part, reflection_part, text_part
 
 from .image_folders import ImageFolders
 from .images import image_size
@@ -18,7 +18,7 @@ BOX_REQUEST = re.compile(
 )
 
 
-def visual_cot_rows(path: str | Path, folders: ImageFolders) -> Iterator[dict[str, Any]]:
+def visual_cot_rows(path: str | Path, folders: ImageFolders, paths: bool = False) -> Iterator[dict[str, Any]]:
     """Reads a file of the Visual CoT release, JSON Lines or a JSON list, as rows of the project's format.
 
     Two forms are read. The metadata (`docvqa_cot_train.jsonl`, ...):
@@ -39,8 +39,8 @@ def visual_cot_rows(path: str | Path, folders: ImageFolders) -> Iterator[dict[st
                        {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "8%"}]}
     ```
 
-    A question with several boxes gets one reflection for each, in the file's order, before the answer. Boxes are divided by
-    the `width` and `height` of the file, else by those of the picture. Nothing is clipped: a box that sticks out of its
+    A question with several boxes gets one reflection for each, in the file's order, before the answer; with `paths` a single
+    one that looks at them in this order. Boxes are divided by the `width` and `height` of the file, else by those of the picture. Nothing is clipped: a box that sticks out of its
     picture makes a bad row.
     """
 
@@ -52,9 +52,10 @@ def visual_cot_rows(path: str | Path, folders: ImageFolders) -> Iterator[dict[st
         if boxes and not (width and height):
             width, height = image_size(image)
         boxes = [[x0 / width, y0 / height, x1 / width, y1 / height] for x0, y0, x1, y1 in boxes]
+        reflections = [path_part(boxes)] if paths and len(boxes) > 1 else [*map(reflection_part, boxes)]
         row["messages"] = [
             {"role": "user", "content": [{"type": "image"}, text_part(question)]},
-            {"role": "assistant", "content": [*map(reflection_part, boxes), text_part(answer)]},
+            {"role": "assistant", "content": [*reflections, text_part(answer)]},
         ]
 
     return read_rows(path, Path(path).stem.removesuffix("_cot_train"), fill)

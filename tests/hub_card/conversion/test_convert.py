@@ -107,7 +107,7 @@ def test_it_reflects_with_its_own_tokens(converted):
     new = tokens[0, inputs["input_ids"].shape[1] :].tolist()
     assert new[:10] == [start, *[slot] * STEPS, end]
     trained = encode(processor, "What?", {"type": "reflection", "box": [0.0, 0.0, 0.5, 0.5]})
-    assert trained["boxes"].tolist() == [[0, 0, 0, 32768, 32768]]
+    assert trained["boxes"].tolist() == [[[0, 0, 32768, 32768, 0]] * STEPS]
     assert [trained["input_ids"][0].tolist().count(token) for token in (start, slot, end)] == [1, STEPS, 1]
 
 

@@ -80,6 +80,20 @@ def test_metadata_becomes_a_question_and_one_reflection_a_box_in_order(tmp_path)
         assert [corner * side for corner, side in zip(box, (1638, 2196) * 2)] == pytest.approx(pixels)
 
 
+def test_boxes_may_become_the_path_of_one_reflection(tmp_path):
+    save_picture(tmp_path / "docvqa" / METADATA["image"])
+    path = tmp_path / "docvqa_cot_train.jsonl"
+    one = {**METADATA, "bboxs": METADATA["bboxs"][:1]}
+    path.write_text("\n".join(map(json.dumps, [METADATA, one, {**METADATA, "bboxs": []}])))
+    apart, several = (
+        [row["messages"][1]["content"] for row in visual_cot_rows(path, ImageFolders(tmp_path), paths)]
+        for paths in (False, True)
+    )
+    expected = {"type": "reflection", "boxes": [part["box"] for part in apart[0][:2]], "image_index": 0}
+    assert several[0] == [expected, apart[0][2]]
+    assert several[1:] == apart[1:]
+
+
 def test_without_width_and_height_the_header_is_asked(tmp_path):
     item = {key: value for key, value in METADATA.items() if key not in ("width", "height")}
     (row,) = read(tmp_path, visual_cot_rows, {**item, "bboxs": [[2, 3, 4, 6]]})

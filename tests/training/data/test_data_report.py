@@ -7,7 +7,7 @@ from PIL import Image
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_hub_card.rows import make_bad_row
 from vreflection_training.data.data_report import DataReport, format_report, padding_share, report_data
-from vreflection_training.data.histogram import round_edges, text_histogram
+from vreflection_training.data.histogram import round_edges, text_counts, text_histogram
 from vreflection_training.data.inspection import inspect_row
 
 
@@ -122,6 +122,24 @@ def test_plain_fine_tuning_measures_without_reflections(processor):
     assert [length - 10 for length in kept.lengths] == dropped.lengths
     assert "without reflection" in format_report(kept)
     assert "without reflection" not in format_report(dropped)
+
+
+def test_lengths_of_paths_are_counted_where_there_are_any(processor, rows):
+    plain = report_data(Dataset.from_list(rows[:8]), processor, RULE)
+    assert plain.path_lengths == [1] * 7 and "path" not in format_report(plain)
+    several = [{"type": "reflection", "boxes": [[0.1, 0.2, 0.3, 0.4]] * count} for count in (3, 2, 3, 9)]
+    listed = [make_row(f"p{number}", rows[0]["images"]) for number in range(4)]
+    for row, part in zip(listed, several):
+        row["messages"][1]["content"].insert(1, part)
+    report = report_data(Dataset.from_list(listed), processor, RULE)
+    assert report.bad == {"path too long": 1}
+    assert "Reflection 1 has 9 boxes, but only 8 latent steps" in report.named[0]
+    assert report.path_lengths == [1, 3, 1, 2, 1, 3]
+    text = format_report(report)
+    assert "with a path 3 (50.00 %), longest 3 boxes" in " ".join(text.split())
+    assert text_counts(report.path_lengths) == [f"1  {'█' * 40}  3", f"2  {'█' * 13:<40}  1", f"3  {'█' * 27:<40}  2"]
+    assert "\n".join(text_counts(report.path_lengths)) in text
+    assert "path" not in format_report(report_data(Dataset.from_list(listed), processor, RULE, reflect=False))
 
 
 def test_padding_is_none_where_lengths_are_equal():

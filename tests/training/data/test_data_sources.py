@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from PIL import Image as Picture
 
-from vreflection_hub_card.rows import FEATURES
+from vreflection_hub_card.rows import FEATURES, path_part, reflection_part, row_messages, text_part
 from vreflection_training.data.images import image_size
 from vreflection_training.data.sources import load_rows
 
@@ -116,6 +116,90 @@ def test_every_format_gives_the_same_row(folder, streaming):
     together = list(load_rows(sources, streaming=streaming))
     assert len(together) == sum(counts)
     assert len({str(row["id"]) for row in together[:30]}) == 30
+
+
+BOXES = [[0.1, 0.1, 0.2, 0.2], [0.3, 0.1, 0.7, 0.2], [0.3, 0.1, 0.7, 0.2]]
+REFLECTIONS = [
+    reflection_part(BOXES[0]),
+    {"type": "reflection", "box": BOXES[0]},
+    path_part(BOXES, [1, 0, 1]),
+    path_part(BOXES[:1], [1]),
+    path_part(BOXES, 1),
+    {"type": "reflection", "boxes": BOXES},
+]
+
+
+def reflection_rows(folder, parts):
+    picture = str(folder / "docvqa/a.png")
+    return [
+        {
+            "images": [picture] * 2,
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "image"}]},
+                {"role": "assistant", "content": [part, text_part("A")]},
+            ],
+        }
+        for part in parts
+    ]
+
+
+def reflections(rows):
+    return [row_messages(row)[1]["content"][0] for row in rows]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_reflections_come_through_as_they_were_written(folder, streaming):
+    """Number or list, one box or several: in one data set, and once more through a file of its rows."""
+    write(folder / "paths.jsonl", reflection_rows(folder, REFLECTIONS))
+    source = {"path": str(folder / "paths.jsonl")}
+    assert reflections(load_rows([source], streaming=streaming)) == REFLECTIONS
+    load_rows([source]).to_parquet(str(folder / "paths.parquet"))
+    again = load_rows([{"path": str(folder / "paths.parquet")}, source], streaming=streaming)
+    assert again.features == FEATURES
+    assert reflections(again) == REFLECTIONS * 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_parquet_file_may_hold_lists_of_images(folder, streaming):
+    parts = [path_part(BOXES, [1, 0, 1]), path_part(BOXES[:1], [1]), {"type": "reflection", "boxes": BOXES}]
+    Dataset.from_list(reflection_rows(folder, parts)).to_parquet(str(folder / "lists.parquet"))
+    assert reflections(load_rows([{"path": str(folder / "lists.parquet")}], streaming=streaming)) == parts
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("on_disk", ["jsonl", "parquet"])
+def test_a_part_with_a_key_that_nobody_knows_is_refused(folder, streaming, on_disk):
+    """Also where Arrow gives the key to every part."""
+    parts = [
+        reflection_part(BOXES[0]),
+        {**reflection_part(BOXES[0]), "boxs": BOXES},
+        {**text_part("K"), "boxes": BOXES},
+    ]
+    rows = reflection_rows(folder, parts)
+    rows[0]["messages"][0]["content"][0] = {"type": "image", "max_pixels": 784}
+    if on_disk == "jsonl":
+        write(folder / "keys.jsonl", rows)
+    else:
+        Dataset.from_list(rows).to_parquet(str(folder / "keys.parquet"))
+    errors = [row["error"] for row in load_rows([{"path": str(folder / f"keys.{on_disk}")}], streaming=streaming)]
+    assert "a part of type 'image' holds image besides its type, not 'max_pixels': {" in errors[0]
+    assert "a part of type 'reflection' holds box, boxes, image_index besides its type, not 'boxs': {" in errors[1]
+    assert "a part of type 'text' holds text besides its type, not 'boxes': {" in errors[2]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_visual_cot_makes_paths_where_it_is_asked_to(folder, streaming):
+    question = {**QUESTION, "bboxs": [[8, 6, 16, 12], [24, 6, 56, 12]]}
+    write(folder / "docvqa_cot_train.jsonl", [question] * 2)
+    sources = [visual_cot(folder, **options) for options in ({}, {"paths": False}, {"paths": True})]
+    answers = [row_messages(load_one(source, streaming))[1]["content"] for source in sources]
+    boxes = [[0.1, 0.1, 0.2, 0.2], [0.3, 0.1, 0.7, 0.2]]
+    assert answers[0] == answers[1] == [*map(reflection_part, boxes), text_part("MAY")]
+    assert answers[2] == [path_part(boxes), text_part("MAY")]
+
+
+def load_one(source, streaming):
+    return next(iter(load_rows([source], streaming=streaming)))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -251,6 +335,9 @@ def test_bad_rows_come_along_with_what_is_wrong(folder, streaming):
         {"messages": [{"role": "user", "content": 3}]},
         {"messages": [{"role": "assistant", "content": [{"type": "reflection", "box": ["a"]}]}]},
         {"messages": [{"role": "assistant", "content": [{"type": "reflection", "image_index": "a"}]}]},
+        {"messages": [{"role": "assistant", "content": [{"type": "reflection", "image_index": [0, "a"]}]}]},
+        {"messages": [{"role": "assistant", "content": [{"type": "reflection", "boxes": [0.1, 0.1, 0.2, 0.2]}]}]},
+        {"messages": [{"role": "assistant", "content": [{"type": "reflection", "boxes": [["a"]]}]}]},
         {"images": [3], "messages": PARTS},
         3,
     ]
@@ -258,7 +345,7 @@ def test_bad_rows_come_along_with_what_is_wrong(folder, streaming):
     rows = list(load_rows([own(folder)], streaming=streaming))
     assert [row["error"] is None for row in rows] == [True] + [False] * len(bad) + [True]
     assert "images provided (0) does not match number of image placeholders (1)" in rows[1]["error"]
-    assert "line 12 is not a JSON object" in rows[11]["error"]
+    assert "line 15 is not a JSON object" in rows[14]["error"]
 
 
 @pytest.mark.parametrize(
@@ -272,6 +359,13 @@ def test_bad_rows_come_along_with_what_is_wrong(folder, streaming):
         ([{"path": "gone.jsonl", "format": "visual_cot"}], FileNotFoundError, "gone.jsonl"),
         ([{"path": "own.jsonl", "split": "train"}], ValueError, "takes no 'split'"),
         ([{"path": "docvqa", "format": "visual_cot"}], FileNotFoundError, "no files"),
+        ([{"path": "own.jsonl", "paths": True}], ValueError, "Source 0: `paths` is for 'visual_cot', not for 'messages'"),
+        ([{"path": "docvqa", "paths": True}], ValueError, "`paths` is for 'visual_cot'"),
+        ([{"path": "released.json", "format": "released", "paths": True}], ValueError, "not for 'released'"),
+        ([{"path": "meta.json", "format": "released_meta", "paths": True}], ValueError, "not for 'released_meta'"),
+        ([{"format": "glyphsearch", "split": "train", "count": 1, "paths": True}], ValueError, "'paths'"),
+        ([{"path": "docvqa_cot_train.jsonl", "format": "visual_cot", "paths": 1}], ValueError, "`paths` must be true or false, got 1"),
+        ([{"path": "docvqa_cot_train.jsonl", "format": "visual_cot", "path_": 1}], ValueError, "takes no 'path_'"),
         ([{"path": "own.jsonl", "weight": 1}, {"path": "own.jsonl"}], ValueError, "Source 1 has `weight` None"),
         ([{"path": "own.jsonl", "weight": 0}] * 2, ValueError, "Source 0 has `weight` 0"),
         ([{"path": "own.jsonl", "weight": "1"}], ValueError, "above 0"),

@@ -34,7 +34,12 @@ def reflection(box=(0.1, 0.2, 0.5, 0.6), **keys):
     return {"type": "reflection", "box": list(box), **keys}
 
 
+def path(*boxes, **keys):
+    return {"type": "reflection", "boxes": [list(box) for box in boxes], **keys}
+
+
 IMAGE = {"type": "image"}
+BOXES = [(0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5), (0.5, 0, 1, 0.5)]
 GOOD = {
     "one": {"images": [picture()], "messages": [ask(IMAGE, "What?"), answer(reflection(image_index=0), "A")]},
     "several images": {
@@ -44,6 +49,13 @@ GOOD = {
     "several reflections": {
         "images": [picture(300, 301)],
         "messages": [ask(IMAGE, "What?"), answer(reflection(), reflection(), "A is", reflection(), " B.")],
+    },
+    "paths": {
+        "images": [picture(), picture(60, 60)],
+        "messages": [
+            ask(IMAGE, IMAGE, "What?"),
+            answer(path(*BOXES, image_index=[1, 0, 0]), "A", path(*BOXES[:1]), reflection(), path(*BOXES * 2)),
+        ],
     },
     "text": {"messages": [ask("Hello"), answer("Which glyph")]},
     "strings": {"images": [picture()], "messages": [{"role": "user", "content": "What <|lvr|>?"}, {"role": "assistant", "content": "K"}]},
@@ -61,7 +73,7 @@ GOOD = {
         ],
     },
 }  # fmt: skip
-REFLECTIONS = {"one": 1, "several images": 2, "several reflections": 3, "no text": 1, "turns": 1}
+REFLECTIONS = {"one": 1, "several images": 2, "several reflections": 3, "paths": 4, "no text": 1, "turns": 1}
 SIZES = [(1, 1), (13, 200), (57, 55), (70, 98), (1024, 33), (640, 480), (2000, 1999), (27, 27)]
 
 
@@ -102,6 +114,15 @@ def test_pictures_of_odd_sizes_count_as_the_collator_makes_them(processor, colla
 def test_a_reflection_costs_its_slots_and_two_tokens(processor):
     row = GOOD["one"]
     assert measure_row(row, processor).tokens - measure_row(row, processor, reflect=False).tokens == 8 + 2
+
+
+def test_a_path_costs_no_more_than_a_box(processor):
+    row = {"images": [picture()], "messages": [ask(IMAGE, "What?"), answer(path(*BOXES), "A")]}
+    measured = measure_row(row, processor)
+    assert measured.tokens == measure_row(GOOD["one"], processor).tokens
+    assert measured.path_lengths == [3] and measure_row(GOOD["one"], processor).path_lengths == [1]
+    assert measure_row(GOOD["paths"], processor).path_lengths == [3, 1, 1, 6]
+    assert measure_row(GOOD["paths"], processor, reflect=False).path_lengths == []
 
 
 def test_rows_from_arrow_with_none_in_every_part_count_the_same(processor, collate, tmp_path):
@@ -148,6 +169,25 @@ BAD = {
     "index": ({"index": 1}, "Box 0 has `image_index` 1, but the sample has 1 images"),
     "negative index": ({"index": -1}, "Box 0 has `image_index` -1"),
     "index of text": ({"index": "0"}, "Box 0 has `image_index` '0'"),
+    "long path": ({"part": path(*BOXES * 3)}, "Reflection 0 has 9 boxes, but only 8 latent steps"),
+    "empty path": ({"part": path()}, "Reflection 0 must have as `boxes` at least one"),
+    "box and boxes": ({"part": {**path(*BOXES), "box": [0, 0, 1, 1]}}, "Reflection 0 has both `box` and `boxes`"),
+    "box of a path": ({"part": path(*BOXES, (0.2, 0.3, 0.1, 0.4))}, "Box 3 of reflection 0 must have x0 < x1"),
+    "index of a path": (
+        {"part": path(*BOXES, image_index=[0, 1, 0])},
+        "Box 1 of reflection 0 has `image_index` 1, but",
+    ),
+    "few indices": (
+        {"part": path(*BOXES, image_index=[0])},
+        "Reflection 0 has 3 boxes, but 1 numbers in `image_index`",
+    ),
+    "indices of a box": ({"part": reflection(image_index=[0])}, r"Box 0 has `image_index` \[0\]: of a single `box`"),
+    "unknown key": ({"part": reflection(steps=3)}, "type 'reflection' holds box, boxes, image_index .* not 'steps'"),
+    "boxes of a text": ({"part": {"type": "text", "text": "A", "boxes": []}}, "type 'text' holds text .* not 'boxes'"),
+    "sized picture": (
+        {"messages": [ask({**IMAGE, "max_pixels": 9}), answer("A")]},
+        "'image' holds image .* not 'max_pixels'",
+    ),
     "no answer": ({"messages": [ask(IMAGE, "What?")]}, "nothing to learn from"),
     "no messages": ({"messages": []}, "no `messages`"),
     "messages are text": ({"messages": "Hi"}, "no `messages`"),
@@ -170,7 +210,9 @@ def make_bad(change):
     row = {"id": "seven", **copy.deepcopy(GOOD["one"])}
     part = row["messages"][1]["content"][0]
     for key, value in change.items():
-        if key in ("box", "index"):
+        if key == "part":
+            row["messages"][1]["content"][0] = value
+        elif key in ("box", "index"):
             part["box" if key == "box" else "image_index"] = value
         else:
             row[key] = value
@@ -188,6 +230,24 @@ def test_every_kind_of_bad_row_is_named(processor, name):
 def test_what_is_bad_for_the_measure_is_bad_for_the_collator(collate, name):
     with pytest.raises(BadRow):
         collate([make_bad(BAD[name][0])])
+
+
+KINDS = {"reversed": "box", "no box": "box", "box of a path": "box", "empty path": "box", "box and boxes": "box", "long path": "path too long", "index": "image_index", "few indices": "image_index", "unknown key": "unknown key"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_wrong_with_a_reflection_has_a_heading(processor, name):
+    assert inspect_row(make_bad(BAD[name][0]), processor).kind == KINDS[name]
+
+
+def test_rows_with_paths_are_good_in_a_data_set(processor, collate):
+    rows = [{"id": name, **GOOD[name]} for name in ("paths", "one", "no text")]
+    found = inspect_rows(Dataset.from_list(rows[:1]), processor, stop=True)
+    assert found[0]["path_lengths"] == [3, 1, 1, 6]
+    assert [inspected["path_lengths"] for inspected in inspect_rows(Dataset.from_list(rows[1:]), processor)] == [
+        [1],
+        [1],
+    ]
 
 
 def test_boxes_that_are_dropped_may_be_bad(processor, collate):
