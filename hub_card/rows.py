@@ -27,9 +27,8 @@ FEATURES = Features(
                         "box": List(Value("float64")),
                         "boxes": List(List(Value("float64"))),
                         "image_index": Value("int64"),
-                        "image_indices": List(
-                            Value("int64")
-                        ),  # an `image_index` that is a list: a column has one type
+                        # An `image_index` that is a list, for a column has one type.
+                        "image_indices": List(Value("int64")),
                     }
                 ),
             }

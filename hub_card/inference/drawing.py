@@ -161,12 +161,21 @@ def show(axes: Axes, picture: Image.Image, box, attention: torch.Tensor | None =
             percent, extent=extent, cmap=COLOUR_MAP, alpha=OPACITY, interpolation="bilinear", vmin=0, vmax=most * 100
         )
     if box is not None:
-        x0, y0, x1, y1 = box[0] * width, box[1] * height, box[2] * width, box[3] * height
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=BOX_COLOUR, linewidth=1.8))
+        outline_box(axes, picture, box)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     return shown
+
+
+def outline_box(axes: Axes, picture: Image.Image, box, name: str = "") -> None:
+    """Outlines a box, corners as fractions of the picture's sides, with its name at the upper left corner."""
+    width, height = picture.size
+    x0, y0, x1, y1 = box[0] * width, box[1] * height, box[2] * width, box[3] * height
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=BOX_COLOUR, linewidth=1.8))
+    if name:
+        label = {"facecolor": BOX_COLOUR, "edgecolor": "none", "pad": 1}
+        axes.text(x0, y0, name, fontsize=7.5, fontweight="bold", ha="left", va="top", bbox=label)
 
 
 def colour_bar(figure: FigureBase, shown: AxesImage, axes: Axes) -> None:

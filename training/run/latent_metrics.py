@@ -5,23 +5,17 @@ Symbols in shapes: G segments, S latent steps, D hidden size, L merged patches.
 
 import torch
 
-from modeling_vreflection.regions_vreflection import box_patches
-
 
 # At 0.05 the latents of two samples have, on average, a cosine of 0.9975.
 COLLAPSE_THRESHOLD = 0.05
 
 
-def attention_inside(attention: torch.Tensor, boxes: torch.LongTensor, grids: list[tuple[int, int]]) -> torch.Tensor:
-    """The share of attention (G, S, L) on the patches that boxes (G, 5) overlap, mean over the latent steps: (G,).
+def attention_inside(attention: torch.Tensor, inside_box: torch.BoolTensor) -> torch.Tensor:
+    """The share of attention (G, S, L) on the patches of each step's box (G, S, L), mean over the latent steps: (G,).
 
-    `grids` are h and w of each image's merged grid. `roi_align` reads between patches, so there the teacher's share may lie
-    a little below one.
+    `roi_align` reads between patches, so there the teacher's share may lie a little below one.
     """
-    inside = torch.zeros(len(attention), attention.shape[2])
-    for row, (image, *box) in zip(inside, boxes.tolist()):
-        row[box_patches(box, grids[image])] = 1
-    return (attention.detach().float() * inside.to(attention.device)[:, None]).sum(2).mean(1)
+    return (attention.detach().float() * inside_box).sum(2).mean(1)
 
 
 class LatentSpread:

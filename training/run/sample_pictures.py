@@ -10,11 +10,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from modeling_vreflection.regions_vreflection import BOX_UNIT
+from modeling_vreflection.reflection_vreflection import find_segments, images_before
+from modeling_vreflection.regions_vreflection import BOX_UNIT, merged_grids
 from vreflection_hub_card.inference import drawing
-from vreflection_hub_card.inference.drawing import STEPS_A_LINE, colour_bar, panel_shape, show
-
-from .latent_metrics import attention_inside
+from vreflection_hub_card.inference.drawing import STEPS_A_LINE, colour_bar, outline_box, panel_shape, show
 
 
 # Inches, and pixels an inch: small files, since a run writes many.
@@ -25,18 +24,48 @@ def save_sample(
     path: Path,
     batch: dict[str, Any],
     maps: dict[str, torch.Tensor],
-    grids: list[tuple[int, int]],
+    shares: dict[str, float],
+    config,
     image_processor,
     title: str,
 ):
-    """Draws the first reflection of a batch. `maps` are the attention (G, S, L) of `"teacher"`, `"student"`, or both."""
-    image, *box = batch["boxes"][0].tolist()
-    height, width = grids[image]
-    maps = {name: seen[0, :, : height * width].unflatten(1, (height, width)) for name, seen in maps.items()}
-    picture = picture_from_patches(batch["pixel_values"], batch["image_grid_thw"], image, image_processor)
+    """Draws the first reflection of a batch.
+
+    Args:
+        path (`Path`): The file to write.
+        batch (`dict`): What the collator made.
+        maps (`dict[str, torch.Tensor]`): The attention (G, S, L) of `"teacher"`, `"student"`, or both, over all pictures of
+            the sample before the reflection.
+        shares (`dict[str, float]`): How much of each lies inside the boxes of the steps.
+        config (`PreTrainedConfig`): The model's.
+        image_processor (`Qwen2VLImageProcessor`): What cut the pictures into patches.
+        title (`str`): Stands above, with the sample's name.
+    """
+    pictures, looks, maps = first_reflection(batch, maps, config, image_processor)
     name = next(name for name, count in zip(batch["sample_ids"], batch["reflections"]) if count)
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.save_figure(draw_sample(picture, box, maps, f"{title}: {name}"), path)
+    drawing.save_figure(draw_sample(pictures, looks, maps, shares, f"{title}: {name}"), path)
+
+
+def first_reflection(
+    batch: dict[str, Any], maps: dict[str, torch.Tensor], config, image_processor
+) -> tuple[dict[int, Image.Image], list[tuple[int, list[int]]], dict[str, dict[int, torch.Tensor]]]:
+    """The pictures, looks and maps of a batch's first reflection as `draw_sample` takes them; see `save_sample`."""
+    grids = merged_grids(batch["image_grid_thw"], config.vision_config.spatial_merge_size)
+    sizes = [height * width for height, width in grids]
+    segments = find_segments(batch["input_ids"], config)
+    seen = images_before(batch["input_ids"], batch.get("position_ids"), segments, sizes, config.image_token_id)[0]
+    looks = [(image - seen.start, box) for *box, image in batch["boxes"][0].tolist()]
+    pictures = {
+        index: picture_from_patches(batch["pixel_values"], batch["image_grid_thw"], seen[index], image_processor)
+        for index in sorted({index for index, _ in looks})
+    }
+    sizes = [sizes[image] for image in seen]
+    of_pictures = {}
+    for name, attention in maps.items():
+        parts = attention[0, :, : sum(sizes)].split(sizes, dim=1)
+        of_pictures[name] = {index: parts[index].unflatten(1, grids[seen[index]]) for index in pictures}
+    return pictures, looks, of_pictures
 
 
 def picture_from_patches(
@@ -60,41 +89,77 @@ def picture_from_patches(
     return Image.fromarray(pixels.round().clamp(0, 255).byte().numpy())
 
 
-def draw_sample(picture: Image.Image, box: list[int], maps: dict[str, torch.Tensor], title: str) -> Figure:
-    """Draws a picture next to the attention (S, h, w) of `"teacher"`, `"student"`, or both: the means, and every step.
+def draw_sample(
+    pictures: dict[int, Image.Image],
+    looks: list[tuple[int, list[int]]],
+    maps: dict[str, dict[int, torch.Tensor]],
+    shares: dict[str, float],
+    title: str,
+) -> Figure:
+    """Draws pictures next to the attention of `"teacher"`, `"student"`, or both: the means, and every step.
 
-    `box`, x0, y0, x1, y1 in 1/65,536 of the picture's sides, is drawn as an outline.
+    Args:
+        pictures (`dict[int, Image.Image]`): The pictures that were looked at, by their place in the conversation.
+        looks (`list[tuple[int, list[int]]]`): For each of the S steps its picture, and its box: x0, y0, x1, y1 in 1/65,536
+            of the picture's sides. A step is drawn over its own picture with its own box outlined. Beside the means stand
+            all boxes, numbered in the order of looking where there are several.
+        maps (`dict[str, dict[int, torch.Tensor]]`): For each name and picture a map of each step, (S, h, w).
+        shares (`dict[str, float]`): For each name the share of attention inside the steps' boxes, mean over the steps.
+        title (`str`): Stands above.
     """
-    maps = {name: attention.detach().float().cpu() for name, attention in maps.items()}
-    outline = [corner / BOX_UNIT for corner in box]
-    steps = len(next(iter(maps.values())))
+    maps = {
+        name: {index: attention.detach().float().cpu() for index, attention in of_pictures.items()}
+        for name, of_pictures in maps.items()
+    }
+    looks = [(index, [corner / BOX_UNIT for corner in box]) for index, box in looks]
+    path = [look for look, before in zip(looks, [None, *looks]) if look != before]
+    steps = len(looks)
     lines = [(name, range(steps)[at : at + STEPS_A_LINE]) for name in maps for at in range(0, steps, STEPS_A_LINE)]
 
-    shape = panel_shape(picture)
-    heights = [PANEL * shape + 0.6, (max(STEP_PANEL * shape, 0.7) + 0.3) * len(lines)]
-    figure = drawing.new_figure((WIDTH, sum(heights) + 0.8), DPI)
-    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    shapes = [panel_shape(picture) for picture in pictures.values()]
+    heights = [PANEL * shape + 0.6 for shape in shapes]
+    step_height = max(STEP_PANEL * max(shapes), 0.7) + 0.3
+    parts = [sum(heights), step_height * len(lines)]
+    figure = drawing.new_figure((WIDTH, sum(parts) + 0.8), DPI)
+    above, below = figure.subfigures(2, 1, height_ratios=parts)
     figure.suptitle(drawing.wrap(title, 100), fontsize=11, parse_math=False)
 
-    panels = above.subplots(1, 1 + len(maps))
-    show(panels[0], picture, outline)
-    panels[0].set_title("picture", fontsize=10.5)
-    for axes, (name, seen) in zip(panels[1:], maps.items()):
-        inside = attention_inside(seen.flatten(1)[None], torch.tensor([[0, *box]]), [seen.shape[1:]]).item()
-        mean = seen.mean(0)
-        colour_bar(above, show(axes, picture, outline, mean, mean.max().item()), axes)
-        axes.set_title(f"{name}'s attention", fontsize=10.5, fontweight="bold")
-        axes.set_xlabel(f"{inside:.0%} on the box's patches, mean of the steps", fontsize=9, color=drawing.CAPTION)
+    rows = above.subplots(len(pictures), 1 + len(maps), squeeze=False, height_ratios=heights)
+    for panels, (index, picture) in zip(rows, pictures.items()):
+        show(panels[0], picture, None)
+        panels[0].set_title("picture" if len(pictures) == 1 else f"picture {index + 1}", fontsize=10.5)
+        for axes, of_pictures in zip(panels[1:], maps.values()):
+            most = max(seen.mean(0).max().item() for seen in of_pictures.values())
+            colour_bar(above, show(axes, picture, None, of_pictures[index].mean(0), most), axes)
+        for axes in panels:
+            _outline_path(axes, picture, index, path)
+    where = "the box's patches" if len(path) == 1 else "the step's own box"
+    for first, last, name in zip(rows[0, 1:], rows[-1, 1:], maps):
+        first.set_title(f"{name}'s attention", fontsize=10.5, fontweight="bold")
+        caption = f"{shares[name]:.0%} on {where}, mean of the steps"
+        last.set_xlabel(caption, fontsize=9, color=drawing.CAPTION)
 
     panels = below.subplots(len(lines), min(steps, STEPS_A_LINE), squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()  # the last line may be shorter
     for row, (name, shown_steps) in zip(panels, lines):
-        most = maps[name].max().item()
+        most = max(seen.max().item() for seen in maps[name].values())
         for axes, step in zip(row, shown_steps):
+            index, box = looks[step]
             axes.set_axis_on()
-            shown = show(axes, picture, outline, maps[name][step], most)
-            axes.set_title(f"step {step + 1}", fontsize=8.5)
+            shown = show(axes, pictures[index], box, maps[name][index][step], most)
+            name_of_picture = "" if len(pictures) == 1 else f", picture {index + 1}"
+            axes.set_title(f"step {step + 1}{name_of_picture}", fontsize=8.5)
         row[0].set_ylabel(name, fontsize=10.5, fontweight="bold")
         colour_bar(below, shown, row[-1])
     return figure
+
+
+def _outline_path(axes, picture: Image.Image, index: int, path: list[tuple[int, list[float]]]) -> None:
+    """Outlines the boxes of a path that lie in the picture `index`, each once, with their numbers in the path."""
+    boxes = {}
+    for number, (image, box) in enumerate(path, 1):
+        if image == index:
+            boxes.setdefault(tuple(box), []).append(str(number))
+    for box, numbers in boxes.items():
+        outline_box(axes, picture, box, ", ".join(numbers) if len(path) > 1 else "")

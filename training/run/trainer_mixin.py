@@ -12,7 +12,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from modeling_vreflection import VReflectionForConditionalGeneration
-from modeling_vreflection.regions_vreflection import merged_grids
 from vreflection_hub_card.card import save_card, write_training_facts
 
 from ..losses import latent_distance
@@ -166,16 +165,16 @@ class RunMixin:
         means["reflections"] = sum(map(bool, batch["reflections"])), len(batch["sample_ids"])
         means["padding"] = batch["input_ids"].numel() - batch["num_tokens"], batch["input_ids"].numel()
         if segments:
-            grids = merged_grids(batch["image_grid_thw"], self.model.config.vision_config.spatial_merge_size)
             if outputs.teacher_latents is not None:
                 distance = latent_distance(outputs.latent_states, outputs.teacher_latents, "l1", 1)
                 means["latent_distance"] = distance, segments
             maps = {name: getattr(outputs, f"{name}_attention") for name in self._watched}
-            for name, attention in maps.items():
-                means[f"{name}_inside_box"] = attention_inside(attention, batch["boxes"], grids).sum(), segments
+            shares = {name: attention_inside(attention, outputs.inside_box) for name, attention in maps.items()}
+            for name, share in shares.items():
+                means[f"{name}_inside_box"] = share.sum(), segments
             if training:
                 self._spread.add(outputs.latent_states)
-                self._draw(batch, maps, grids)
+                self._draw(batch, maps, shares)
         for name, (total, count) in means.items():
             self._meters[mode].add(name, total, count)
         if training:
@@ -183,7 +182,7 @@ class RunMixin:
         self.progress.skip(batch["skipped"])
         self._metrics[mode]["num_tokens"] = [self.progress.num_tokens]
 
-    def _draw(self, batch, maps: dict[str, torch.Tensor], grids: list[tuple[int, int]]):
+    def _draw(self, batch, maps: dict[str, torch.Tensor], shares: dict[str, torch.Tensor]):
         """Draws the batch's first reflection, every `sample_every` steps."""
         step, every = self.state.global_step + 1, self.args.sample_every
         if not every or step % every or step == self._drawn_step or not self.is_world_process_zero():
@@ -191,7 +190,8 @@ class RunMixin:
         self._drawn_step = step
         path = Path(self.args.output_dir) / "samples" / f"step-{step}.png"
         title = f"stage {self.args.stage}, step {step}"
-        save_sample(path, batch, maps, grids, self.processing_class.image_processor, title)
+        first = {name: share[0].item() for name, share in shares.items()}
+        save_sample(path, batch, maps, first, self.model.config, self.processing_class.image_processor, title)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

@@ -7,7 +7,6 @@ from itertools import permutations
 import pytest
 import torch
 
-from modeling_vreflection.regions_vreflection import BOX_UNIT
 from vreflection_training import VReflectionSFTConfig
 from vreflection_training.run.latent_metrics import (
     COLLAPSE_THRESHOLD,
@@ -35,26 +34,25 @@ def spread_by_pairs(latents):
     return (sum(shares) / len(shares)) ** 0.5
 
 
-def test_attention_inside_counts_the_patches_that_the_box_overlaps():
-    grids = [(2, 3), (4, 5)]
-    # In the second picture from inside row 1 to the end of row 2, and from inside column 0 to inside column 1.
-    boxes = torch.tensor([[1, BOX_UNIT // 10, BOX_UNIT * 3 // 10, BOX_UNIT * 3 // 10, BOX_UNIT // 2], [0] * 5])
-    attention = torch.zeros(2, 2, 20)
-    maps = torch.rand(4, 5)
-    attention[0, 0] = maps.flatten()  # step 1 has no attention anywhere
-    attention[1, :, :6] = torch.tensor([[1.0, 0, 0, 0, 0, 0], [0.2, 0.3, 0.5, 0, 0, 0]])
-    inside = attention_inside(attention, boxes, grids)
-    assert inside[0].item() == pytest.approx(maps[1:2, 0:2].sum().item() / 2)
-    assert inside[1].item() == pytest.approx((1 + 0.2) / 2)  # an empty box is the patch it lies in
+def test_attention_inside_is_each_steps_share_on_its_own_box():
+    torch.manual_seed(0)
+    attention = torch.rand(3, 4, 10)
+    inside = torch.rand(3, 4, 10) < 0.4
+    inside[2] = False
+    expected = [
+        sum(attention[g, s, patch].item() for s in range(4) for patch in range(10) if inside[g, s, patch]) / 4
+        for g in range(3)
+    ]
+    assert attention_inside(attention, inside).tolist() == pytest.approx(expected)
+    assert expected[2] == 0 < expected[0]
 
 
 def test_even_attention_falls_inside_by_area():
-    grid = (6, 8)
     attention = torch.full((1, 3, 48), 1 / 48)
-    half = torch.tensor([[0, 0, 0, BOX_UNIT // 2, BOX_UNIT]])
-    assert attention_inside(attention, half, [grid]).item() == pytest.approx(0.5)
-    whole = torch.tensor([[0, 0, 0, BOX_UNIT, BOX_UNIT]])
-    inside = attention_inside(attention.bfloat16().requires_grad_(), whole, [grid])
+    half = torch.zeros(1, 3, 48, dtype=torch.bool)
+    half[..., :24] = True
+    assert attention_inside(attention, half).item() == pytest.approx(0.5)
+    inside = attention_inside(attention.bfloat16().requires_grad_(), torch.ones_like(half))
     assert inside.item() == pytest.approx(1, abs=2e-3)
     assert inside.dtype == torch.float32 and not inside.requires_grad
 

@@ -12,7 +12,8 @@ from transformers import Qwen2VLImageProcessor
 from modeling_vreflection.regions_vreflection import BOX_UNIT
 from vreflection_hub_card.glyphsearch import make_scene
 from vreflection_hub_card.inference.drawing import save_figure
-from vreflection_training.run.sample_pictures import draw_sample, picture_from_patches
+from vreflection_training import VReflectionDataCollator
+from vreflection_training.run.sample_pictures import draw_sample, first_reflection, picture_from_patches
 from vreflection_training.tiny import tiny_image_processor
 
 
@@ -63,15 +64,20 @@ def test_steps_that_a_processor_leaves_out_are_not_undone(flags):
     assert (pil_to_tensor(back).int() - pil_to_tensor(picture).int()).abs().max() <= 1
 
 
+def draw(picture, of_names, title="a", **shares):
+    """One picture, one box in all steps."""
+    steps = len(next(iter(of_names.values())))
+    maps = {name: {0: attention} for name, attention in of_names.items()}
+    return draw_sample({0: picture}, [(0, BOX)] * steps, maps, {**dict.fromkeys(maps, 0.0), **shares}, title)
+
+
 @pytest.mark.parametrize("size, grid", [((168, 112), (4, 6)), ((2800, 56), (2, 100)), ((56, 840), (30, 2))])
 @pytest.mark.parametrize("steps", [1, 8, 12])
 def test_a_panel_for_the_picture_the_means_and_every_step(size, grid, steps, tmp_path):
-    figure = draw_sample(
-        Image.new("RGB", size), BOX, {"teacher": maps(steps, *grid), "student": maps(steps, *grid)}, "a"
-    )
+    figure = draw(Image.new("RGB", size), {"teacher": maps(steps, *grid), "student": maps(steps, *grid)})
     panels = shown(figure)
     assert len(panels) == 3 + 2 * steps
-    assert all(len(axes.patches) == 1 for axes in panels)  # the box, everywhere
+    assert all(len(axes.patches) == 1 and not axes.texts for axes in panels)  # the box, everywhere
     save_figure(figure, tmp_path / "sample.png")
     assert Image.open(tmp_path / "sample.png").width > 700
 
@@ -80,12 +86,16 @@ def test_the_figure_says_who_looks_where():
     teacher, student = torch.zeros(2, 2, 4), torch.zeros(2, 2, 4)
     teacher[:, 0, 1] = 1  # the box's only patch
     student[0, 0, 1], student[1, 1, 3] = 0.5, 1
-    figure = draw_sample(
-        Image.new("RGB", (112, 56)), BOX, {"teacher": teacher, "student": student}, "sample-7, step 40"
+    figure = draw(
+        Image.new("RGB", (112, 56)),
+        {"teacher": teacher, "student": student},
+        "sample-7, step 40",
+        teacher=1.0,
+        student=0.25,
     )
     said = texts(figure)
     assert figure.get_suptitle() == "sample-7, step 40"
-    assert said[said.index("teacher's attention") + 1].startswith("100%")
+    assert said[said.index("teacher's attention") + 1] == "100% on the box's patches, mean of the steps"
     assert said[said.index("student's attention") + 1].startswith("25%")
     means = [axes.images[1].get_array() for axes in shown(figure)[1:3]]
     assert torch.equal(torch.tensor(means[1]), student.mean(0) * 100)
@@ -97,15 +107,101 @@ def test_the_figure_says_who_looks_where():
 @pytest.mark.parametrize("given", ["teacher", "student"])
 def test_one_of_the_two_is_enough(given):
     other = {"teacher": "student", "student": "teacher"}[given]
-    figure = draw_sample(Image.new("RGB", (112, 56)), BOX, {given: maps(3, 2, 4)}, "a")
+    figure = draw(Image.new("RGB", (112, 56)), {given: maps(3, 2, 4)})
     assert len(shown(figure)) == 5
     assert f"{given}'s attention" in texts(figure) and f"{other}'s attention" not in texts(figure)
+
+
+# A path of three boxes in two pictures, the first and third of 168 x 112 pixels, 4 x 6 patches, the second of 56 x 84, 3 x 2.
+UNIT = BOX_UNIT // 12
+PATH = [
+    (0, [0, 0, 2 * UNIT, 3 * UNIT]),
+    (2, [0, 4 * UNIT, 6 * UNIT, 8 * UNIT]),
+    (0, [8 * UNIT, 6 * UNIT, 10 * UNIT, 9 * UNIT]),
+]
+GRIDS = {0: (4, 6), 2: (3, 2)}
+
+
+def outlines(axes):
+    """The boxes drawn, as fractions of the picture's sides, and what stands beside them."""
+    width, height = axes.images[0].get_extent()[1:3]
+    boxes = [
+        (patch.get_x() / width, patch.get_y() / height, patch.get_width() / width, patch.get_height() / height)
+        for patch in axes.patches
+    ]
+    return boxes, [text.get_text() for text in axes.texts]
+
+
+def as_drawn(box):
+    x0, y0, x1, y1 = (corner / BOX_UNIT for corner in box)
+    return pytest.approx((x0, y0, x1 - x0, y1 - y0))
+
+
+def test_each_step_of_a_path_is_drawn_over_its_picture_with_its_box():
+    looks = [*PATH, *PATH[-1:] * 5]
+    student = {index: torch.rand(8, *grid) for index, grid in GRIDS.items()}
+    pictures = {0: Image.new("RGB", (168, 112)), 2: Image.new("RGB", (56, 84))}
+    figure = draw_sample(pictures, looks, {"student": student}, {"student": 0.625}, "a")
+    panels = shown(figure)
+    assert len(panels) == 2 * 2 + 8
+    for axes, (index, box) in zip(panels[4:], looks):
+        assert outlines(axes) == ([as_drawn(box)], [])
+        assert axes.images[0].get_extent()[1] == pictures[index].width
+    for step, axes in enumerate(panels[4:]):
+        assert torch.equal(torch.tensor(axes.images[1].get_array()), student[looks[step][0]][step] * 100)
+        assert axes.get_title() == f"step {step + 1}, picture {looks[step][0] + 1}"
+        assert axes.images[1].get_clim()[1] == max(seen.max().item() for seen in student.values()) * 100
+    for axes, index in zip(panels[:4], (0, 0, 2, 2)):
+        boxes, numbers = outlines(axes)
+        mine = [(box, str(number)) for number, (image, box) in enumerate(PATH, 1) if image == index]
+        assert boxes == [as_drawn(box) for box, _ in mine] and numbers == [number for _, number in mine]
+    assert [axes.get_title() for axes in panels[:4:2]] == ["picture 1", "picture 3"]
+    assert torch.equal(torch.tensor(panels[3].images[1].get_array()), student[2].mean(0) * 100)
+    assert "62% on the step's own box, mean of the steps" in texts(figure)
+
+
+def test_a_box_that_is_looked_at_again_has_both_numbers():
+    looks = [(0, BOX), (0, BOX), PATH[0], (0, BOX), (0, BOX)]
+    figure = draw_sample(
+        {0: Image.new("RGB", (168, 112))}, looks, {"teacher": {0: maps(5, 4, 6)}}, {"teacher": 1}, "a"
+    )
+    assert outlines(shown(figure)[0])[1] == ["1, 3", "2"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_first_reflection_of_a_batch_with_its_pictures_before_it(processor, model, packed):
+    """The sample stands behind one with a picture, and has three; its path leaves out the second."""
+    images = [noise(168, 112), noise(84, 84), noise(56, 84)]
+    boxes = [[corner / BOX_UNIT for corner in box] for _, box in PATH]
+    path = {"type": "reflection", "boxes": boxes, "image_index": [index for index, _ in PATH]}
+    rows = [
+        {
+            "id": name,
+            "images": pictures,
+            "messages": [
+                {"role": "user", "content": "What?"},
+                {"role": "assistant", "content": [*reflections, {"type": "text", "text": "A"}]},
+            ],
+        }
+        for name, pictures, reflections in (("plain", [noise(90, 90)], []), ("path", images, [path]))
+    ]
+    batch = VReflectionDataCollator(processor, model.config)([rows] if packed else rows)
+    attention = torch.rand(1, 8, 24 + 9 + 6 + 5)  # the last five: padding
+    pictures, looks, found = first_reflection(batch, {"student": attention}, model.config, processor.image_processor)
+    assert looks == [*PATH, *PATH[-1:] * 5]
+    assert {index: picture.size for index, picture in pictures.items()} == {0: (168, 112), 2: (56, 84)}
+    for index in pictures:
+        difference = pil_to_tensor(pictures[index]).int() - pil_to_tensor(images[index]).int()
+        assert difference.abs().max() <= 1
+    assert torch.equal(found["student"][0], attention[0, :, :24].view(8, 4, 6))
+    assert torch.equal(found["student"][2], attention[0, :, 33:39].view(8, 3, 2))
+    assert found["student"].keys() == pictures.keys()
 
 
 @pytest.mark.filterwarnings("error")
 def test_files_are_small_and_any_name_can_be_drawn(tmp_path):
     torch.manual_seed(0)
     teacher, student = maps(8, 12, 12).bfloat16(), maps(8, 12, 12).requires_grad_()
-    figure = draw_sample(make_scene(1).image, BOX, {"teacher": teacher, "student": student}, "$x_{1$ \x00\n" * 9)
+    figure = draw(make_scene(1).image, {"teacher": teacher, "student": student}, "$x_{1$ \x00\n" * 9)
     save_figure(figure, tmp_path / "sample.png")
     assert os.path.getsize(tmp_path / "sample.png") < 500_000
