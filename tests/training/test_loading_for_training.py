@@ -19,4 +19,5 @@ def test_the_processor_alone_is_the_runs(request, start, steps):
     model, processor = load_model_and_processor(folder, **options)
     alone = load_processor(folder, **options)
     assert alone.chat_template == processor.chat_template
+    assert alone.num_latent_tokens == processor.num_latent_tokens == steps
     assert alone.apply_chat_template(MESSAGES).count("<|lvr|>") == model.config.num_latent_tokens == steps
