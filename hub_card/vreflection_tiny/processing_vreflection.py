@@ -98,6 +98,8 @@ CHAT_TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+# Of `from_pretrained`, where a file of the Hub is and how to get it.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Of a content part that is a reflection.
 REFLECTION_KEYS = ("type", "box", "boxes", "image_index")
 # U+2060, invisible: put into a token's name where text holds it, so that it isn't the token.
@@ -177,13 +179,14 @@ class ReflectionProcessorMixin:
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "ReflectionProcessorMixin":
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "ReflectionProcessorMixin":
         """`ProcessorMixin.from_pretrained`; a folder whose processor doesn't say S takes it from its config.json."""
-        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if processor.num_latent_tokens is None:
+            options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
             try:
-                config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
-            except OSError:  # a processor without a model beside it
+                config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **options)
+            except OSError:  # a repository of the Hub without a model
                 config = {}
             processor.num_latent_tokens = config.get("num_latent_tokens")
         return processor

@@ -13,8 +13,8 @@ def add_parser(commands) -> None:
         "check",
         help="read all data of a recipe before training on it",
         usage="vreflection check RECIPE [--decode] [--histogram FILE] [--option value ...]",
-        description="Reads all data of a recipe without a model: missing pictures, wrong boxes, lengths, how full the packs "
-        f"get. Exits with 1 where rows can't be trained on. Recipes that come with the package: {shipped(RECIPES)}.",
+        description="Reads all data of a recipe without a model: missing pictures, wrong boxes, lengths of samples and "
+        f"paths, how full the packs get. Exits with 1 where rows can't be trained on. Recipes that come with the package: {shipped(RECIPES)}.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe of the package")
     # Parsed in `run`, for they may stand among the recipe's own options.
