@@ -20,7 +20,19 @@ from ..stages import STAGES
 
 
 # The options of a source that the facts name: they hold no path.
-SOURCE_OPTIONS = ("name", "revision", "split", "weight", "difficulty", "start", "count", "crops", "lists", "scenes")
+SOURCE_OPTIONS = (
+    "name",
+    "revision",
+    "split",
+    "paths",
+    "weight",
+    "difficulty",
+    "start",
+    "count",
+    "crops",
+    "lists",
+    "scenes",
+)
 OPTIMISER_OPTIONS = (
     "optim",
     "learning_rate",

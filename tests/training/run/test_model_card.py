@@ -144,8 +144,8 @@ def test_an_adapters_card(make_trainer, tmp_path):
             {"format": "messages", "dataset": "someone/rows", "split": "train"},
         ),
         (
-            {"path": "FOLDER/viscot.json", "format": "visual_cot", "image_folder": "FOLDER", "weight": 2},
-            {"format": "visual_cot", "local": "viscot.json", "weight": 2},
+            {"path": "FOLDER/viscot.json", "format": "visual_cot", "image_folder": "FOLDER", "weight": 2, "paths": True},
+            {"format": "visual_cot", "local": "viscot.json", "weight": 2, "paths": True},
         ),
         (
             {"path": "someone/rows", "data_files": "FOLDER/x", "token": "secret"},
