@@ -10,8 +10,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from modeling_vreflection.reflection_vreflection import find_segments, images_before
 from modeling_vreflection.regions_vreflection import BOX_UNIT, merged_grids
+from modeling_vreflection.segments_vreflection import find_segments, images_before
 from vreflection_hub_card.inference import drawing
 from vreflection_hub_card.inference.drawing import STEPS_A_LINE, colour_bar, outline_box, panel_shape, show
 
