@@ -144,7 +144,13 @@ def test_an_adapters_card(make_trainer, tmp_path):
             {"format": "messages", "dataset": "someone/rows", "split": "train"},
         ),
         (
-            {"path": "FOLDER/viscot.json", "format": "visual_cot", "image_folder": "FOLDER", "weight": 2, "paths": True},
+            {
+                "path": "FOLDER/viscot.json",
+                "format": "visual_cot",
+                "image_folder": "FOLDER",
+                "weight": 2,
+                "paths": True,
+            },
             {"format": "visual_cot", "local": "viscot.json", "weight": 2, "paths": True},
         ),
         (

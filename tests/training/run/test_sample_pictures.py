@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
@@ -113,13 +114,15 @@ def test_one_of_the_two_is_enough(given):
 
 
 # A path of three boxes in two pictures, the first and third of 168 x 112 pixels, 4 x 6 patches, the second of 56 x 84, 3 x 2.
-UNIT = BOX_UNIT // 12
+UNIT = BOX_UNIT // 64
 PATH = [
-    (0, [0, 0, 2 * UNIT, 3 * UNIT]),
-    (2, [0, 4 * UNIT, 6 * UNIT, 8 * UNIT]),
-    (0, [8 * UNIT, 6 * UNIT, 10 * UNIT, 9 * UNIT]),
+    (0, [2 * UNIT, 2 * UNIT, 20 * UNIT, 14 * UNIT]),
+    (2, [2 * UNIT, 24 * UNIT, 30 * UNIT, 60 * UNIT]),
+    (0, [34 * UNIT, 34 * UNIT, 50 * UNIT, 46 * UNIT]),
 ]
 GRIDS = {0: (4, 6), 2: (3, 2)}
+# The patches that these boxes overlap, counted through three pictures of 24, 9 and 6.
+PATCHES = [[0, 1], [33 + 2, 33 + 4], [15, 16]]
 
 
 def outlines(axes):
@@ -168,23 +171,43 @@ def test_a_box_that_is_looked_at_again_has_both_numbers():
     assert outlines(shown(figure)[0])[1] == ["1, 3", "2"]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_first_reflection_of_a_batch_with_its_pictures_before_it(processor, model, packed):
-    """The sample stands behind one with a picture, and has three; its path leaves out the second."""
-    images = [noise(168, 112), noise(84, 84), noise(56, 84)]
+@pytest.fixture
+def path_rows():
+    """A row with a picture, and one with three pictures whose path leaves out the second."""
     boxes = [[corner / BOX_UNIT for corner in box] for _, box in PATH]
     path = {"type": "reflection", "boxes": boxes, "image_index": [index for index, _ in PATH]}
-    rows = [
+    images = [noise(168, 112), noise(84, 84), noise(56, 84)]
+    return [
         {
             "id": name,
             "images": pictures,
             "messages": [
-                {"role": "user", "content": "What?"},
+                {"role": "user", "content": [{"type": "image"} for _ in pictures]},
                 {"role": "assistant", "content": [*reflections, {"type": "text", "text": "A"}]},
             ],
         }
         for name, pictures, reflections in (("plain", [noise(90, 90)], []), ("path", images, [path]))
     ]
+
+
+def test_a_run_on_paths_meters_and_draws_them(make_trainer, path_rows, processor, model, tmp_path):
+    batch = VReflectionDataCollator(processor, model.config)(path_rows)
+    inputs = {key: value for key, value in batch.items() if torch.is_tensor(value)}
+    with torch.no_grad():
+        attention = model(**inputs, latent_inputs="dac").student_attention[0]
+    looks = [*PATCHES, *PATCHES[-1:] * 5]
+    expected = sum(attention[step, inside].sum().item() for step, inside in enumerate(looks)) / 8
+    trainer = make_trainer(Dataset.from_list(path_rows), stage="2", max_steps=1, sample_every=1)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["student_inside_box"] == pytest.approx(expected, rel=1e-5)
+    assert log["teacher_inside_box"] == pytest.approx(1)
+    assert (tmp_path / "run" / "samples" / "step-1.png").exists()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_first_reflection_of_a_batch_with_its_pictures_before_it(processor, model, path_rows, packed):
+    images, rows = path_rows[1]["images"], path_rows
     batch = VReflectionDataCollator(processor, model.config)([rows] if packed else rows)
     attention = torch.rand(1, 8, 24 + 9 + 6 + 5)  # the last five: padding
     pictures, looks, found = first_reflection(batch, {"student": attention}, model.config, processor.image_processor)
