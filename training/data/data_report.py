@@ -175,7 +175,8 @@ def _path_lines(report: DataReport) -> list[tuple[str, str]]:
     several = sum(length > 1 for length in lengths)
     return [
         ("reflections", f"{len(lengths):,}"),
-        ("  with a path", f"{_share(several, len(lengths))}, longest {max(lengths)} boxes"),
+        ("  with a path", _share(several, len(lengths))),
+        ("  boxes of each", f"mean {mean(lengths):.2f}, most {max(lengths)}"),
     ]
 
 

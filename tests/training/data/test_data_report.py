@@ -136,7 +136,7 @@ def test_lengths_of_paths_are_counted_where_there_are_any(processor, rows):
     assert "Reflection 1 has 9 boxes, but only 8 latent steps" in report.named[0]
     assert report.path_lengths == [1, 3, 1, 2, 1, 3]
     text = format_report(report)
-    assert "with a path 3 (50.00 %), longest 3 boxes" in " ".join(text.split())
+    assert "reflections 6 with a path 3 (50.00 %) boxes of each mean 1.83, most 3" in " ".join(text.split())
     assert text_counts(report.path_lengths) == [f"1  {'█' * 40}  3", f"2  {'█' * 13:<40}  1", f"3  {'█' * 27:<40}  2"]
     assert "\n".join(text_counts(report.path_lengths)) in text
     assert "path" not in format_report(report_data(Dataset.from_list(listed), processor, RULE, reflect=False))
