@@ -17,7 +17,6 @@ from vreflection_hub_card.card import read_training_facts, write_training_facts
 
 from .loading import is_stock, load_model_and_processor
 from .sft_config import VReflectionSFTConfig
-from .stages import STAGES
 
 
 LANGUAGE_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -80,7 +79,7 @@ def prepare_adapter(model: PeftModel, args: VReflectionSFTConfig):
             if upcast:
                 exact = held.original_module.state_dict()
                 held.modules_to_save[model.active_adapter].float().load_state_dict(exact)
-            held.modules_to_save.requires_grad_(name in STAGES[args.stage].trains)
+            held.modules_to_save.requires_grad_(name in args.trains)
     for layer in model.modules():
         if isinstance(layer, TrainableTokensLayer) and upcast:
             for adapter, rows in layer.trainable_tokens_delta.items():
@@ -204,7 +203,7 @@ def _check_targets(config: LoraConfig, names: list[str], args: VReflectionSFTCon
 def _complete_modules(config: LoraConfig, names: list[str], args: VReflectionSFTConfig, is_stock: bool):
     """Sets `modules_to_save`."""
     ours = [name for name in ("bcm", "dac") if f"model.{name}" in names]
-    trained = STAGES[args.stage].trains
+    trained = args.trains
     # Parts of BCM and DAC never train by themselves, and those of the other stage not at all.
     closed = [f"model.{name}." if name in trained else f"model.{name}" for name in ours]
     closed += ["model.visual"] if args.freeze_vision else []

@@ -3,16 +3,18 @@
 Symbols in shapes: G segments, S latent steps, D hidden size, L merged patches.
 """
 
+import math
 import random
 
 import torch
 
-from .stages import STAGES
+from .stages import LOSS_WEIGHTS, STAGES
 
 
 CLAMP = 1e4
 ALIGNMENTS = ("stochastic", "symmetric", "joint")
 DISTANCES = ("l1", "mse")
+ATTENTION_TARGETS = ("teacher", "box")
 
 
 def latent_distance(
@@ -84,7 +86,7 @@ def attention_distillation_loss(
 
     Args:
         student_attention (`torch.FloatTensor` of shape `(G, S, L)`): A_S, zero on padding.
-        teacher_attention (`torch.FloatTensor` of shape `(G, S, L)`): Â_T, on the same grid.
+        teacher_attention (`torch.FloatTensor` of shape `(G, S, L)`): Â_T, or another target, on the same grid.
         temperature (`float`): τ; the student is softmax(log A_S / τ), so that 1 leaves it as it is.
         epsilon (`float`): ε of Eq. 4.
         num_segments (`int` or `torch.Tensor`, *optional*): The divisor; G if left out.
@@ -103,6 +105,16 @@ def attention_distillation_loss(
         student = torch.where(seen, student, 1).log().div(temperature).masked_fill(~seen, float("-inf")).softmax(-1)
     divergence = teacher * ((teacher + epsilon) / (student + epsilon)).log()
     return divergence.sum() / (len(student) if num_segments is None else num_segments)
+
+
+def target_attention(outputs, target: str = "teacher") -> torch.Tensor:
+    """What L_attn aims at, (G, S, L): Â_T for `"teacher"` (Eq. 4); for `"box"`, uniform over the patches of the step's box."""
+    if target not in ATTENTION_TARGETS:
+        raise ValueError(f"`target` must be one of {', '.join(ATTENTION_TARGETS)}, got {target!r}.")
+    if target == "teacher":
+        return outputs.teacher_attention
+    inside = outputs.inside_box.float()
+    return inside / inside.sum(-1, keepdim=True)
 
 
 def feature_distillation_loss(
@@ -177,7 +189,7 @@ def latent_losses(
             outputs.student_latents,
             outputs.teacher_latents,
             outputs.student_attention,
-            outputs.teacher_attention,
+            target_attention(outputs, args.attention_target),
             lambda_feat=args.lambda_feat,
             lambda_attn=args.lambda_attn,
             temperature=args.attention_temperature,
@@ -191,9 +203,5 @@ def latent_losses(
 
 def loss_weights(args) -> dict[str, float]:
     """The weights that [`latent_losses`] gives to the stage's losses, by name."""
-    weights = {
-        "L_BCM": args.lambda_bcm,
-        "L_feat": args.lambda_dac * args.lambda_feat,
-        "L_attn": args.lambda_dac * args.lambda_attn,
-    }
-    return {name: weights[name] for name in STAGES[args.stage].losses}
+    losses = STAGES[args.stage].losses
+    return {loss: math.prod(getattr(args, name) for name in LOSS_WEIGHTS[loss]) for loss in losses}

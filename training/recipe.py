@@ -39,6 +39,11 @@ def parse(arguments: list[str]) -> tuple[VReflectionScriptArguments, ModelConfig
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != args.world_size:
         raise InputError(f"{launched} processes were launched, and each would train alone: is there a usable GPU?")
+    if (args.eval_strategy == "no") != (script.eval_datasets is None):
+        raise InputError(
+            "An evaluation needs both, when and on what: set `eval_strategy` and `eval_datasets`, or neither of them; got "
+            f"{args.eval_strategy.value!r} and {script.eval_datasets!r}."
+        )
     if script.save_dtype is not None and (launched > 1 or model_args.load_in_4bit or model_args.load_in_8bit):
         raise InputError("`save_dtype` converts in one process, and no quantized model: leave it out.")
     return script, model_args, args
@@ -84,18 +89,17 @@ def build_trainer(script: VReflectionScriptArguments, model_args: ModelConfig, a
     set_pixel_limits(processor.image_processor, script.min_pixels, script.max_pixels)
     shuffle_buffer = None if args.train_sampling_strategy == "sequential" else script.shuffle_buffer
     rows = load_rows(script.sources, streaming=script.streaming, seed=args.seed, shuffle_buffer=shuffle_buffer)
-    trainer = VReflectionSFTTrainer(
+    return VReflectionSFTTrainer(
         model,
         args,
         processing_class=processor,
         train_dataset=rows,
+        eval_dataset=script.eval_datasets
+        and load_rows(script.eval_datasets, streaming=script.streaming, seed=args.seed),
         peft_config=peft_config,
         sources=script.sources,
         from_scratch=script.from_scratch,
     )
-    if script.latent_feedback is not None:  # instead of the stage's
-        model.generation_config.latent_feedback = script.latent_feedback
-    return trainer
 
 
 def train(trainer, script: VReflectionScriptArguments) -> bool:

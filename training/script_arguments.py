@@ -17,6 +17,7 @@ class VReflectionScriptArguments:
             file with rows in the project's message format.
         dataset_options (`dict`, *optional*): Further options of that source, see [`load_rows`](data/sources.py).
         datasets (`list[dict]`, *optional*): Several sources instead of one, see [`load_rows`](data/sources.py).
+        eval_datasets (`list[dict]`, *optional*): The sources of the rows that `eval_strategy` evaluates on, likewise.
         streaming (`bool`, *optional*, defaults to `False`): Whether rows are read as they are needed; `max_steps` must be
             given then.
         shuffle_buffer (`int`, *optional*, defaults to 1000): Rows of a stream among which the next one is drawn, unless
@@ -25,8 +26,6 @@ class VReflectionScriptArguments:
             checkpoint's, if left out.
         max_pixels (`int`, *optional*): Most pixels that a picture is scaled to, likewise.
         save_dtype (`str`, *optional*): Dtype of the final checkpoint, if another one than in training.
-        latent_feedback (`str`, *optional*): What `generate` feeds back by default, written into generation_config.json:
-            `"hidden"` or `"dac"`. Left out, what the stage writes.
         model_options (`dict`, *optional*): Fields of `VReflectionConfig` and arguments of `from_pretrained`.
     """
 
@@ -34,18 +33,18 @@ class VReflectionScriptArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "glyphsearch, or a datasets id, folder or file."})
     dataset_options: dict | str | None = field(default=None, metadata={"help": "Further options of the data set."})
     datasets: list | str | None = field(default=None, metadata={"help": "Several sources, as a list of mappings."})
+    eval_datasets: list | str | None = field(default=None, metadata={"help": "Sources of the evaluation, likewise."})
     streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed."})
     shuffle_buffer: int = field(default=1000, metadata={"help": "Rows of a stream among which the next is drawn."})
     min_pixels: int | None = field(default=None, metadata={"help": "Fewest pixels a picture is scaled to."})
     max_pixels: int | None = field(default=None, metadata={"help": "Most pixels a picture is scaled to."})
     save_dtype: str | None = field(default=None, metadata={"help": "Dtype of the final checkpoint."})
-    latent_feedback: str | None = field(default=None, metadata={"help": "Default feedback of generate."})
     model_options: dict | str | None = field(default=None, metadata={"help": "Fields of VReflectionConfig."})
 
     def __post_init__(self):
         if (self.dataset_name is None) == (self.datasets is None):
             raise ValueError("Set either `dataset_name` or `datasets`.")
-        for name in ("dataset_options", "datasets", "model_options"):
+        for name in ("dataset_options", "datasets", "eval_datasets", "model_options"):
             if isinstance(value := getattr(self, name), str):
                 try:
                     setattr(self, name, json.loads(value))

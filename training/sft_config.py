@@ -6,12 +6,15 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations.integration_utils import is_trackio_available
 from trl import SFTConfig
 
-from .losses import ALIGNMENTS, DISTANCES
-from .stages import STAGES
+from modeling_vreflection.decoding_vreflection import LATENT_FEEDBACK
+
+from .losses import ALIGNMENTS, ATTENTION_TARGETS, DISTANCES
+from .stages import LOSS_WEIGHTS, STAGES
 
 
 ON_BAD_ROW = ("error", "skip")
 PACK_LENGTH = 16_384
+WEIGHTS = tuple(dict.fromkeys(name for weights in LOSS_WEIGHTS.values() for name in weights))
 # Of trl's and transformers' arguments, those that would be ignored, and the values that ask for nothing.
 UNSUPPORTED = {
     "completion_only_loss": (None, False),
@@ -33,13 +36,15 @@ class VReflectionSFTConfig(SFTConfig):
     Configuration of [`VReflectionSFTTrainer`]: trl's [`~trl.SFTConfig`] and the options of V-Reflection.
 
     Args:
-        stage (`str`, *optional*, defaults to `"1"`): `"sft"`: plain fine-tuning, reflections are left out. `"1"`: the
-            model and BCM, L = CE + λ_BCM L_BCM (Eq. 2). `"2"`: the model and DAC with BCM frozen, L = CE + λ_DAC L_DAC
-            (Eq. 5). `"joint"`: everything at once.
-        lambda_bcm (`float`, *optional*, defaults to `0.1`): Weight of L_BCM.
-        lambda_dac (`float`, *optional*, defaults to `0.1`): Weight of L_DAC.
-        lambda_feat (`float`, *optional*, defaults to `1.0`): Weight of the feature term in L_DAC.
-        lambda_attn (`float`, *optional*, defaults to `1.0`): Weight of the attention term in L_DAC.
+        stage (`str`, *optional*, defaults to `"path"`): `"path"`: the model, BCM and DAC, slots filled with BCM's latents of
+            each step's box, L = CE + λ_DAC L_DAC. The paper's two stages: `"1"`: the model and BCM, L = CE + λ_BCM L_BCM
+            (Eq. 2); `"2"`: the model and DAC with BCM frozen, L = CE + λ_DAC L_DAC (Eq. 5). `"joint"`: everything at once.
+            `"sft"`: plain fine-tuning, reflections are left out.
+        lambda_bcm (`float`, *optional*): Weight of L_BCM. Left out, this and the next three are the stage's, see
+            [`STAGES`](stages.py); the weight of a loss that the stage doesn't have can only be 0.
+        lambda_dac (`float`, *optional*): Weight of L_DAC.
+        lambda_feat (`float`, *optional*): Weight of the feature term in L_DAC.
+        lambda_attn (`float`, *optional*): Weight of the attention term in L_DAC.
         latent_loss (`str`, *optional*, defaults to `"l1"`): Distance of Eq. 2 and 5: `"l1"` or `"mse"`.
         alignment (`str`, *optional*, defaults to `"stochastic"`): Which side learns in Eq. 2: `"stochastic"`, one side
             a step; `"symmetric"`, both, each towards a detached other; `"joint"`, both without stop-gradient.
@@ -49,13 +54,21 @@ class VReflectionSFTConfig(SFTConfig):
             slots that it fills.
         latent_inputs (`str`, *optional*): What fills the slots: `"bcm"`, `"dac"` or `"hidden"`. Defaults to the
             stage's, see [`STAGES`](stages.py).
+        dac_inputs_share (`float`, *optional*, defaults to `1.0`): In stage `"path"` with `latent_inputs="dac"`: the last
+            share of the steps, in (0, 1], in which DAC's latents fill the slots (two passes a step; no gradient reaches
+            BCM); before, BCM's do. With all steps BCM has to be trained already and stays frozen.
+        latent_feedback (`str`, *optional*): What `generate` feeds back by default, written into generation_config.json:
+            `"hidden"` or `"dac"`. Left out, it follows from the stage and what filled the slots, see
+            [`STAGES`](stages.py); plain fine-tuning then leaves it as it was.
+        attention_target (`str`, *optional*): What L_attn aims at: `"teacher"`, Â_T (Eq. 4), or `"box"`, uniform over the
+            merged patches of the step's box. Defaults to the stage's.
         attention_temperature (`float`, *optional*, defaults to `1.0`): τ of Eq. 4.
         attention_epsilon (`float`, *optional*, defaults to `1e-9`): ε of Eq. 4.
         slot_ce (`bool`, *optional*, defaults to `False`): Whether the cross-entropy also supervises the slot and end
             tokens, which decoding forces.
         freeze_vision (`bool`, *optional*, defaults to `True`): Whether the vision encoder and its merger stay as is.
-        allow_untrained_bcm (`bool`, *optional*, defaults to `False`): Whether stage 2 may run with a BCM that was
-            never trained, or without one: the ablations.
+        allow_untrained_bcm (`bool`, *optional*, defaults to `False`): Whether DAC may learn from a frozen BCM that was
+            never trained, or without one: the ablations of stage 2.
         sample_packing (`bool`, *optional*, defaults to `False`): Whether several samples share a row, each with its
             own attention. `per_device_train_batch_size` then counts packs, and `max_length` is the length of a pack.
         max_samples_per_pack (`int`, *optional*, defaults to `4`): Most samples in a pack.
@@ -66,6 +79,9 @@ class VReflectionSFTConfig(SFTConfig):
             count of such rows and the first ten.
         sample_every (`int`, *optional*, defaults to `250`): Steps between two pictures of the teacher's and the
             student's attention, in `samples/` of the output folder; 0 draws none.
+        predict_with_generate (`bool`, *optional*, defaults to `False`): Whether each evaluation also answers the rows'
+            last questions, greedily: `eval_exact_match` as the checkpoint decodes by default, `eval_exact_match_teacher`
+            with BCM's latents fed instead, `eval_exact_match_zeros` with zeros; plain fine-tuning has the first alone.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]: `max_length` is `None` (16,384 with
@@ -73,11 +89,15 @@ class VReflectionSFTConfig(SFTConfig):
     > reads raw rows; `logging_nan_inf_filter` is `False`; `report_to` is trackio if that is installed.
     """
 
-    stage: str = HfArg(default="1", help="Training stage.", metadata={"choices": tuple(STAGES)})
-    lambda_bcm: float = HfArg(default=0.1, help="Weight of L_BCM (Eq. 2).")
-    lambda_dac: float = HfArg(default=0.1, help="Weight of L_DAC (Eq. 5).")
-    lambda_feat: float = HfArg(default=1.0, help="Weight of the feature term in L_DAC.")
-    lambda_attn: float = HfArg(default=1.0, help="Weight of the attention term in L_DAC.")
+    stage: str = HfArg(default="path", help="Training stage.", metadata={"choices": tuple(STAGES)})
+    lambda_bcm: float | None = HfArg(default=None, help="Weight of L_BCM (Eq. 2). Defaults to the stage's.")
+    lambda_dac: float | None = HfArg(default=None, help="Weight of L_DAC (Eq. 5). Defaults to the stage's.")
+    lambda_feat: float | None = HfArg(
+        default=None, help="Weight of the feature term in L_DAC. Defaults to the stage's."
+    )
+    lambda_attn: float | None = HfArg(
+        default=None, help="Weight of the attention term in L_DAC. Defaults to the stage's."
+    )
     latent_loss: str = HfArg(default="l1", help="Distance of Eq. 2 and 5.", metadata={"choices": DISTANCES})
     alignment: str = HfArg(default="stochastic", help="Which side learns in Eq. 2.", metadata={"choices": ALIGNMENTS})
     bernoulli_p: float = HfArg(default=0.5, help="Probability that the states learn in Eq. 2.")
@@ -85,12 +105,21 @@ class VReflectionSFTConfig(SFTConfig):
     latent_inputs: str | None = HfArg(
         default=None, help="What fills the slots: bcm, dac or hidden. Defaults to the stage's."
     )
+    dac_inputs_share: float = HfArg(
+        default=1.0, help="Stage path with latent_inputs dac: the last share of the steps that fill the slots so."
+    )
+    latent_feedback: str | None = HfArg(
+        default=None, help="What generate feeds back by default: hidden or dac. Defaults to the stage's."
+    )
+    attention_target: str | None = HfArg(
+        default=None, help="What L_attn aims at: teacher or box. Defaults to the stage's."
+    )
     attention_temperature: float = HfArg(default=1.0, help="Temperature of Eq. 4.")
     attention_epsilon: float = HfArg(default=1e-9, help="Smoothing constant of Eq. 4.")
     slot_ce: bool = HfArg(default=False, help="Supervise the slot and end tokens as well.")
     freeze_vision: bool = HfArg(default=True, help="Freeze the vision encoder and its merger.")
     allow_untrained_bcm: bool = HfArg(
-        default=False, help="Let stage 2 run with an untrained BCM or none: the ablations."
+        default=False, help="Let DAC learn from an untrained BCM or none: the ablations."
     )
     sample_packing: bool = HfArg(default=False, help="Pack several samples into a row.")
     max_samples_per_pack: int = HfArg(default=4, help="Most samples in a pack.")
@@ -98,6 +127,9 @@ class VReflectionSFTConfig(SFTConfig):
     packing_lookahead: int = HfArg(default=256, help="Samples among which the best fit is looked for.")
     on_bad_row: str = HfArg(default="error", help="What to do with an invalid row.", metadata={"choices": ON_BAD_ROW})
     sample_every: int = HfArg(default=250, help="Steps between two pictures of attention; 0: none.")
+    predict_with_generate: bool = HfArg(
+        default=False, help="Answer the evaluation's questions: as decoding does, and with other latents."
+    )
     report_to: None | str | list[str] = HfArg(
         default=None, help="Where to log, besides the terminal: trackio, wandb, tensorboard, none."
     )
@@ -114,17 +146,17 @@ class VReflectionSFTConfig(SFTConfig):
             if getattr(self, name) not in allowed:
                 names = ", ".join(map(str, allowed))
                 raise ValueError(f"`{name}` must be one of {names}, got {getattr(self, name)!r}.")
-        weights = ("lambda_bcm", "lambda_dac", "lambda_feat", "lambda_attn")
+        self._resolve_stage()
         for names, holds, rule in (
-            ((*weights, "sample_every"), lambda x: x >= 0, "not be negative"),
+            ((*WEIGHTS, "sample_every"), lambda x: x >= 0, "not be negative"),
             (("bernoulli_p",), lambda x: 0 <= x <= 1, "lie in [0, 1]"),
+            (("dac_inputs_share",), lambda x: 0 < x <= 1, "lie in (0, 1]"),
             (("attention_temperature", "attention_epsilon"), lambda x: x > 0, "be above 0"),
             (("max_samples_per_pack", "long_sample_length", "packing_lookahead"), lambda x: x >= 1, "be at least 1"),
         ):
             for name in names:
                 if not holds(getattr(self, name)):
                     raise ValueError(f"`{name}` must {rule}, got {getattr(self, name)}.")
-        self._resolve_latent_inputs()
         if self.packing or self.eval_packing:
             raise ValueError("trl's `packing` doesn't support images: set `sample_packing=True` instead.")
         if self.sample_packing:
@@ -167,15 +199,50 @@ class VReflectionSFTConfig(SFTConfig):
         """Seed of the order in which samples are packed; `None`: as they come."""
         return None if self.train_sampling_strategy == "sequential" else self.seed
 
-    def _resolve_latent_inputs(self):
-        allowed = STAGES[self.stage].latent_inputs
-        if self.latent_inputs is None:
-            self.latent_inputs = allowed[0] if allowed else None
-        elif not allowed:
-            raise ValueError(f"`stage={self.stage!r}` has no slots to fill: leave `latent_inputs` out.")
-        elif self.latent_inputs not in allowed:
-            names = " or ".join(map(repr, allowed))
-            raise ValueError(f"In stage {self.stage} `latent_inputs` must be {names}, got {self.latent_inputs!r}.")
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """Of "bcm" and "dac" those that train: the stage's, but for a BCM that no gradient would ever reach."""
+        stage = STAGES[self.stage]
+        fills = self.latent_inputs == "bcm" or (self.latent_inputs == "dac" and self.dac_inputs_share < 1)
+        reached = "L_BCM" in stage.losses or (fills and self.bcm_receives_ce)
+        return tuple(name for name in stage.trains if name != "bcm" or reached)
+
+    @property
+    def distils_frozen_bcm(self) -> bool:
+        """Whether the run needs a BCM that is trained already."""
+        return "dac" in self.trains and "bcm" not in self.trains
+
+    def latent_inputs_at(self, global_step: int, max_steps: int) -> str | None:
+        """What fills the slots in a step, counted from 0: the same on every rank and after a resume."""
+        last = max(round(self.dac_inputs_share * max_steps), 1)
+        if self.latent_inputs == "dac" and max_steps - global_step > last:
+            return "bcm"
+        return self.latent_inputs
+
+    def _resolve_stage(self):
+        """Fills what was left out with the stage's, and raises for what the stage doesn't have."""
+        stage, name = STAGES[self.stage], f"`stage={self.stage!r}`"
+        for weight in WEIGHTS:
+            if getattr(self, weight) is None:
+                setattr(self, weight, stage.weights.get(weight, 0.0))
+            elif getattr(self, weight) > 0 and weight not in stage.weights:
+                raise ValueError(
+                    f"{name} has no loss that `{weight}` weighs: leave it out, got {getattr(self, weight)}."
+                )
+        self.latent_inputs = choose(
+            "latent_inputs", self.latent_inputs, tuple(stage.slots), next(iter(stage.slots), None), name
+        )
+        targets = ATTENTION_TARGETS if stage.attention_target else ()
+        self.attention_target = choose(
+            "attention_target", self.attention_target, targets, stage.attention_target, name
+        )
+        feedback = stage.slots.get(self.latent_inputs)
+        self.latent_feedback = choose("latent_feedback", self.latent_feedback, LATENT_FEEDBACK, feedback, name)
+        if self.dac_inputs_share != 1 and (self.stage, self.latent_inputs) != ("path", "dac"):
+            raise ValueError(
+                "`dac_inputs_share` says how many steps of stage 'path' fill the slots with DAC's latents: set "
+                f"`latent_inputs='dac'` there, or leave it out, got {self.dac_inputs_share}."
+            )
 
     def _check_packing(self):
         if self.latent_inputs == "hidden":
@@ -187,3 +254,14 @@ class VReflectionSFTConfig(SFTConfig):
             )
         if self.max_length is None:
             self.max_length = PACK_LENGTH
+
+
+def choose(name: str, given: str | None, allowed: tuple[str, ...], default: str | None, where: str) -> str | None:
+    """What was given for a field, or the default; raises a `ValueError` for what isn't allowed."""
+    if given is None:
+        return default
+    if not allowed:
+        raise ValueError(f"{where} has no use for `{name}`: leave it out, got {given!r}.")
+    if given not in allowed:
+        raise ValueError(f"With {where} `{name}` must be {' or '.join(map(repr, allowed))}, got {given!r}.")
+    return given

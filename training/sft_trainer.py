@@ -2,8 +2,10 @@
 
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import is_peft_model
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer.utils import entropy_from_logits
 
@@ -13,9 +15,14 @@ from .collator import NON_MODEL_KEYS, VReflectionDataCollator
 from .data.packing import pack_dataset
 from .loading import load_model_and_processor
 from .losses import latent_losses
+from .run.exact_match import count_exact_matches, exact_match_ways, share_of_rank
+from .run.meters import sum_over_ranks
 from .run.trainer_mixin import RunMixin
 from .sft_config import VReflectionSFTConfig
 from .stages import STAGES
+
+
+logger = logging.get_logger(__name__)
 
 
 class VReflectionSFTTrainer(RunMixin, SFTTrainer):
@@ -26,7 +33,7 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
     attention on the box's patches; `latent_spread`, how much the states of different samples differ (see
     [`LatentSpread`](run/latent_metrics.py)); `reflections`, the share of samples that hold one; `padding`, the share of
     positions; and `tokens_per_second`, of all ranks, without padding. Means are exact over accumulation steps, logging
-    steps and ranks.
+    steps and ranks. With `predict_with_generate`, each evaluation also has the shares of exact answers.
 
     Args:
         model (`str` or `VReflectionForConditionalGeneration`): A model, or a checkpoint to load.
@@ -38,8 +45,9 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
         kwargs: Further arguments of [`RunMixin`](run/trainer_mixin.py) and [`~trl.SFTTrainer`].
 
     Raises:
-        ValueError: A stage whose modules the model lacks; stage 2 with a BCM that was never trained; with flash
-            attention, several packs in a batch.
+        ValueError: A stage whose modules the model lacks; a frozen BCM that was never trained; a feedback that the model
+            can't decode with; with flash attention, several packs in a batch; `predict_with_generate` where each rank
+            holds a part of the weights.
         FloatingPointError: A loss or latent that is not finite, naming the batch's samples.
         BadRow: See [`VReflectionDataCollator`].
     """
@@ -68,8 +76,8 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
         if args.world_size > 1 and not getattr(data_collator, "every_module", True):
             raise ValueError("With several processes the collator needs `every_module=True`, or they may deadlock.")
         stage = STAGES[args.stage]
-        if stage.latent_feedback is not None:
-            model.generation_config.latent_feedback = stage.latent_feedback
+        if args.latent_feedback is not None:
+            set_feedback(model, args)
         if peft_config is None:
             freeze(model, args)
         else:
@@ -97,6 +105,11 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        if args.predict_with_generate and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "`predict_with_generate` decodes on each rank by itself, which FSDP and ZeRO-3 don't allow: leave it out, and "
+                "ask the saved checkpoint."
+            )
         if peft_config is not None:
             prepare_adapter(self.model, args)
         if args.sample_packing:
@@ -122,14 +135,48 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
             raise BadRow("No row of this step can be trained on: `vreflection check RECIPE` lists the reasons.")
         return batches, num_items
 
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.predict_with_generate:
+            matches = self._exact_match(dataloader.dataset)
+            output.metrics |= {f"{metric_key_prefix}_{way}": share for way, share in matches.items()}
+        return output
+
+    def _exact_match(self, rows) -> dict[str, float]:
+        """The shares of exact answers, over all ranks; each asks its part of the rows."""
+        reflects, ranks = STAGES[self.args.stage].reflects, self.accelerator.num_processes
+        collator = VReflectionDataCollator(
+            self.processing_class,
+            self.model.config,
+            reflect=reflects,
+            slot_ce=True,
+            max_length=self.args.max_length,
+            on_bad_row=self.args.on_bad_row,
+        )
+        rows = rows.dataset if isinstance(rows, IterableDatasetShard) else rows
+        with self.accelerator.autocast():
+            right, count = count_exact_matches(
+                self.model,
+                collator,
+                share_of_rank(rows, self.accelerator.process_index, ranks),
+                exact_match_ways(self.model, reflects),
+                batch_size=self.args.per_device_eval_batch_size,
+                device=self.accelerator.device,
+            )
+        sums = torch.tensor([*right.values(), count], dtype=torch.float64)
+        *right_of_all, count_of_all = sum_over_ranks(sums, self.accelerator).tolist()
+        return {way: number / count_of_all for way, number in zip(right, right_of_all)} if count_of_all else {}
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """L = CE + λ_BCM L_BCM + λ_DAC L_DAC, as far as the stage has them."""
         targets = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
         # Logits only for the columns that some row has a label in: whole-sequence logits of a 7B cost gigabytes.
         kept = (targets != -100).any(0).nonzero().flatten()
+        step = self.state.global_step
+        latent_inputs = self.args.latent_inputs_at(step, self.state.max_steps)
         outputs = model(
             **{name: value for name, value in inputs.items() if name not in NON_MODEL_KEYS},
-            latent_inputs=self.args.latent_inputs,
+            latent_inputs=latent_inputs,
             bcm_receives_ce=self.args.bcm_receives_ce,
             logits_to_keep=0 if return_outputs else kept,
             use_cache=False,
@@ -144,8 +191,10 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
             num_tokens, num_segments = num_items_in_batch, self._segments_in_step
         loss, terms = nll / num_tokens, {}
         if outputs.latent_states is not None:
-            step = self.state.global_step
             weighted, terms = latent_losses(outputs, self.args, global_step=step, num_segments=num_segments)
+            if latent_inputs == "dac" and "bcm" in self.args.trains:
+                # No gradient may reach BCM in this step, and DDP waits for one of every parameter: this one is zero.
+                weighted = weighted + 0.0 * outputs.teacher_latents.float().sum()
             # A dummy row has zero weight, but each module has its backward pass, so that ranks stay in step.
             loss = loss + (0.0 if inputs["dummy"] else 1.0) * weighted
         latents = {"Z_T": outputs.teacher_latents, "H": outputs.latent_states, "Z_S": outputs.student_latents}
@@ -174,21 +223,44 @@ def check_model(model, args: VReflectionSFTConfig):
             "The model carries an adapter already: merge it (`vreflection merge ADAPTER OUTPUT`), and start from "
             "the merged checkpoint with a new `peft_config`."
         )
-    stage = STAGES[args.stage]
-    for name in stage.trains:
+    for name in args.trains:
         if getattr(model.model, name) is None:
             raise ValueError(
                 f"Stage {args.stage!r} trains {name.upper()}, and the model has none (`has_{name}=False`)."
             )
     bcm = model.model.bcm
-    if stage.distils_frozen_bcm and not args.allow_untrained_bcm and (bcm is None or not is_trained(bcm)):
+    if args.distils_frozen_bcm and not args.allow_untrained_bcm and (bcm is None or not is_trained(bcm)):
         raise ValueError(
-            f"Stage {args.stage} distils BCM, and this model's was never trained: start from a stage 1 checkpoint, or set "
-            "`allow_untrained_bcm=True` for the ablation."
+            f"Stage {args.stage!r} distils a frozen BCM here, and this model's was never trained: start from a stage 1 "
+            "checkpoint, or one of stage 'path' with `latent_inputs='bcm'`, or set `allow_untrained_bcm=True` for the "
+            "ablation."
         )
     flash = "flash" in model.config.get_text_config()._attn_implementation
     if args.sample_packing and flash and args.per_device_train_batch_size > 1:
         raise ValueError("Flash attention keeps the samples of one pack apart: set `per_device_train_batch_size=1`.")
+
+
+def set_feedback(model, args: VReflectionSFTConfig):
+    """Writes into the generation config how the checkpoint decodes by default; raises where it couldn't."""
+    stage = STAGES[args.stage]
+    chosen = {"latent_feedback": args.latent_feedback}
+    if stage.reflects:
+        chosen["latent_steps"] = model.config.num_latent_tokens
+    try:
+        model.reflection_options(**chosen)
+    except ValueError as error:
+        raise ValueError(
+            f"Stage {args.stage!r} would write `latent_feedback={args.latent_feedback!r}` into generation_config.json, and "
+            f"the model can't decode so: {error}"
+        ) from error
+    for name, value in chosen.items():
+        setattr(model.generation_config, name, value)
+    usual = stage.slots.get(args.latent_inputs)
+    if args.latent_feedback != usual:
+        logger.info(
+            f"`latent_feedback={args.latent_feedback!r}`, as set, goes into generation_config.json, and not "
+            + (f"{usual!r}, which the stage and what fills the slots would write." if usual else "the model's own.")
+        )
 
 
 def is_trained(bcm) -> bool:
@@ -202,13 +274,13 @@ def is_trained(bcm) -> bool:
 
 
 def freeze(model, args: VReflectionSFTConfig):
-    """Sets what the stage trains: the language model, and BCM and DAC as the table of stages says."""
+    """Sets what the stage trains: the language model, and BCM and DAC as far as they train."""
     model.requires_grad_(True)
     model.model.visual.requires_grad_(not args.freeze_vision)
     for name in ("bcm", "dac"):
         module = getattr(model.model, name)
         if module is not None:
-            module.requires_grad_(name in STAGES[args.stage].trains)
+            module.requires_grad_(name in args.trains)
 
 
 def check_finite(sample_ids: list[str], **tensors: torch.Tensor | None):

@@ -1,6 +1,14 @@
 """The stages of training, one entry each: the only place that knows what a stage does."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+# The weights whose product a loss has.
+LOSS_WEIGHTS = {
+    "L_BCM": ("lambda_bcm",),
+    "L_feat": ("lambda_dac", "lambda_feat"),
+    "L_attn": ("lambda_dac", "lambda_attn"),
+}
 
 
 @dataclass(frozen=True)
@@ -9,48 +17,62 @@ class Stage:
 
     title: str  # on the model card
     trains: tuple[str, ...] = ()  # of "bcm" and "dac", besides the language model
-    latent_inputs: tuple[str, ...] = ()  # what may fill the slots, the default first; without any, reflections go
-    losses: tuple[str, ...] = ()  # besides cross-entropy: "L_BCM" (Eq. 2), "L_feat" and "L_attn" (Eq. 5)
+    # What may fill the slots, the default first, and what `generate` feeds back after it: `latent_feedback` in
+    # generation_config.json. Without any, reflections are left out, and the feedback stays what the model started with.
+    slots: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)  # by default, of the losses besides cross-entropy
+    attention_target: str | None = None  # what L_attn aims at by default: "teacher" (Eq. 4) or "box"
     options: tuple[str, ...] = ()  # the fields of `VReflectionSFTConfig` that matter to it, for the model card
-    # What `generate` feeds back by default, written into generation_config.json; `None` keeps what the model started with.
-    latent_feedback: str | None = None
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The losses besides cross-entropy: "L_BCM" (Eq. 2), "L_feat" and "L_attn" (Eq. 5)."""
+        return tuple(loss for loss, weights in LOSS_WEIGHTS.items() if set(weights) <= set(self.weights))
 
     @property
     def reflects(self) -> bool:
         """Whether reflections are trained."""
-        return bool(self.latent_inputs)
-
-    @property
-    def distils_frozen_bcm(self) -> bool:
-        """Whether the stage needs a BCM that is trained already."""
-        return "dac" in self.trains and "bcm" not in self.trains
+        return bool(self.slots)
 
 
+L_BCM = {"lambda_bcm": 0.1}
+L_DAC = {"lambda_dac": 0.1, "lambda_feat": 1.0, "lambda_attn": 1.0}
 SLOTS = ("latent_inputs", "latent_loss", "slot_ce")
 EQ_2 = ("alignment", "bernoulli_p", "bcm_receives_ce")
-EQ_4 = ("attention_temperature", "attention_epsilon")
+EQ_4 = ("attention_target", "attention_temperature", "attention_epsilon")
+ALWAYS = ("latent_feedback", "freeze_vision")
 
 STAGES = {
-    "sft": Stage(title="plain fine-tuning", options=("freeze_vision",)),
+    "path": Stage(
+        title="path",
+        trains=("bcm", "dac"),
+        slots={"bcm": "dac", "dac": "dac"},
+        weights={"lambda_dac": 1.0, "lambda_feat": 1.0, "lambda_attn": 0.1},
+        attention_target="box",
+        options=(*SLOTS, "dac_inputs_share", "bcm_receives_ce", *EQ_4, "allow_untrained_bcm", *ALWAYS),
+    ),
     "1": Stage(
         title="stage 1, BCM",
         trains=("bcm",),
-        latent_inputs=("bcm", "hidden"),
-        losses=("L_BCM",),
-        options=(*SLOTS, *EQ_2, "freeze_vision"),
+        slots={"bcm": "hidden", "hidden": "hidden"},
+        weights=L_BCM,
+        options=(*SLOTS, *EQ_2, *ALWAYS),
     ),
     "2": Stage(
         title="stage 2, DAC",
         trains=("dac",),
-        latent_inputs=("dac", "bcm", "hidden"),
-        losses=("L_feat", "L_attn"),
-        options=(*SLOTS, *EQ_4, "allow_untrained_bcm", "freeze_vision"),
+        slots={"dac": "dac", "bcm": "hidden", "hidden": "hidden"},
+        weights=L_DAC,
+        attention_target="teacher",
+        options=(*SLOTS, *EQ_4, "allow_untrained_bcm", *ALWAYS),
     ),
     "joint": Stage(
         title="both stages at once",
         trains=("bcm", "dac"),
-        latent_inputs=("dac", "bcm", "hidden"),
-        losses=("L_BCM", "L_feat", "L_attn"),
-        options=(*SLOTS, *EQ_2, *EQ_4, "freeze_vision"),
+        slots={"dac": "dac", "bcm": "hidden", "hidden": "hidden"},
+        weights={**L_BCM, **L_DAC},
+        attention_target="teacher",
+        options=(*SLOTS, *EQ_2, *EQ_4, *ALWAYS),
     ),
+    "sft": Stage(title="plain fine-tuning", options=ALWAYS),
 }

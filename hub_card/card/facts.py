@@ -100,6 +100,7 @@ def summarise_run(run: dict[str, Any]) -> dict[str, str]:
         "loss": " + ".join(["CE", *(f"{weight:g} {name}" for name, weight in run["losses"].items())]),
         "adapter": assignments(run.get("adapter", {})),
         "steps": describe_steps(run),
+        "exact match": describe_exact_match(run.get("exact_match", {})),
         "precision": run.get("precision", ""),
         "on": machine.get("gpu") or machine.get("processor", ""),
         "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
@@ -121,6 +122,12 @@ def describe_steps(run: dict[str, Any]) -> str:
     of = f"{count:,} packs of at most {packed} samples" if packed else f"{count:,} samples"
     processes = f", on {batch['processes']} processes" if batch["processes"] > 1 else ""
     return f"{run['steps']:,} of {of}{processes}" + (f"; {run['tokens']:,} tokens" if "tokens" in run else "")
+
+
+def describe_exact_match(shares: dict[str, float]) -> str:
+    """The shares of exact answers at a run's last evaluation."""
+    named = [f"{code(name)} {share:.1%}" for name, share in shares.items() if name != "step"]
+    return ", ".join(named) + (f" (after step {shares['step']:,})" if named else "")
 
 
 def assignments(options: dict[str, Any]) -> str:

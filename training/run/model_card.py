@@ -64,8 +64,8 @@ class RunOrigin:
     def facts(self, args, *, steps: int, max_steps: int, versions: dict[str, str], **more) -> dict[str, Any]:
         """The content of `training_facts.json`: the earlier runs, and this one.
 
-        Of `max_steps`, which were meant to be made, a warm-up may be a share; `more` is `tokens`, `machine`, `adapter`, where
-        known.
+        Of `max_steps`, which were meant to be made, a warm-up may be a share; `more` is `tokens`, `machine`, `adapter`,
+        `exact_match`, where known.
         """
         stage, options = STAGES[args.stage], args.to_dict()
         optimiser = {name: options[name] for name in OPTIMISER_OPTIONS}
@@ -82,7 +82,7 @@ class RunOrigin:
             "started_from": self.started_from,
             "data": self.data,
             "losses": loss_weights(args),
-            "options": {name: options[name] for name in stage.options},
+            "options": {name: options[name] for name in stage.options if options[name] is not None},
             "optimiser": optimiser | {"warmup_steps": args.get_warmup_steps(max_steps)},
             "batch": batch,
             "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
@@ -118,6 +118,8 @@ def trainer_facts(trainer) -> dict[str, Any]:
     more = {}
     if adapter is not None:
         more["adapter"] = {name: getattr(adapter, name) for name in ("r", "lora_alpha") if hasattr(adapter, name)}
+    if found := last_exact_match(trainer.state.log_history):
+        more["exact_match"] = found
     return trainer.origin.facts(
         trainer.args,
         steps=trainer.state.global_step,
@@ -127,6 +129,14 @@ def trainer_facts(trainer) -> dict[str, Any]:
         versions=describe_versions() | {"trl": trl.__version__, "accelerate": accelerate.__version__},
         **more,
     )
+
+
+def last_exact_match(history: list[dict[str, Any]]) -> dict[str, float]:
+    """The shares of exact answers at the last evaluation, by the names that they were logged under, and its `step`."""
+    logs = [log for log in history if any("_exact_match" in name for name in log)]
+    # Several sets are logged one after the other, at the same step.
+    last = {name: share for log in logs for name, share in log.items() if log["step"] == logs[-1]["step"]}
+    return {name: share for name, share in last.items() if name == "step" or "_exact_match" in name}
 
 
 def trainer_card(
