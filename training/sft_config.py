@@ -221,28 +221,36 @@ class VReflectionSFTConfig(SFTConfig):
 
     def _resolve_stage(self):
         """Fills what was left out with the stage's, and raises for what the stage doesn't have."""
-        stage, name = STAGES[self.stage], f"`stage={self.stage!r}`"
-        for weight in WEIGHTS:
-            if getattr(self, weight) is None:
-                setattr(self, weight, stage.weights.get(weight, 0.0))
-            elif getattr(self, weight) > 0 and weight not in stage.weights:
+        stage = STAGES[self.stage]
+        for name in WEIGHTS:
+            given = getattr(self, name)
+            if given is None:
+                setattr(self, name, stage.weights.get(name, 0.0))
+            elif given > 0 and name not in stage.weights:
                 raise ValueError(
-                    f"{name} has no loss that `{weight}` weighs: leave it out, got {getattr(self, weight)}."
+                    f"`stage={self.stage!r}` has no loss that `{name}` weighs: leave it out, got {given}."
                 )
-        self.latent_inputs = choose(
-            "latent_inputs", self.latent_inputs, tuple(stage.slots), next(iter(stage.slots), None), name
+        self._choose("latent_inputs", tuple(stage.slots), next(iter(stage.slots), None), "slots to fill")
+        self._choose(
+            "attention_target", stage.attention_target and ATTENTION_TARGETS, stage.attention_target, "L_attn"
         )
-        targets = ATTENTION_TARGETS if stage.attention_target else ()
-        self.attention_target = choose(
-            "attention_target", self.attention_target, targets, stage.attention_target, name
-        )
-        feedback = stage.slots.get(self.latent_inputs)
-        self.latent_feedback = choose("latent_feedback", self.latent_feedback, LATENT_FEEDBACK, feedback, name)
+        self._choose("latent_feedback", LATENT_FEEDBACK, stage.slots.get(self.latent_inputs), "")
         if self.dac_inputs_share != 1 and (self.stage, self.latent_inputs) != ("path", "dac"):
             raise ValueError(
                 "`dac_inputs_share` says how many steps of stage 'path' fill the slots with DAC's latents: set "
                 f"`latent_inputs='dac'` there, or leave it out, got {self.dac_inputs_share}."
             )
+
+    def _choose(self, name: str, allowed: tuple[str, ...] | None, default: str | None, needed: str):
+        """Fills a field that was left out, and raises for a value that isn't allowed, or where nothing is."""
+        given = getattr(self, name)
+        if given is None:
+            setattr(self, name, default)
+        elif not allowed:
+            raise ValueError(f"`stage={self.stage!r}` has no {needed}: leave `{name}` out.")
+        elif given not in allowed:
+            names = " or ".join(map(repr, allowed))
+            raise ValueError(f"In stage {self.stage} `{name}` must be {names}, got {given!r}.")
 
     def _check_packing(self):
         if self.latent_inputs == "hidden":
@@ -254,14 +262,3 @@ class VReflectionSFTConfig(SFTConfig):
             )
         if self.max_length is None:
             self.max_length = PACK_LENGTH
-
-
-def choose(name: str, given: str | None, allowed: tuple[str, ...], default: str | None, where: str) -> str | None:
-    """What was given for a field, or the default; raises a `ValueError` for what isn't allowed."""
-    if given is None:
-        return default
-    if not allowed:
-        raise ValueError(f"{where} has no use for `{name}`: leave it out, got {given!r}.")
-    if given not in allowed:
-        raise ValueError(f"With {where} `{name}` must be {' or '.join(map(repr, allowed))}, got {given!r}.")
-    return given

@@ -230,10 +230,10 @@ def check_model(model, args: VReflectionSFTConfig):
             )
     bcm = model.model.bcm
     if args.distils_frozen_bcm and not args.allow_untrained_bcm and (bcm is None or not is_trained(bcm)):
+        first = "1" if args.stage == "2" else args.stage  # which trains BCM
         raise ValueError(
-            f"Stage {args.stage!r} distils a frozen BCM here, and this model's was never trained: start from a stage 1 "
-            "checkpoint, or one of stage 'path' with `latent_inputs='bcm'`, or set `allow_untrained_bcm=True` for the "
-            "ablation."
+            f"Stage {args.stage} distils a frozen BCM, and this model's was never trained: start from a stage {first} "
+            "checkpoint, or set `allow_untrained_bcm=True` for the ablation."
         )
     flash = "flash" in model.config.get_text_config()._attn_implementation
     if args.sample_packing and flash and args.per_device_train_batch_size > 1:

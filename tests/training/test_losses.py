@@ -11,6 +11,7 @@ from vreflection_training.losses import (
     feature_distillation_loss,
     latent_losses,
     loss_weights,
+    target_attention,
 )
 from vreflection_training.stages import STAGES
 
@@ -121,6 +122,21 @@ def test_eq_5_is_the_weighted_sum_of_its_terms():
     assert set(terms) == {"L_attn"} and loss.item() == pytest.approx(2 * 8 * math.log(2))
 
 
+def test_the_target_box_is_uniform_over_the_patches_of_each_steps_box():
+    inside = torch.tensor([[[1, 1, 0, 0, 0], [0, 0, 0, 1, 0]]], dtype=torch.bool)
+    teacher = torch.rand(1, 2, 5)
+    outputs = SimpleNamespace(inside_box=inside, teacher_attention=teacher)
+    expected = torch.tensor([[[0.5, 0.5, 0, 0, 0], [0, 0, 0, 1.0, 0]]])
+    assert torch.equal(target_attention(outputs, "box"), expected) and target_attention(outputs) is teacher
+    with pytest.raises(ValueError, match="must be one of teacher, box, got 'boxes'"):
+        target_attention(outputs, "boxes")
+    # A box of one patch weighs as much as one of two: the mean over the box of -log A_S, but for a constant.
+    student = torch.tensor([[[0.2, 0.3, 0.5, 0, 0], [0.1, 0.1, 0.1, 0.4, 0.3]]])
+    loss = attention_distillation_loss(student, expected, epsilon=1e-12)
+    by_hand = -(math.log(0.2) + math.log(0.3)) / 2 + math.log(0.5) - math.log(0.4)
+    assert loss.item() == pytest.approx(by_hand, rel=1e-6)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_has_the_losses_of_its_line_in_the_table(stage):
@@ -133,7 +149,7 @@ def test_a_stage_has_the_losses_of_its_line_in_the_table(stage):
     )
     lambdas = {"lambda_bcm": 0.3, "lambda_dac": 0.2, "lambda_feat": 0.7, "lambda_attn": 1.3}
     options = {"alignment": "stochastic", "bernoulli_p": 0.5, "latent_loss": "l1", "seed": 0}
-    options |= {"attention_temperature": 1.0, "attention_epsilon": 1e-9}
+    options |= {"attention_temperature": 1.0, "attention_epsilon": 1e-9, "attention_target": "teacher"}
     args = SimpleNamespace(stage=stage, **lambdas, **options)
     total, terms = latent_losses(outputs, args, global_step=0)
     assert tuple(terms) == STAGES[stage].losses == tuple(loss_weights(args))

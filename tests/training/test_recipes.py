@@ -1,4 +1,4 @@
-"""The shipped recipes hold the paper's numbers, and each trains: the same options, with the tiny model and a few rows."""
+"""The shipped recipes hold the numbers that they should, and each trains: the same options, with the tiny model and a few rows."""
 
 import json
 import re
@@ -22,8 +22,17 @@ from vreflection_training.tiny import save_tiny_backbone
 PAPER = [f"qwen2_5_vl_{size}_{stage}" for size in ("7b", "3b") for stage in ("sft", "stage1", "stage2")]
 LORA = "qwen2_5_vl_7b_stage1_lora"
 RELEASED = ["released_code", "released_code_stage2"]
-LARGE = [*PAPER, LORA, *RELEASED]
-TINY = ["tiny_base", "tiny_stage1", "tiny_stage2"]
+# Ours, beside what it is modelled on.
+PATH = {
+    "path_3b": "qwen2_5_vl_3b_stage1",
+    "path_7b": "qwen2_5_vl_7b_stage1",
+    "path_7b_lora": LORA,
+    "path_tiny": "tiny_stage1",
+}
+PATH_LARGE = [name for name in PATH if name != "path_tiny"]
+ADAPTERS = [LORA, "path_7b_lora"]
+LARGE = [*PAPER, LORA, *RELEASED, *PATH_LARGE]
+TINY = ["tiny_base", "tiny_stage1", "tiny_stage2", "path_tiny"]
 # What a machine without a GPU can't do.
 ON_CPU = "--use_cpu true --bf16 false --dtype float32 --attn_implementation sdpa".split()
 SHORT = (
@@ -60,7 +69,7 @@ def test_the_head_says_how_to_run_it(name):
 
 
 # Section 4.1 of the paper.
-@pytest.mark.parametrize("name", [*PAPER, LORA, *RELEASED])
+@pytest.mark.parametrize("name", LARGE)
 def test_what_the_paper_gives_for_all_runs(name):
     options = read(name)
     expected = {
@@ -104,31 +113,74 @@ def test_schedule_of_the_paper(size, run, expected):
 @pytest.mark.parametrize("name", [*PAPER, LORA])
 def test_losses_of_the_paper(name):
     options = read(name)
+    stage = options["stage"]
     expected = {
-        "lambda_bcm": 0.1,
-        "lambda_dac": 0.1,
-        "lambda_feat": 1.0,
-        "lambda_attn": 1.0,
+        "lambda_bcm": 0.1 if stage == "1" else 0.0,
+        "lambda_dac": 0.1 if stage == "2" else 0.0,
+        "lambda_feat": 1.0 if stage == "2" else 0.0,
+        "lambda_attn": 1.0 if stage == "2" else 0.0,
         "latent_loss": "l1",
         "alignment": "stochastic",
         "bcm_receives_ce": True,
         "slot_ce": False,
-        "latent_inputs": {"sft": None, "1": "bcm", "2": "dac"}[options["stage"]],
+        "latent_inputs": {"sft": None, "1": "bcm", "2": "dac"}[stage],
+        "latent_feedback": {"sft": None, "1": "hidden", "2": "hidden"}[stage],
+        "attention_target": {"sft": None, "1": None, "2": "teacher"}[stage],
         "allow_untrained_bcm": False,
         "model_options": None,
     }
     assert {key: options[key] for key in expected} == expected
 
 
-def test_the_runs_of_the_paper_differ_in_what_they_say_only():
-    def difference(one, other):
-        one, other = read(one), read(other)
-        return {key for key in one if one[key] != other[key]}
+# design.md, section 2.
+@pytest.mark.parametrize("name", PATH)
+def test_losses_of_the_path(name):
+    options = read(name)
+    expected = {
+        "stage": "path",
+        "lambda_bcm": 0.0,
+        "lambda_dac": 1.0,
+        "lambda_feat": 1.0,
+        "lambda_attn": 0.1,
+        "latent_loss": "l1",
+        "latent_inputs": "bcm",
+        "latent_feedback": "dac",
+        "attention_target": "box",
+        "bcm_receives_ce": True,
+        "freeze_vision": True,
+    }
+    assert {key: options[key] for key in expected} == expected
 
+
+def difference(one, other):
+    """The options in which two recipes differ."""
+    one, other = read(one), read(other)
+    return {key for key in one if one[key] != other[key]}
+
+
+@pytest.mark.parametrize("name, model", PATH.items())
+def test_a_path_differs_from_stage_1_in_its_losses_and_boxes_alone(name, model):
+    losses = {"stage", "lambda_bcm", "lambda_dac", "lambda_feat", "lambda_attn", "attention_target", "latent_feedback"}
+    tiny = {
+        "eval_datasets",
+        "eval_strategy",
+        "eval_steps",
+        "per_device_eval_batch_size",
+        "predict_with_generate",
+        "do_eval",
+    }
+    assert difference(name, model) == {*losses, "output_dir", *(tiny if name == "path_tiny" else {"datasets"})}
+    if name in PATH_LARGE:
+        assert [source["paths"] for source in read(name)["datasets"]] == [True]
+
+
+def test_the_runs_of_the_paper_differ_in_what_they_say_only():
     names = {"output_dir", "model_name_or_path"}
     schedule = {"learning_rate", "max_steps", "save_steps"}
-    assert difference("qwen2_5_vl_7b_sft", "qwen2_5_vl_7b_stage1") == {"output_dir", "stage", "latent_inputs"}
-    assert difference("qwen2_5_vl_7b_stage1", "qwen2_5_vl_7b_stage2") == {*names, "stage", "latent_inputs", *schedule}
+    slots, teacher = {"stage", "latent_inputs"}, {"lambda_dac", "lambda_feat", "lambda_attn", "attention_target"}
+    sft, first, second = (f"qwen2_5_vl_7b_{stage}" for stage in ("sft", "stage1", "stage2"))
+    assert difference(sft, first) == {"output_dir", *slots, "lambda_bcm", "latent_feedback"}
+    assert difference(first, second) == {*names, *slots, "lambda_bcm", *teacher, *schedule}
     for stage in ("sft", "stage1", "stage2"):
         assert difference(f"qwen2_5_vl_7b_{stage}", f"qwen2_5_vl_3b_{stage}") == names
     adapters = {"use_peft", "lora_r", "lora_alpha"}
@@ -139,7 +191,8 @@ def test_the_runs_of_the_paper_differ_in_what_they_say_only():
 
 
 def test_a_step_sees_as_many_packs_on_one_gpu_with_lora_as_on_eight():
-    assert read(LORA)["gradient_accumulation_steps"] == 8 * read("qwen2_5_vl_7b_stage1")["gradient_accumulation_steps"]
+    for name, full in ((LORA, "qwen2_5_vl_7b_stage1"), ("path_7b_lora", "path_7b")):
+        assert read(name)["gradient_accumulation_steps"] == 8 * read(full)["gradient_accumulation_steps"]
 
 
 @pytest.mark.parametrize(
@@ -153,16 +206,15 @@ def test_stage_2_starts_from_stage_1(first, second):
 def test_full_runs_keep_float32_weights_and_adapters_a_bf16_base():
     # In bf16 with 8 bits, 0.02 - 1e-5 is 0.02 again.
     assert torch.tensor(0.02, dtype=torch.bfloat16) - 1e-5 == torch.tensor(0.02, dtype=torch.bfloat16)
-    assert {read(name)["dtype"] for name in [*PAPER, *RELEASED]} == {"float32"}
-    assert read(LORA)["dtype"] == "bfloat16"
+    assert {read(name)["dtype"] for name in LARGE if name not in ADAPTERS} == {"float32"}
+    assert {read(name)["dtype"] for name in ADAPTERS} == {"bfloat16"}
 
 
 # The column "released code" of design.md's section 3, and the numbers of the authors' scripts.
 RELEASED_BOTH = {
     "latent_loss": "mse",
     "latent_inputs": "bcm",
-    "lambda_feat": 1.0,
-    "lambda_attn": 1.0,
+    "latent_feedback": "hidden",
     "gradient_accumulation_steps": 8,
     "max_steps": 2500,
     "warmup_steps": 0.03,
@@ -185,6 +237,9 @@ RELEASED_STAGE = {
         "stage": "2",
         "slot_ce": False,
         "lambda_dac": 1.0,
+        "lambda_feat": 1.0,
+        "lambda_attn": 1.0,
+        "attention_target": "teacher",
         "learning_rate": 1e-6,
         "save_steps": 100,
         "save_total_limit": 25,
@@ -278,7 +333,7 @@ def dry_run(place, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", LARGE)
 def test_dry_run(dry_run, name):
-    if name == LORA:
+    if name in ADAPTERS:
         pytest.importorskip("peft")
     trainer, changed = dry_run(name)
     stage = trainer.args.stage
@@ -286,15 +341,15 @@ def test_dry_run(dry_run, name):
 
     # The stage's losses, and no others.
     logged = {key for entry in trainer.state.log_history for key in entry if key.startswith("loss_")}
-    terms = {"sft": set(), "1": {"loss_bcm"}, "2": {"loss_feat", "loss_attn"}}[stage]
+    terms = {"sft": set(), "1": {"loss_bcm"}}.get(stage, {"loss_feat", "loss_attn"})
     assert logged == {"loss_ce", *terms}
 
-    # What trains: the language model, or its adapters; BCM in stage 1, DAC in stage 2; never the vision encoder.
+    # What trains: the language model, or its adapters; BCM in stage 1, DAC in stage 2, both in path; never the vision encoder.
     modules = {
         module for module in ("visual", "bcm", "dac", "language_model") for path in changed if f".{module}." in path
     }
-    assert modules == {"language_model", *{"sft": (), "1": ("bcm",), "2": ("dac",)}[stage]}
-    assert any("lora_" in path for path in changed) == (name == LORA)
+    assert modules == {"language_model", *{"sft": (), "1": ("bcm",), "2": ("dac",), "path": ("bcm", "dac")}[stage]}
+    assert any("lora_" in path for path in changed) == (name in ADAPTERS)
 
     # Several samples shared a row, at the paper's resolution: below 128 image tokens a picture is enlarged.
     batch = next(iter(trainer.get_train_dataloader()))

@@ -13,12 +13,16 @@ from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_training import VReflectionDataCollator, VReflectionSFTConfig, VReflectionSFTTrainer
 from vreflection_training.collator import NON_MODEL_KEYS
 from vreflection_training.losses import latent_losses, states_learn
+from vreflection_training.stages import STAGES
 
 
 @pytest.mark.parametrize(
     "options, trained, frozen",
     [
         ({"stage": "sft"}, ("language_model",), ("visual", "bcm", "dac")),
+        ({}, ("language_model", "bcm", "dac"), ("visual",)),
+        ({"latent_inputs": "dac"}, ("language_model", "dac"), ("visual", "bcm")),
+        ({"bcm_receives_ce": False}, ("language_model", "dac"), ("visual", "bcm")),
         ({"stage": "sft", "freeze_vision": False}, ("language_model", "visual"), ("bcm", "dac")),
         ({"stage": "1"}, ("language_model", "bcm"), ("visual", "dac")),
         ({"stage": "1", "latent_inputs": "hidden", "bernoulli_p": 0.0}, ("language_model", "bcm"), ("visual", "dac")),
@@ -46,6 +50,7 @@ def test_every_trainable_parameter_moves_and_frozen_ones_keep_each_bit(make_trai
     "options, names",
     [
         ({"stage": "sft"}, set()),
+        ({"stage": "path"}, {"loss_feat", "loss_attn"}),
         ({"stage": "1"}, {"loss_bcm"}),
         ({"stage": "2"}, {"loss_feat", "loss_attn"}),
         ({"stage": "joint"}, {"loss_bcm", "loss_feat", "loss_attn"}),
@@ -53,6 +58,7 @@ def test_every_trainable_parameter_moves_and_frozen_ones_keep_each_bit(make_trai
 )
 def test_the_total_is_the_weighted_sum_of_the_logged_components(make_trainer, options, names):
     weights = {"lambda_bcm": 0.3, "lambda_dac": 0.2, "lambda_feat": 0.7, "lambda_attn": 1.3}
+    weights = {name: weight for name, weight in weights.items() if name in STAGES[options["stage"]].weights}
     trainer = make_trainer(max_steps=1, **options, **weights)
     trainer.train()
     log = trainer.state.log_history[0]
@@ -68,7 +74,7 @@ def gradients(trainer):
     return {name: before[name] - value.detach() for name, value in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
+@pytest.mark.parametrize("stage", ["path", "1", "2"])
 def test_accumulated_micro_batches_equal_one_batch(make_trainer, checkpoint, model, stage):
     # Rows of different lengths, and one without a reflection, so that micro-batches weigh differently.
     scenes = glyphsearch_dataset("train", 3)
@@ -193,9 +199,10 @@ def test_a_frozen_vision_encoder_is_not_run_backwards(make_trainer, model, froze
     assert [features.requires_grad for features in graphs] == [not frozen]
 
 
-def test_gradient_checkpointing_changes_nothing(make_trainer, model):
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradient_checkpointing_changes_nothing(make_trainer, model, stage):
     other = copy.deepcopy(model)
-    options = {"stage": "2", "optim": "sgd", "learning_rate": 1.0, "max_steps": 1, "weight_decay": 0.0}
+    options = {"stage": stage, "optim": "sgd", "learning_rate": 1.0, "max_steps": 1, "weight_decay": 0.0}
     expected = gradients(make_trainer(**options))
     got = gradients(make_trainer(trained=other, **{**options, "gradient_checkpointing": True}))
     for name, value in expected.items():
@@ -213,7 +220,7 @@ def test_evaluation_logs_the_components(make_trainer, rows):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"stage": 3}, "`stage` must be one of sft, 1, 2, joint"),
+        ({"stage": 3}, "`stage` must be one of path, 1, 2, joint, sft"),
         ({"alignment": "both"}, "`alignment` must be one of"),
         ({"latent_loss": "l2"}, "`latent_loss`"),
         ({"latent_inputs": "teacher"}, "`latent_inputs`"),
@@ -222,9 +229,12 @@ def test_evaluation_logs_the_components(make_trainer, rows):
         ({"attention_temperature": 0.0}, "`attention_temperature` must be above 0"),
         ({"stage": "sft", "latent_inputs": "bcm"}, "no slots to fill"),
         ({"stage": "1", "latent_inputs": "dac"}, "In stage 1 `latent_inputs` must be 'bcm' or 'hidden', got 'dac'"),
-        ({"latent_inputs": "hidden", "gradient_checkpointing": True}, "set `gradient_checkpointing=False`"),
+        (
+            {"stage": "2", "latent_inputs": "hidden", "gradient_checkpointing": True},
+            "set `gradient_checkpointing=False`",
+        ),
         ({"packing": True}, "set `sample_packing=True` instead"),
-        ({"sample_packing": True, "latent_inputs": "hidden"}, "set `sample_packing=False`"),
+        ({"stage": "1", "sample_packing": True, "latent_inputs": "hidden"}, "set `sample_packing=False`"),
         ({"sample_packing": True, "train_sampling_strategy": "group_by_length"}, "must be 'random' or 'sequential'"),
         ({"max_samples_per_pack": 0}, "`max_samples_per_pack` must be at least 1, got 0"),
         ({"on_bad_row": "warn"}, "`on_bad_row` must be one of error, skip"),
@@ -248,7 +258,7 @@ def test_functions_that_would_never_be_called_are_refused(model, processor, rows
         VReflectionSFTTrainer(model, args, processing_class=processor, train_dataset=rows, **{name: print})
 
 
-@pytest.mark.parametrize("stage", ["sft", "1", "2"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_pack_trains_like_its_samples(make_trainer, model, rows, stage):
     other = copy.deepcopy(model)
     plain = {"id": "text", "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "red"}]}
