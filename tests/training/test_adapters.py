@@ -21,11 +21,12 @@ from vreflection_training.adapters import (
     load_adapter,
     merge_adapter,
 )
+from vreflection_training.stages import STAGES
 from vreflection_training.tiny import save_tiny_backbone
 
 
-TRAINED = {"sft": set(), "1": {"bcm"}, "2": {"dac"}, "joint": {"bcm", "dac"}}
-FED = {"sft": None, "1": "bcm", "2": "dac", "joint": "dac"}
+TRAINED = {stage: set(STAGES[stage].trains) for stage in STAGES}
+FED = {stage: next(iter(STAGES[stage].slots), None) for stage in STAGES}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,8 @@ def load(folder, **kwargs):
 
 
 @pytest.fixture(
-    scope="module", params=["sft-tied", "sft-untied", "1-tied", "1-untied", "2-tied", "2-untied", "joint-tied"]
+    scope="module",
+    params=[f"{stage}-{head}" for stage in STAGES for head in ("tied", "untied")[: 1 + (stage != "joint")]],
 )
 def run(request, bases, make_trainer, tmp_path_factory):
     """One run of two steps, saved and merged."""
@@ -167,7 +169,8 @@ def test_a_merged_adapter_is_a_plain_checkpoint_with_the_same_outputs(run):
     assert type(merged).__name__ == "VReflectionForConditionalGeneration"
     expected = outputs(run.trainer.model, run.trainer, FED[run.stage])
     torch.testing.assert_close(outputs(merged, run.trainer, FED[run.stage]).logits, expected.logits, atol=1e-5, rtol=0)
-    assert merged.generation_config.latent_feedback == "dac"
+    # What the base came with, where no reflection trains.
+    assert merged.generation_config.latent_feedback == STAGES[run.stage].slots.get(FED[run.stage], "dac")
     keys, base_keys = (set(load_file(folder / "model.safetensors")) for folder in (run.folder / "merged", run.base))
     assert keys == base_keys
     assert not list((run.folder / "merged").glob("adapter*"))
@@ -219,9 +222,10 @@ def test_a_run_resumes_bit_for_bit(make_trainer, bases, tmp_path):
     assert len(losses[0]) == 4 and losses[0] == losses[1]
 
 
-def test_gradient_checkpointing_changes_nothing(make_trainer, bases, tmp_path):
+@pytest.mark.parametrize("stage", ["path", "2"])
+def test_gradient_checkpointing_changes_nothing(make_trainer, bases, tmp_path, stage):
     peft_config = LoraConfig(r=4)
-    options = {"stage": "2", "optim": "sgd", "learning_rate": 1.0, "max_steps": 1, "max_grad_norm": 1e9}
+    options = {"stage": stage, "optim": "sgd", "learning_rate": 1.0, "max_steps": 1, "max_grad_norm": 1e9}
     plain, checkpointed = (
         make_trainer(bases[False], tmp_path, peft_config, gradient_checkpointing=on, **options) for on in (False, True)
     )
@@ -356,8 +360,8 @@ def test_a_quantized_base_trains_and_merges_onto_the_full_weights(make_trainer, 
     quantization = get_quantization_config(ModelConfig(load_in_4bit=True, dtype="float32"))
     assert get_quantization_config(ModelConfig()) is None
     with pytest.raises(ValueError, match="A quantized base needs `bf16=True`"):
-        make_trainer(bases[False], tmp_path, quantization_config=quantization)
-    trainer = make_trainer(bases[False], tmp_path / "run", quantization_config=quantization, bf16=True)
+        make_trainer(bases[False], tmp_path, quantization_config=quantization, stage="1")
+    trainer = make_trainer(bases[False], tmp_path / "run", quantization_config=quantization, bf16=True, stage="1")
     full = load(bases[False])
     for name, module in trainer.model.get_base_model().named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
