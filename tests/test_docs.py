@@ -40,11 +40,11 @@ def test_the_notebook_holds_no_outputs():
 def test_the_tutorials_row_and_recipe_pass_the_check(tmp_path, monkeypatch, capsys):
     tutorial = (DOCS / "tutorial.md").read_text()
     (tmp_path / "rows.json").write_text(re.search(r"```json\n(.*?)```", tutorial, re.DOTALL)[1])
-    (tmp_path / "kitchen_stage1.yaml").write_text(re.search(r"```yaml\n(.*?)```", tutorial, re.DOTALL)[1])
+    (tmp_path / "kitchen.yaml").write_text(re.search(r"```yaml\n(.*?)```", tutorial, re.DOTALL)[1])
     (tmp_path / "hub_card").symlink_to(ROOT / "hub_card")
     Image.new("RGB", (224, 168), "white").save(tmp_path / "kitchen.jpg")
     monkeypatch.chdir(tmp_path)
-    assert main(["check", "kitchen_stage1.yaml"]) == 0
+    assert main(["check", "kitchen.yaml"]) == 0
     assert re.search(r"^rows +1$", capsys.readouterr().out, re.MULTILINE)
 
 
@@ -67,5 +67,5 @@ def test_commands_and_recipes_of_the_docs_exist(page):
     recipes = set(
         re.findall(r"`vreflection (?:train|check) (\w+)|^vreflection (?:train|check) (\w+)", text, re.MULTILINE)
     )
-    recipes = {one or other for one, other in recipes} - {"RECIPE", "kitchen_stage1"}
+    recipes = {one or other for one, other in recipes} - {"RECIPE", "kitchen"}
     assert not [name for name in recipes if not (ROOT / "training" / "recipes" / f"{name}.yaml").is_file()]

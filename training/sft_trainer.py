@@ -139,7 +139,7 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.args.predict_with_generate:
             matches = self._exact_match(dataloader.dataset)
-            output.metrics |= {f"{metric_key_prefix}_{way}": share for way, share in matches.items()}
+            output.metrics.update({f"{metric_key_prefix}_{way}": share for way, share in matches.items()})
         return output
 
     def _exact_match(self, rows) -> dict[str, float]:
