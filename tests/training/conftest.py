@@ -39,7 +39,7 @@ def rows():
 
 @pytest.fixture
 def make_trainer(tmp_path, model, processor, rows):
-    def make(dataset=rows, data_collator=None, trained=model, peft_config=None, **options):
+    def make(dataset=rows, data_collator=None, trained=model, peft_config=None, eval_dataset=None, **options):
         defaults = {
             "output_dir": str(tmp_path / "run"),
             "max_steps": 2,
@@ -63,6 +63,7 @@ def make_trainer(tmp_path, model, processor, rows):
             args,
             processing_class=processor,
             train_dataset=dataset,
+            eval_dataset=eval_dataset,
             data_collator=data_collator,
             peft_config=peft_config,
         )

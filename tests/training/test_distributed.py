@@ -12,6 +12,7 @@ import torch
 from run_helpers import moved
 from safetensors.torch import load_file
 
+from vreflection_hub_card.inference.checkpoints import EMBEDDED
 from vreflection_training.loading import load_model_and_processor
 
 
@@ -29,9 +30,13 @@ SAME = ("loss", "loss_ce", "loss_bcm", "loss_feat", "loss_attn", "latent_distanc
 # SGD, so that an error in a gradient isn't scaled away.
 SGD = {"optim": "sgd", "learning_rate": 0.05, "gradient_checkpointing": False, "max_grad_norm": 1e9}
 PACKED = {"stage": "1", "sample_packing": True, "max_length": 400, "packing_lookahead": 2}
+# Weights that answer scenes, and stay as they are.
+ANSWERS = {"learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 4, "predict_with_generate": True}
 RUNS = {
     "stage 1, packed": PACKED,
     "stage 2": {"stage": "2"},
+    # With gradient checkpointing DDP wants a gradient of every parameter, and in the last steps BCM has none.
+    "path": {"latent_inputs": "dac", "dac_inputs_share": 0.5, "gradient_checkpointing": True},
     "sft": {"stage": "sft", "freeze_vision": False},
 }
 
@@ -57,6 +62,10 @@ def start(folder, checkpoint, processes, environment=None, deepspeed=None):
     broken = {"checkpoint": str(checkpoint), "options": {**common, **PACKED, **saving}}
     resume = str(folder / "resumed" / "checkpoint-2")
     specs += [broken, {**broken, "resume": resume}]
+    if environment is None:  # DDP, or one process
+        specs.append(
+            {"checkpoint": str(EMBEDDED), "options": {**common, **ANSWERS, "output_dir": str(folder / "answers")}}
+        )
     (folder / "specs.json").write_text(json.dumps(specs))
     launcher = []
     if processes > 1:
@@ -136,3 +145,16 @@ def test_a_resumed_run_of_two_processes_equals_the_uninterrupted_one(together):
     (expected, curve), (got, resumed) = result(folder / "stage 1, packed"), result(folder / "resumed")
     assert [step["loss"] for step in curve] == [step["loss"] for step in resumed]
     assert not moved(expected, got)
+
+
+def test_two_processes_ask_each_row_once(alone, together):
+    folder, _ = together
+    if not (folder / "answers").is_dir():
+        pytest.skip("FSDP and DeepSpeed")
+    evaluations = []
+    for run in (alone, folder):
+        history = json.loads((run / "answers" / "history.json").read_text())
+        (log,) = [log for log in history if "eval_loss" in log]
+        evaluations.append({name: share for name, share in log.items() if "exact_match" in name})
+    assert evaluations[0] == evaluations[1] and len(evaluations[0]) == 3
+    assert evaluations[0]["eval_exact_match"] == 0.5  # four scenes of eight rows

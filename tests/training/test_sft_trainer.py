@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from run_helpers import Rows, moved
+from run_helpers import Rows, gradients, moved
 
 from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
@@ -65,13 +65,6 @@ def test_the_total_is_the_weighted_sum_of_the_logged_components(make_trainer, op
     assert {name for name in log if name.startswith("loss_")} == names | {"loss_ce"}
     factors = {"loss_ce": 1, "loss_bcm": 0.3, "loss_feat": 0.14, "loss_attn": 0.26}
     assert log["loss"] == pytest.approx(sum(factors[name] * log[name] for name in names | {"loss_ce"}), rel=1e-5)
-
-
-def gradients(trainer):
-    """One optimiser step with plain SGD at rate 1: the step is the gradient."""
-    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-    trainer.train()
-    return {name: before[name] - value.detach() for name, value in trainer.model.named_parameters()}
 
 
 @pytest.mark.parametrize("stage", ["path", "1", "2"])
