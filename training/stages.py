@@ -44,7 +44,7 @@ ALWAYS = ("latent_feedback", "freeze_vision")
 
 STAGES = {
     "path": Stage(
-        title="path",
+        title="stage path, BCM and DAC",
         trains=("bcm", "dac"),
         slots={"bcm": "dac", "dac": "dac"},
         weights={"lambda_dac": 1.0, "lambda_feat": 1.0, "lambda_attn": 0.1},

@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from datasets import IterableDataset
+from run_helpers import Rows
 
 from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.card import read_training_facts
@@ -140,6 +142,16 @@ def test_an_evaluation_logs_them_and_the_card_says_them(make_trainer, model, row
     assert run["exact_match"] == {**{f"eval_{name}": log[f"eval_{name}"] for name in names}, "step": 1}
     card = (tmp_path / "run" / "README.md").read_text()
     assert f"`eval_exact_match` {log['eval_exact_match']:.1%}" in card and "(after step 1)" in card
+
+
+def test_rows_of_a_stream_are_asked_too(make_trainer, talker, questions):
+    rows = Rows(questions)
+    options = {"trained": talker, "stage": "path", "predict_with_generate": True, "per_device_eval_batch_size": 3}
+    stored = make_trainer(**options).evaluate(rows)
+    stream = IterableDataset.from_generator(lambda: iter(questions))
+    streamed = make_trainer(stream, **options).evaluate(stream)
+    names = [f"eval_{name}" for name in THREE]
+    assert [stored[name] for name in names] == [streamed[name] for name in names]
 
 
 def test_without_a_teacher_its_number_is_missing(make_trainer, checkpoint, rows):
