@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import fields
+from inspect import signature
 
 import torch
 from transformers import GenerationConfig
@@ -78,10 +79,11 @@ class ReflectionGenerationMixin:
             raise ValueError(
                 f"`generate` has no use for `{given[0]}`, which is an argument of `forward`: leave it out."
             )
-        given_config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        kwargs = dict(**signature(super().generate).bind_partial(*args).arguments, **kwargs)
+        given_config = kwargs.get("generation_config")
         options = self.reflection_options(latent_steps, latent_feedback, reflect, latent_tolerance, given_config)
-        prompt = args[0] if args else kwargs.get("inputs")
-        prompt = kwargs.get("input_ids") if prompt is None else prompt
+        prompts = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+        prompt = next((prompt for prompt in prompts if prompt is not None), None)
         self._check_prompt(prompt)
         if options.can_start:
             if kwargs.get("assistant_model") is not None:
@@ -93,7 +95,7 @@ class ReflectionGenerationMixin:
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = SilentReflectionStreamer(kwargs["streamer"], self.config.latent_token_ids)
         progress = ReflectionProgress(options, self.config.latent_token_ids, kwargs.get("image_grid_thw"), latents)
-        result = super().generate(*args, reflection=progress, **kwargs)
+        result = super().generate(reflection=progress, **kwargs)
         if options.can_start:
             sequences = result if isinstance(result, torch.Tensor) else result.sequences
             cut = forced_tokens_left(sequences, *self.config.latent_token_ids[::2], options.latent_steps)

@@ -742,6 +742,14 @@ def test_a_streamer_gets_the_prompt_and_the_words(model, processor, prompts, ids
     assert streamer.ended == 1
 
 
+def test_a_streamer_may_be_given_by_position(model, processor, prompts, ids):
+    inputs = encode(processor, prompts[0])
+    prompt, streamer = inputs.pop("input_ids"), Collect()
+    options = {"max_new_tokens": 12, "reflect": True, "do_sample": False}
+    tokens = model.generate(prompt, None, None, None, None, None, None, streamer, **inputs, **options)
+    assert streamer.values[1:] == [[token] for token in tokens[0, prompt.shape[1] :].tolist() if token not in ids]
+
+
 def test_text_streamer_never_shows_placeholders(model, processor, prompts, ids, words_only, capsys):
     inputs = encode(processor, prompts[0])
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True)  # doesn't skip special tokens by itself
@@ -813,6 +821,9 @@ def one(processor, prompts):
 def test_assisted_decoding_is_refused(model, stock, one):
     with pytest.raises(ValueError, match=r"(?s)assistant_model.*latent_steps=0"):
         model.generate(**one, max_new_tokens=16, assistant_model=stock)
+    others = {name: value for name, value in one.items() if name != "input_ids"}
+    with pytest.raises(ValueError, match=r"(?s)assistant_model.*latent_steps=0"):
+        model.generate(one["input_ids"], None, None, None, None, None, stock, **others, max_new_tokens=16)
 
 
 @pytest.mark.parametrize("plain", [{"latent_steps": 0}, {"reflect": False}])
