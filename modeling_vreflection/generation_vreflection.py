@@ -123,10 +123,14 @@ class ReflectionGenerationMixin:
 
     def _check_latents(self, latents: torch.Tensor, prompt: torch.Tensor | None, options: ReflectionOptions):
         if not options.can_start:
-            raise ValueError("`latents` are fed in reflections, and none may start: set `latent_steps` above 0.")
-        rows, size = "rows" if prompt is None else len(prompt), self.config.get_text_config().hidden_size
-        if latents.ndim != 3 or not latents.shape[1] or latents.shape[2] != size or rows not in ("rows", len(latents)):
+            raise ValueError(
+                "`latents` are fed in reflections, and none may start: leave out `latent_steps=0` and `reflect=False`."
+            )
+        rows, size = 1 if prompt is None else len(prompt), self.config.get_text_config().hidden_size
+        if latents.ndim != 3 or not latents.shape[1] or (len(latents), latents.shape[2]) != (rows, size):
             raise ValueError(f"`latents` must be ({rows}, at least 1, {size}), got {tuple(latents.shape)}.")
+        if not latents.isfinite().all():
+            raise ValueError("`latents` hold values that aren't finite (NaN or infinity).")
 
     def reflection_options(
         self,
@@ -225,7 +229,7 @@ class ReflectionGenerationMixin:
         if progress.options.reflect and not counts.all():
             raise ValueError(
                 "`latent_feedback='dac'` asks the pictures at every latent step, and `reflect=True` begins a reflection in "
-                f"every row; row {counts.tolist().index(0)} has no picture."
+                f"every row; row {counts.tolist().index(0)} has no picture. Give it one, or leave `reflect=True` out."
             )
         features = self.model.image_features(
             model_kwargs.get("pixel_values"),

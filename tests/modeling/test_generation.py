@@ -445,8 +445,24 @@ def test_given_latents_of_another_shape_are_refused(model, one, latents):
 
 
 def test_given_latents_need_reflections(model, one):
-    with pytest.raises(ValueError, match="`latents` are fed in reflections, and none may start"):
-        model.generate(**one, max_new_tokens=16, latents=torch.zeros(1, 8, 192), latent_steps=0)
+    for plain in ({"latent_steps": 0}, {"reflect": False}):
+        with pytest.raises(ValueError, match="`latents` are fed in reflections.*leave out.*`reflect=False`"):
+            model.generate(**one, max_new_tokens=16, latents=torch.zeros(1, 8, 192), **plain)
+
+
+def test_given_latents_must_be_finite(model, one):
+    latents = torch.zeros(1, 8, 192)
+    latents[0, 3, 5] = float("nan")
+    with pytest.raises(ValueError, match="`latents` hold values that aren't finite"):
+        model.generate(**one, max_new_tokens=16, latents=latents)
+
+
+def test_given_latents_fit_a_prompt_of_embeddings(model, processor):
+    embeds = model.get_input_embeddings()(encode(processor, ask("Hello?"))["input_ids"]).detach()
+    options = {"reflect": True, "max_new_tokens": 14, "do_sample": False, "return_dict_in_generate": True}
+    assert not model.generate(inputs_embeds=embeds, **options, latents=torch.zeros(1, 8, 192)).latents.any()
+    with pytest.raises(ValueError, match=r"`latents` must be \(1, at least 1, 192\), got \(2, 8, 192\)"):
+        model.generate(inputs_embeds=embeds, **options, latents=torch.zeros(2, 8, 192))
 
 
 @pytest.mark.parametrize("beams", [1, 2])
