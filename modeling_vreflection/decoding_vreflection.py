@@ -148,19 +148,19 @@ class ReflectionProgress:
             if not most:
                 self.left = None
 
-    def compare(self, look: torch.Tensor, previous: torch.Tensor | None):
+    def compare(self, look: torch.Tensor, previous: torch.Tensor):
         """Ends the reflections whose looks (B, L) came to rest, from the second step on: half the L1 distance is small."""
-        if previous is not None:
-            second = (self.left > 1) & (self.left < self.options.latent_steps)
-            self.settled = second & ((look - previous).abs().sum(1) / 2 < self.options.latent_tolerance)
+        second = (self.left > 1) & (self.left < self.options.latent_steps)
+        self.settled = second & ((look - previous).abs().sum(1) / 2 < self.options.latent_tolerance)
 
     def feed(self, input_ids: torch.LongTensor, latents: torch.Tensor) -> torch.Tensor:
         """What is fed to the last of tokens (B, T), where it is a slot: `latents` (B, 1, D), or those given."""
         if self.given is not None:
+            self.given = self.given.to(latents)
             number = (input_ids[:, self.prompt_length :] == self.latent_id).sum(1) - 1
             given = self.given[torch.arange(len(number), device=number.device), number % self.given.shape[1]]
             own = (number < 0) | (number >= self.given.shape[1])
-            latents = torch.where(own[:, None, None], latents, given[:, None].to(latents))
+            latents = torch.where(own[:, None, None], latents, given[:, None])
         if self.recording:
             column = input_ids.shape[1] - 1
             self.fed[column] = latents[:, 0]

@@ -249,7 +249,8 @@ class ReflectionGenerationMixin:
         features = torch.cat(self.model.looked_at(features, self.model.grids(progress.image_grid_thw)))
         padded, mask = pad_features(list(features.split(counts.tolist())))
         mask[:, 0] |= counts == 0  # a softmax over nothing would be NaN; such a row never looks
-        progress.pictures = (*self.model.dac.keys_and_values(padded), mask)
+        keys, values = self.model.dac.keys_and_values(padded)
+        progress.pictures = (keys, values, mask.to(keys.device))
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
@@ -287,11 +288,14 @@ class ReflectionGenerationMixin:
 
     def _look(self, states: torch.Tensor, reflection: ReflectionProgress, cache: Cache) -> torch.Tensor:
         """What states (B, 1, D) see in the rows' pictures (B, 1, D)."""
-        latents, look = self.model.dac.attend(states, *reflection.pictures)
-        reflection.look = look = look[:, 0]
+        # With a model over several devices, DAC may be on another.
+        latents, look = (seen.to(states.device) for seen in self.model.dac.attend(states, *reflection.pictures))
+        look = look[:, 0]
         if reflection.options.latent_tolerance:
-            reflection.compare(look, getattr(cache, "latent_look", None))
+            if reflection.look is not None:  # else what the cache has is of an earlier call
+                reflection.compare(look, cache.latent_look)
             cache.latent_look = look  # beside the state: beams move it, too
+        reflection.look = look
         return latents
 
     def init_continuous_batching(self, *args, **kwargs):

@@ -22,6 +22,7 @@ from transformers import (
     CompileConfig,
     GenerationConfig,
     LogitsProcessor,
+    StaticCache,
     TextIteratorStreamer,
     TextStreamer,
     TopKLogitsWarper,
@@ -503,6 +504,17 @@ def test_a_reflection_ends_when_its_look_comes_to_rest(model, stock, processor, 
         decode(model, inputs, STARTS[:3], **options, latent_tolerance=0.0).sequences,
         decode(model, inputs, STARTS[:3], **options).sequences,
     )
+
+
+def test_looks_are_not_compared_with_those_of_an_earlier_call(model, processor, prompts):
+    """A static cache that is reset and used again, for pictures with other numbers of patches."""
+    options = {"latent_feedback": "dac", "latent_tolerance": 0.5}
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=200)
+    for prompt in (prompts[0], prompts[2]):
+        inputs = encode(processor, prompt)
+        cache.reset()
+        again = decode(model, inputs, [{2}], **options, **{CACHE: cache})
+        assert torch.equal(again, decode(model, inputs, [{2}], **options))
 
 
 def test_rows_without_a_picture_do_not_reflect_by_looking(model, stock, processor, prompts, ids):
