@@ -281,7 +281,7 @@ class ReflectionGenerationMixin:
         if reflection.left is None:
             return inputs
         latents = kwargs[CACHE].latent_state
-        if reflection.pictures is not None and (input_ids[:, -1] == self.config.latent_token_id).any():
+        if reflection.pictures is not None and reflection.in_slots:
             latents = self._look(latents, reflection, kwargs[CACHE])
         latents = reflection.feed(input_ids, latents)
         return {**inputs, "latent_state": latents, "skip_logits": reflection.forced_steps > 0}

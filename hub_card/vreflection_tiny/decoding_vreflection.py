@@ -104,6 +104,7 @@ class ReflectionProgress:
     Attributes:
         left (`torch.LongTensor` of shape `(B,)`): Next tokens of each row that are forced; `None` where no row reflects.
         forced_steps (`int`): Next tokens that are known to be forced in all rows.
+        in_slots (`bool`): Whether the last token of any row is a slot.
         settled (`torch.BoolTensor` of shape `(B,)`): Rows whose look came to rest, so that their reflection ends here.
         pictures (`tuple`): DAC's keys and values (B, heads, L, D / heads) of all images of each row, and their mask (B, L);
             `None` where nothing asks them.
@@ -126,6 +127,7 @@ class ReflectionProgress:
         self.given = given
         self.left: torch.LongTensor | None = None
         self.forced_steps = 0
+        self.in_slots = False
         self.settled: torch.BoolTensor | None = None
         self.pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self.has_pictures: torch.BoolTensor | None = None
@@ -142,8 +144,10 @@ class ReflectionProgress:
         # Once all rows are known to be in a reflection, nothing needs to wait for the device until the first one leaves it;
         # when that is, only a look that comes to rest can tell.
         self.forced_steps -= self.forced_steps > 0
+        self.in_slots = self.forced_steps > 0
         if not self.forced_steps or self.options.latent_tolerance:
-            least, most = torch.stack(self.left.aminmax()).tolist()
+            in_slots = (self.left > 0) & (self.left <= self.options.latent_steps)
+            least, most, self.in_slots = torch.stack([*self.left.aminmax(), in_slots.any()]).tolist()
             self.forced_steps = min(least, 1) if self.options.latent_tolerance else least
             if not most:
                 self.left = None

@@ -731,9 +731,24 @@ def test_within_reflections_of_all_rows_nothing_is_asked_of_the_device(ids):
     assert progress.left.tolist() == [3, 4] and progress.forced_steps == 3
     for length, forced_steps in ((3, 2), (4, 1)):
         progress.read(torch.empty(2, length, dtype=torch.long, device="meta"))
-        assert progress.forced_steps == forced_steps
+        assert progress.forced_steps == forced_steps and progress.in_slots
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         progress.read(torch.empty(2, 5, dtype=torch.long, device="meta"))  # the first row leaves: it must ask again
+
+
+@pytest.mark.parametrize("tolerance", [None, 1e-9])
+def test_dac_is_asked_only_at_steps_with_a_slot(model, processor, prompts, tolerance):
+    calls = []
+    inputs = encode(processor, *prompts[:2])
+    hook = model.model.dac.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        # Both rows at once; one after the other with text between; overlapping.
+        for starts, steps in (([{0}, {0}], 8), ([{0}, {12}], 16), ([{0}, {3}], 11)):
+            calls.clear()
+            decode(model, inputs, starts, latent_feedback="dac", latent_tolerance=tolerance)
+            assert len(calls) == steps
+    finally:
+        hook.remove()
 
 
 def test_a_text_step_gets_what_the_stock_class_gets(model, processor, prompts):
