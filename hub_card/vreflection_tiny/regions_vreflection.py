@@ -68,6 +68,11 @@ def boxes_by_step(boxes: torch.LongTensor, num_latent_tokens: int) -> torch.Long
 
     `boxes` are these, or (G, 5), one a segment, with the image in front, as processors made them before there were paths.
     """
+    if boxes.is_floating_point():
+        raise ValueError(
+            f"`boxes` must be integers, corners in 1/{BOX_UNIT:,} of the image's sides, got {boxes.dtype}; the processor makes "
+            "them."
+        )
     if boxes.ndim == 2 and boxes.shape[1] == 5:
         return boxes.roll(-1, 1)[:, None].expand(-1, num_latent_tokens, -1)
     if boxes.ndim != 3 or boxes.shape[1:] != (num_latent_tokens, 5):

@@ -549,6 +549,8 @@ def test_boxes_of_another_shape_are_refused(model, mixed):
     for wrong in (boxes[:, :7], boxes[..., :4], boxes[None]):
         with pytest.raises(ValueError, match=r"`boxes` must be \(segments, 8, 5\)"):
             model(**{**mixed.inputs, "boxes": wrong}, latent_inputs="bcm")
+    with pytest.raises(ValueError, match="`boxes` must be integers.*1/65,536.*got torch.float32; the processor"):
+        model(**{**mixed.inputs, "boxes": boxes / 65_536}, latent_inputs="bcm")
 
 
 def test_modes_name_the_module_or_input_that_they_miss(model, make_model, mixed):
