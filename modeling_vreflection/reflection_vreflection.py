@@ -5,6 +5,7 @@ all images of a segment's sample before it (the largest count among the segments
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -362,20 +363,20 @@ class ReflectionModelMixin:
         paths = boxes_by_step(boxes, self.config.num_latent_tokens).tolist()
         check_boxes(paths, images)
 
-        # Side by side the features of a segment's different boxes, and which of these each feature and each step has.
-        segments, local, of_feature, of_step = [], [], [], []
+        # Side by side the features of a segment's boxes; of each box its place there, and the steps that look at it.
+        segments, local, masks = [], [], []
         for path in paths:
-            segment = list(dict.fromkeys(map(tuple, path)))
-            pooled = [pool_region(features[image], corners, grids[image], pooling) for *corners, image in segment]
+            segment, pooled, blocks, step, column = [], [], [], 0, 0
+            for (*corners, image), run in groupby(path):
+                pooled.append(pool_region(features[image], corners, grids[image], pooling))
+                blocks.append(torch.ones(len(list(run)), len(pooled[-1]), dtype=torch.bool))
+                steps, columns = blocks[-1].shape
+                segment.append((corners, image, slice(step, step + steps), slice(column, column + columns)))
+                step, column = step + steps, column + columns
             segments.append(segment)
             local.append(torch.cat(pooled))
-            of_feature.append(
-                torch.arange(len(segment)).repeat_interleave(torch.tensor([len(part) for part in pooled]))
-            )
-            of_step.append([segment.index(tuple(box)) for box in path])
-        of_feature = pad_sequence(of_feature, batch_first=True, padding_value=-1).to(device)  # (G, N)
-        of_step = torch.tensor(of_step, device=device)  # (G, S)
-        mask = of_feature[:, None] == of_step[:, :, None]
+            masks.append(torch.block_diag(*blocks).T)
+        mask = pad_sequence(masks, batch_first=True).transpose(1, 2).to(device)  # (G, S, N)
         if self.bcm is None:
             latents, attention = None, mask / mask.sum(2, keepdim=True)
         else:
@@ -383,15 +384,14 @@ class ReflectionModelMixin:
 
         lengths = [len(feature) for feature in features]
         most = max(sum(lengths[image] for image in before) for before in images)
-        projected = attention.new_zeros(*of_step.shape, most)
+        projected = attention.new_zeros(*mask.shape[:2], most)
         inside = torch.zeros(projected.shape, dtype=torch.bool, device=device)
         for number, (segment, before) in enumerate(zip(segments, images)):
-            for index, (*corners, image) in enumerate(segment):
+            for corners, image, steps, columns in segment:
                 first = sum(lengths[before.start : image])
-                steps, columns = of_step[number] == index, of_feature[number] == index
-                maps = project_attention(attention[number, steps][:, columns], corners, grids[image], pooling)
+                maps = project_attention(attention[number, steps, columns], corners, grids[image], pooling)
                 projected[number, steps, first : first + lengths[image]] = maps
-                inside[number, steps.nonzero(), first + box_patches(corners, grids[image]).to(device)] = True
+                inside[number, steps, first + box_patches(corners, grids[image]).to(device)] = True
         return latents, projected, inside
 
     def _run(self, inputs: dict, embeds: torch.Tensor, kwargs: dict) -> BaseModelOutputWithPast:
