@@ -46,6 +46,15 @@ def test_the_loading_example_runs(tmp_path):
     assert re.fullmatch(r"[A-Z]\n", ran.stdout), ran.stderr
 
 
+def test_the_decoding_pages_examples_run(tmp_path):
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/decoding.md").read_text(), re.DOTALL)
+    checks = "assert logits.shape[:2] == result.sequences.shape\nprint(result.latent_counts.tolist())\n"
+    code = python_of("Load") + "import torch\n" + "".join(examples) + checks
+    ran = run_python(code, tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "[8]"
+
+
 @pytest.mark.slow
 def test_own_data_trains(tmp_path):
     ran = run_python(python_of("Your own data") + python_of("Train"), tmp_path)
