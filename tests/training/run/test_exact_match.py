@@ -175,7 +175,7 @@ def test_shared_out_weights_are_refused(make_trainer, monkeypatch):
 
 def test_the_last_evaluation_is_what_counts():
     history = [
-        {"eval_a_exact_match": 0.1, "step": 1},
+        {"eval_a_exact_match": 0.1, "eval_c_exact_match": 0.4, "step": 1},
         {"loss": 1.0, "step": 2},
         {"eval_a_exact_match": 0.2, "eval_loss": 3.0, "step": 2},
         {"eval_b_exact_match": 0.3, "step": 2},
