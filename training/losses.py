@@ -108,7 +108,18 @@ def attention_distillation_loss(
 
 
 def target_attention(outputs, target: str = "teacher") -> torch.Tensor:
-    """What L_attn aims at, (G, S, L): Â_T for `"teacher"` (Eq. 4); for `"box"`, uniform over the patches of the step's box."""
+    """What L_attn aims at, a map for each step.
+
+    Args:
+        outputs (`VReflectionCausalLMOutputWithPast`): The model's outputs, with boxes.
+        target (`str`): `"teacher"`, Â_T (Eq. 4); `"box"`, uniform over the merged patches that the step's box overlaps.
+
+    Returns:
+        `torch.FloatTensor` of shape `(G, S, L)`: For `"box"` float32; each step sums to one.
+
+    Raises:
+        ValueError: Another `target`.
+    """
     if target not in ATTENTION_TARGETS:
         raise ValueError(f"`target` must be one of {', '.join(ATTENTION_TARGETS)}, got {target!r}.")
     if target == "teacher":
