@@ -70,8 +70,8 @@ def generate_and_look(
         options: `latent_steps`, `latent_feedback`, `reflect` and `max_new_tokens` of the model's `generate`.
 
     Returns:
-        `tuple`: The new tokens (B, N), and for each row the reflections in its answer, without one that the length limit
-        cut, about which `generate` warns.
+        `tuple`: The new tokens (B, N), the latents that `generate` returns (B, M, D), and for each row the reflections in its
+        answer, without one that the length limit cut, about which `generate` warns.
 
     Raises:
         InputError: `"dac"` among the sources, and a checkpoint without DAC.
@@ -163,10 +163,12 @@ def dac_attention(
     offset = first + (model.config.query_position == "at")
     states = torch.cat([step.state[row] for step in steps[offset : offset + count]])
     # F_global, as it stands among the prompt's embeddings.
-    features = steps[0].embeds[row, is_image[row]].split([height * width for height, width in grids[row]])
+    features = steps[0].embeds[row, is_image[row]]
     with torch.no_grad():
-        seen = torch.cat(model.model.looked_at(features, grids[row]))
-        return model.model.dac(states[None], *pad_features([seen]))[1][0].cpu()
+        if grids[row]:
+            images = features.split([height * width for height, width in grids[row]])
+            features = torch.cat(model.model.looked_at(images, grids[row]))
+        return model.model.dac(states[None], *pad_features([features]))[1][0].cpu()
 
 
 def language_attention(

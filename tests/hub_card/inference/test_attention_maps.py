@@ -106,6 +106,14 @@ def test_maps_have_the_shape_of_each_pictures_grid(tiny, conversations):
     assert 0 < flat(reflection.maps["llm"]).sum(1).max() < 1
 
 
+@pytest.mark.parametrize("positions", ["none", "sincos"])
+def test_a_reflection_without_a_picture_has_no_maps(tiny, monkeypatch, positions):
+    monkeypatch.setattr(tiny[0].config, "patch_positions", positions)
+    question = [{"role": "user", "content": [{"type": "text", "text": "Which glyph?"}]}]
+    (reflection,) = look(*tiny, question, reflect=True, max_new_tokens=12).reflections
+    assert reflection.steps == 8 and reflection.maps == {"dac": [], "llm": []}
+
+
 def test_without_a_reflection_there_are_no_maps(tiny, conversations):
     assert look(*tiny, conversations[0], reflect=False, max_new_tokens=4).reflections == []
 
