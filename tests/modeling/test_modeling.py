@@ -394,20 +394,24 @@ def test_loss_is_the_mean_over_supervised_tokens(model, mixed):
     torch.testing.assert_close(outputs.loss, shifted_loss(outputs.logits, labels, "sum") / 1000)
 
 
-@pytest.mark.parametrize("latent_inputs", ["bcm", "dac", "hidden"])
-def test_gradients_equal_those_of_the_recomputation(model, stock, aligned, latent_inputs):
-    """Through every pass and every step that feeds back."""
+@pytest.mark.parametrize(
+    ("latent_inputs", "batch"),
+    [("bcm", "aligned"), ("dac", "aligned"), ("hidden", "aligned"), ("bcm", "paths"), ("dac", "paths")],
+)
+def test_gradients_equal_those_of_the_recomputation(model, stock, latent_inputs, batch, request):
+    """Through every pass, every step that feeds back, and to each of BCM's queries from its step's own box."""
+    batch = request.getfixturevalue(batch)
     name = "layers.1.mlp.down_proj.weight"
     ours, theirs = model.model.language_model.get_parameter(name), stock.model.language_model.get_parameter(name)
     modules = [model.model.bcm.queries, model.model.dac.norm.weight]
-    logits = model(**aligned.inputs, latent_inputs=latent_inputs).logits
-    gradients = torch.autograd.grad(shifted_loss(logits, labels_of(aligned)), [ours, *modules], allow_unused=True)
+    logits = model(**batch.inputs, latent_inputs=latent_inputs).logits
+    gradients = torch.autograd.grad(shifted_loss(logits, labels_of(batch)), [ours, *modules], allow_unused=True)
 
-    rows, _ = expect(model, stock, aligned, latent_inputs)
+    rows, _ = expect(model, stock, batch, latent_inputs)
     expected_logits = torch.zeros_like(logits)
     for index, states in enumerate(rows):
-        expected_logits[index, aligned.inputs["attention_mask"][index].bool()] = states @ stock.lm_head.weight.T
-    loss = shifted_loss(expected_logits, labels_of(aligned))
+        expected_logits[index, batch.inputs["attention_mask"][index].bool()] = states @ stock.lm_head.weight.T
+    loss = shifted_loss(expected_logits, labels_of(batch))
     expected = torch.autograd.grad(loss, [theirs, *modules], allow_unused=True)
 
     received = {"bcm": [True, True, False], "dac": [True, False, True], "hidden": [True, False, False]}[latent_inputs]
