@@ -7,7 +7,7 @@ import PIL.Image
 from datasets import Features, Image, List, Value
 from trl.data_utils import prepare_multimodal_messages
 
-from modeling_vreflection.processing_vreflection import rendered_reflections
+from modeling_vreflection.parts_vreflection import rendered_reflections
 
 
 # One schema for all sources, so that they can be mixed. Pictures stay paths or encoded bytes until they are loaded. `error` says

@@ -18,8 +18,9 @@ except ImportError:
 # Boxes travel as integers in this unit of an image's side, because training engines cast floats to bfloat16.
 BOX_UNIT = 65_536
 ROI_BINS = 7
-# Lowest and highest frequency of `add_positions`, in periods a side of the image.
-POSITION_PERIODS = (0.5, 32.0)
+# The highest frequency of `add_positions`, in periods a side of the image. Of those tried on grids from 6 x 6 to 72 x 128, up to
+# 64, it was learned fastest, and still told the finest patches apart.
+POSITION_PERIODS = 4
 ROI_SAMPLING_RATIO = 2
 
 
@@ -51,10 +52,10 @@ def add_positions(features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor
     """Adds to an image's features (L, D) where each patch lies: a fixed sinusoid of its centre, of the features' RMS.
 
     A quarter of the D channels each are sines and cosines of x and sines and cosines of y, in fractions of the image's sides,
-    with D / 4 frequencies in geometric progression.
+    with D / 4 equally spaced frequencies up to 4 periods a side.
     """
-    low, high = (math.log(periods) for periods in POSITION_PERIODS)
-    waves = torch.linspace(low, high, features.shape[1] // 4, device=features.device).exp() * 2 * math.pi
+    count = features.shape[1] // 4
+    waves = torch.arange(1, count + 1, device=features.device) * (2 * math.pi * POSITION_PERIODS / count)
     y, x = (((torch.arange(size, device=features.device) + 0.5) / size)[:, None] * waves for size in grid)
     across = torch.cat([x.sin(), x.cos()], 1)[None].expand(len(y), -1, -1)
     down = torch.cat([y.sin(), y.cos()], 1)[:, None].expand(-1, len(x), -1)

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor
 
-from modeling_vreflection.regions_vreflection import POSITION_PERIODS
 from vreflection_hub_card.glyphsearch import make_scene
 
 
@@ -79,9 +78,9 @@ def patches_inside(box, grid: tuple[int, int]) -> list[int]:
 
 def with_positions(features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """What `patch_positions="sincos"` lets BCM and DAC read of an image, patch by patch and channel by channel."""
-    (height, width), (low, high) = grid, POSITION_PERIODS
+    height, width = grid
     count = features.shape[1] // 4
-    waves = [low * (high / low) ** (index / (count - 1)) for index in range(count)]
+    waves = [4 * (index + 1) / count for index in range(count)]
     rows = []
     for row in range(height):
         for column in range(width):

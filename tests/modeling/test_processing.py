@@ -10,7 +10,8 @@ from PIL import Image
 from reference import END, SLOT, START, answer, ask, encode, picture
 
 from modeling_vreflection import VReflectionProcessor
-from modeling_vreflection.processing_vreflection import build_chat_template, rendered_reflections
+from modeling_vreflection.parts_vreflection import rendered_reflections
+from modeling_vreflection.processing_vreflection import build_chat_template
 from modeling_vreflection.regions_vreflection import quantise_box
 
 

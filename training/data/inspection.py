@@ -8,7 +8,7 @@ from uuid import uuid4
 from datasets import Dataset, Features, List, Value
 
 from modeling_vreflection import VReflectionProcessor
-from modeling_vreflection.processing_vreflection import ReflectionPartError, read_path, rendered_reflections
+from modeling_vreflection.parts_vreflection import ReflectionPartError, read_path, rendered_reflections
 from vreflection_hub_card.rows import BadRow, check_past_reflections, row_images, row_messages, row_name
 
 from .images import count_image_tokens, image_size, load_image

@@ -64,6 +64,6 @@ def collapse_message(spread: float | None, step: int) -> str | None:
     return (
         f"Step {step}: the latents of different samples are nearly equal: their spread is {spread:.2g}, below "
         f"{COLLAPSE_THRESHOLD} (0 is all equal, unrelated latents have 1). Such latents say nothing about the picture. Check "
-        'that the boxes of your data differ; lower `learning_rate` or `lambda_bcm`; use `alignment="stochastic"` and '
-        "`bcm_receives_ce=True`."
+        "that the boxes of your data differ; lower `learning_rate`, and with L_BCM `lambda_bcm`; use "
+        '`alignment="stochastic"` and `bcm_receives_ce=True`.'
     )
