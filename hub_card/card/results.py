@@ -2,10 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry
+
+from modeling_vreflection.decoding_vreflection import ReflectionOptions
 
 from ..errors import InputError
 from ..evaluation.benchmarks import BENCHMARKS
@@ -76,16 +79,23 @@ def condition(report: dict, task: str) -> tuple:
     """What tells two measurements of a task apart."""
     if task == GLYPHSEARCH_TASK:
         data, decoding = (report["tasks"][task][name] for name in ("data", "decoding"))
-        return data["difficulty"], data["split"], decoding["latent_steps"], decoding["latent_feedback"]
+        return data["difficulty"], data["split"], *reflection_of(decoding)
     options = report["options"]
-    return tuple(options[name] for name in ("latent_steps", "latent_feedback", "reflect", "min_pixels", "max_pixels"))
+    return *reflection_of(options), options["min_pixels"], options["max_pixels"]
+
+
+def reflection_of(options: dict) -> tuple:
+    """How a measurement reflected, in the order of [`ReflectionOptions`]; older results know no tolerance."""
+    return tuple(options.get(field.name) for field in fields(ReflectionOptions))
 
 
 def describe_decoding(report: dict) -> str:
     """How a benchmark was decoded, in words."""
     options = report["options"]
-    reflect = "" if options["reflect"] is None else f", `reflect={options['reflect']}`"
-    return f"{options['latent_steps']} latent steps, `{options['latent_feedback']}` fed back{reflect}"
+    others = [
+        f", `{name}={options[name]}`" for name in ("reflect", "latent_tolerance") if options.get(name) is not None
+    ]
+    return f"{options['latent_steps']} latent steps, `{options['latent_feedback']}` fed back{''.join(others)}"
 
 
 def model_index(reports: list[dict]) -> list[EvalResult]:
@@ -137,11 +147,11 @@ def eval_entries(reports: list[dict], checkpoint: Checkpoint) -> dict[str, EvalR
 
     The value is the strict accuracy; the notes give the authors' scorer's.
     """
-    own = (checkpoint.decoding.latent_steps, checkpoint.decoding.latent_feedback, None)
+    own = astuple(checkpoint.decoding)
     entries = {}
     for report in reports:
         for task, result in report["tasks"].items():
-            if "revision" not in result["data"] or condition(report, task)[:3] != own:
+            if "revision" not in result["data"] or reflection_of(report["options"]) != own:
                 continue
             if task in entries:
                 raise InputError(

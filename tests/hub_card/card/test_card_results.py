@@ -43,10 +43,11 @@ def test_only_the_checkpoints_own_decoding_gets_into_eval_results(folder, write_
         write_result(folder, "with.json"),
         write_result(folder, "without.json", options={"latent_steps": 0}),
         write_result(folder, "never.json", options={"reflect": False}),
+        write_result(folder, "early.json", options={"latent_tolerance": 0.2}),
     ]
     card = ModelCard(write_card(folder, results=files).read_text())
-    assert len(entries(folder)) == 1 and len(card.data.eval_results) == 6
-    assert len({result.metric_name for result in card.data.eval_results}) == 6
+    assert len(entries(folder)) == 1 and len(card.data.eval_results) == 8
+    assert len({result.metric_name for result in card.data.eval_results}) == 8
     write_card(folder, results=files[1:])
     assert not list((folder / ".eval_results").iterdir())  # that of the earlier card is gone
 
