@@ -29,14 +29,28 @@ class LatentCrossAttention(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
 
-    def keys_and_values(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Projects features (G, N, D) to keys and values, (G, heads, N, D / heads) each: all that a later look needs."""
-        return self._split(self.k_proj(features)), self._split(self.v_proj(features))
+    def keys_and_values(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """All that later looks at features (G, N, D) need: keys and values, (G, heads, N, D / heads) each, and `None`.
+
+        Of features with places, (G, N, 3D), see `add_positions`, the keys see where they lie, the values don't, and the
+        places (G, N, D) come third.
+        """
+        content, located, places = features, features, None
+        if features.shape[-1] != self.k_proj.in_features:
+            content, located, places = features.chunk(3, -1)
+        return self._split(self.k_proj(located)), self._split(self.v_proj(content)), places
 
     def attend(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        places: torch.Tensor | None,
+        mask: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attends from queries (G, S, D) to N keys and values where mask, bool, is true: (G, N), or by step (G, S, N).
+
+        With places, a latent says where it looked: their mean under the attention is added behind the LayerNorm.
 
         Returns:
             `tuple`: The latents (G, S, D), in the dtype of the weights, and the attention (G, S, N), float32, the mean
@@ -47,7 +61,10 @@ class LatentCrossAttention(nn.Module):
         scores = (q @ keys.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
         weights = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)  # (G, heads, S, N)
         mixed = (weights.to(values.dtype) @ values).transpose(1, 2).flatten(-2)  # (G, S, D)
-        return self.norm(self.o_proj(mixed)), weights.mean(1)
+        latents, attention = self.norm(self.o_proj(mixed)), weights.mean(1)
+        if places is not None:
+            latents = latents + (attention @ places.float()).to(latents.dtype)
+        return latents, attention
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         """Splits (G, N, D) into heads: (G, heads, N, D / heads)."""

@@ -106,8 +106,8 @@ class ReflectionProgress:
         forced_steps (`int`): Next tokens that are known to be forced in all rows.
         in_slots (`bool`): Whether the last token of any row is a slot.
         settled (`torch.BoolTensor` of shape `(B,)`): Rows whose look came to rest, so that their reflection ends here.
-        pictures (`tuple`): DAC's keys and values (B, heads, L, D / heads) of all images of each row, and their mask (B, L);
-            `None` where nothing asks them.
+        pictures (`tuple`): Of all images of each row DAC's keys and values (B, heads, L, D / heads), with `patch_positions`
+            their places (B, L, D), and their mask (B, L); `None` where nothing asks them.
         has_pictures (`torch.BoolTensor` of shape `(B,)`): Which rows may reflect; `None` for all.
         look (`torch.FloatTensor` of shape `(B, L)`): Where each row looks at this step.
         prompt_length (`int`): Tokens of the prompts.
@@ -129,7 +129,7 @@ class ReflectionProgress:
         self.forced_steps = 0
         self.in_slots = False
         self.settled: torch.BoolTensor | None = None
-        self.pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor] | None = None
         self.has_pictures: torch.BoolTensor | None = None
         self.look: torch.FloatTensor | None = None
         self.prompt_length = 0
@@ -206,7 +206,7 @@ class ReflectionProgress:
         shape = len(sequences), int(counts.max())
         attention = None
         if self.options.latent_feedback == "dac":
-            length = 0 if self.pictures is None else self.pictures[2].shape[1]
+            length = 0 if self.pictures is None else self.pictures[-1].shape[1]
             attention = gather(self.looks, torch.zeros(*shape, length, device=like.device))
         latents = gather(self.fed, like.new_zeros(*shape, like.shape[-1]))
         return {"latents": latents, "latent_counts": counts, "latent_attention": attention}

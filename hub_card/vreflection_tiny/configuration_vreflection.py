@@ -39,7 +39,7 @@ class ReflectionConfigMixin:
             bins (Sec. 3.2).
         patch_positions (`str`, *optional*, defaults to `"none"`):
             How BCM and DAC know where a patch lies: `"none"`, by its features alone (the paper), or `"sincos"`, by a fixed
-            sinusoid of its centre that is added to what they read.
+            sinusoid of its centre that is added to what their keys read, and to their latents under the attention.
         dac_queries (`str`, *optional*, defaults to `"states"`):
             DAC's queries: the model's own `"states"` (Eq. 3), or `"static"` learned ones, or `"random"` Gaussian ones
             (the ablation, Tab. 3 d).

@@ -249,8 +249,8 @@ class ReflectionGenerationMixin:
         features = torch.cat(self.model.looked_at(features, self.model.grids(progress.image_grid_thw)))
         padded, mask = pad_features(list(features.split(counts.tolist())))
         mask[:, 0] |= counts == 0  # a softmax over nothing would be NaN; such a row never looks
-        keys, values = self.model.dac.keys_and_values(padded)
-        progress.pictures = (keys, values, mask.to(keys.device))
+        keys, values, places = self.model.dac.keys_and_values(padded)
+        progress.pictures = (keys, values, None if places is None else places.to(keys.device), mask.to(keys.device))
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)

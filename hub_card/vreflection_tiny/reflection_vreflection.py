@@ -313,7 +313,7 @@ class ReflectionModelMixin:
         )
 
     def looked_at(self, features: list[torch.Tensor], grids: list[tuple[int, int]]) -> list[torch.Tensor]:
-        """What BCM and DAC read of images with these merged grids, (L_i, D) each: features, and with `patch_positions` places."""
+        """What BCM and DAC read of images with these merged grids: features (L_i, D), with `patch_positions` (L_i, 3D)."""
         if self.config.patch_positions == "none":
             return features
         return [add_positions(*image) for image in zip(features, grids)]
@@ -353,7 +353,7 @@ class ReflectionModelMixin:
         Args:
             boxes (`torch.LongTensor`): See [`boxes_by_step`].
             images (`list[range]`): See [`images_before`].
-            features (`list[torch.Tensor]`): What BCM reads of each image of the batch, (L_i, D).
+            features (`list[torch.Tensor]`): What BCM reads of each image of the batch, (L_i, D) or (L_i, 3D).
             grids (`list[tuple[int, int]]`): Their merged grids, h and w.
 
         Returns:

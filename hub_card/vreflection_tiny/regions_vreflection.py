@@ -49,7 +49,10 @@ def merged_grids(image_grid_thw: torch.LongTensor | None, merge_size: int) -> li
 
 
 def add_positions(features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Adds to an image's features (L, D) where each patch lies: a fixed sinusoid of its centre, of the features' RMS.
+    """Features (L, D) of an image, and beside them where each patch lies: (L, 3D).
+
+    They are the features; the features plus a fixed sinusoid of the patch's centre, scaled to the RMS of the image's features,
+    which keys read; and the sinusoid with an RMS of 1, which latents carry.
 
     A quarter of the D channels each are sines and cosines of x and sines and cosines of y, in fractions of the image's sides,
     with D / 4 equally spaced frequencies up to 4 periods a side.
@@ -59,9 +62,9 @@ def add_positions(features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor
     y, x = (((torch.arange(size, device=features.device) + 0.5) / size)[:, None] * waves for size in grid)
     across = torch.cat([x.sin(), x.cos()], 1)[None].expand(len(y), -1, -1)
     down = torch.cat([y.sin(), y.cos()], 1)[:, None].expand(-1, len(x), -1)
-    positions = torch.cat([across, down], 2).flatten(0, 1)  # (L, D), of RMS sqrt(1 / 2)
-    scale = (2 * features.detach().float().square().mean()).sqrt()
-    return features + (scale * positions).to(features.dtype)
+    places = math.sqrt(2) * torch.cat([across, down], 2).flatten(0, 1)  # (L, D)
+    rms = features.detach().float().square().mean().sqrt()
+    return torch.cat([features, features + (rms * places).to(features.dtype), places.to(features.dtype)], 1)
 
 
 def boxes_by_step(boxes: torch.LongTensor, num_latent_tokens: int) -> torch.LongTensor:

@@ -51,8 +51,12 @@ def encode(processor, *conversations, **kwargs):
 
 
 def attend(module: nn.Module, queries: torch.Tensor, features: torch.Tensor, **kwargs):
-    """`torch.nn.MultiheadAttention` and LayerNorm on the weights of BCM or DAC: latents and head-averaged attention."""
+    """`torch.nn.MultiheadAttention` and LayerNorm on the weights of BCM or DAC: latents and head-averaged attention.
+
+    `features` may be those of `with_positions`.
+    """
     size = queries.shape[-1]
+    content, located, places = features.split(size, -1) if features.shape[-1] > size else (features, features, None)
     attention = nn.MultiheadAttention(size, module.num_heads, batch_first=True)
     projections = (module.q_proj, module.k_proj, module.v_proj)
     with torch.no_grad():
@@ -60,8 +64,9 @@ def attend(module: nn.Module, queries: torch.Tensor, features: torch.Tensor, **k
         attention.in_proj_bias.copy_(torch.cat([projection.bias for projection in projections]))
         attention.out_proj.weight.copy_(module.o_proj.weight)
         attention.out_proj.bias.copy_(module.o_proj.bias)
-    mixed, weights = attention(queries, features, features, average_attn_weights=True, **kwargs)
-    return nn.functional.layer_norm(mixed, [size], module.norm.weight, module.norm.bias, 1e-6), weights
+    mixed, weights = attention(queries, located, content, average_attn_weights=True, **kwargs)
+    latents = nn.functional.layer_norm(mixed, [size], module.norm.weight, module.norm.bias, 1e-6)
+    return latents if places is None else latents + weights @ places, weights
 
 
 def patches_inside(box, grid: tuple[int, int]) -> list[int]:
@@ -77,7 +82,10 @@ def patches_inside(box, grid: tuple[int, int]) -> list[int]:
 
 
 def with_positions(features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """What `patch_positions="sincos"` lets BCM and DAC read of an image, patch by patch and channel by channel."""
+    """What `patch_positions="sincos"` lets BCM and DAC read of an image, patch by patch and channel by channel.
+
+    Side by side: features, which values read; these and places, which keys read; places, which go behind the LayerNorm.
+    """
     height, width = grid
     count = features.shape[1] // 4
     waves = [4 * (index + 1) / count for index in range(count)]
@@ -88,8 +96,9 @@ def with_positions(features: torch.Tensor, grid: tuple[int, int]) -> torch.Tenso
                 [2 * math.pi * wave * at for wave in waves] for at in ((column + 0.5) / width, (row + 0.5) / height)
             ]
             rows.append([wave(angle) for of_axis in angles for wave in (math.sin, math.cos) for angle in of_axis])
-    positions = torch.tensor(rows)
-    return features + positions * features.square().mean().sqrt() / positions.square().mean().sqrt()
+    places = torch.tensor(rows)
+    places = places / places.square().mean().sqrt()
+    return torch.cat([features, features + places * features.square().mean().sqrt(), places], 1)
 
 
 class Row:
