@@ -18,9 +18,12 @@ def picture(seed, width, height):
 
 
 def row(name, boxes=(), sizes=((84, 56),), answer="Which glyph"):
-    """A row with pictures of these sizes and reflections on these (image, box)."""
+    """A row with pictures of these sizes and reflections on these (image, box), or on a path (image, boxes)."""
     content = [{"type": "image", "image": picture(seed, *size)} for seed, size in enumerate(sizes)]
-    reflections = [{"type": "reflection", "box": box, "image_index": image} for image, box in boxes]
+    reflections = [
+        {"type": "reflection", "boxes" if isinstance(box[0], list) else "box": box, "image_index": image}
+        for image, box in boxes
+    ]
     return {
         "id": name,
         "messages": [
@@ -35,7 +38,7 @@ ROWS = [
     row("text", sizes=(), answer="red cross is on the"),
     row("several pictures", [(1, [0.0, 0.0, 0.5, 0.5]), (0, [0.5, 0.5, 1.0, 1.0])], ((56, 112), (140, 84))),
     row("no reflection", sizes=((56, 56),)),
-    row("last", [(0, [0.3, 0.3, 0.9, 0.4])], ((112, 112),), "blue"),
+    row("last", [(0, [[0.3, 0.3, 0.9, 0.4], [0.0, 0.5, 0.2, 1.0]])], ((112, 112),), "blue"),
 ]
 PACKS = [[ROWS[0], ROWS[1], ROWS[2]], [ROWS[3], ROWS[4]]]
 
@@ -58,11 +61,12 @@ def run(model, batch, latent_inputs):
     return outputs, losses
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
+@pytest.fixture(scope="module", params=["sdpa none", "eager sincos"])
 def strong(request, make_model):
     """What is fed decides what comes out, so that a leak between samples shows."""
-    model = make_model(dac_queries="states")
-    model.set_attn_implementation({"text_config": request.param})
+    attention, positions = request.param.split()
+    model = make_model(dac_queries="states", patch_positions=positions)
+    model.set_attn_implementation({"text_config": attention})
     return model
 
 
