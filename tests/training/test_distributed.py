@@ -16,6 +16,7 @@ from vreflection_hub_card.inference.checkpoints import EMBEDDED
 from vreflection_training.loading import load_model_and_processor
 
 
+pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("distributed_worker.py")
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -101,9 +102,9 @@ def alone(tmp_path_factory, stage_1):
     scope="module",
     params=[
         pytest.param((None, None), id="ddp"),
-        pytest.param((FSDP2, None), id="fsdp2", marks=pytest.mark.slow),
-        pytest.param((ZERO, 2), id="zero2", marks=pytest.mark.slow),
-        pytest.param((ZERO, 3), id="zero3", marks=pytest.mark.slow),
+        pytest.param((FSDP2, None), id="fsdp2"),
+        pytest.param((ZERO, 2), id="zero2"),
+        pytest.param((ZERO, 3), id="zero3"),
     ],
 )
 def together(request, tmp_path_factory, stage_1):

@@ -331,7 +331,13 @@ def dry_run(place, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("name", LARGE)
+# One of each kind; CI runs the others, too.
+QUICK = ("path_3b", "path_7b_lora", "qwen2_5_vl_7b_stage1", "qwen2_5_vl_7b_stage2")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LARGE]
+)
 def test_dry_run(dry_run, name):
     if name in ADAPTERS:
         pytest.importorskip("peft")
