@@ -289,7 +289,8 @@ def test_private_repositories_are_for_their_owners(hub):
 
 
 UPLOAD = """\
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background may have been told to ignore
 from pathlib import Path
 from huggingface_hub import HfApi
 from vreflection_hub_card.publishing.files import HashedFile, find_files
