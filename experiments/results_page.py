@@ -22,6 +22,7 @@ RENDERERS = {
     "glyphsearch mixed": (glyphsearch_table, EMBEDDED_RESULTS / "vreflection_tiny_mixed.json"),
     "training small": (training_tables, BENCHMARK_RESULTS / "training_small.json"),
     "decoding 7b": (decoding_tables, BENCHMARK_RESULTS / "decoding_7b_cpu.json"),
+    "decoding 3b dac": (decoding_tables, BENCHMARK_RESULTS / "decoding_3b_dac_cpu.json"),
     "decoding small": (decoding_tables, BENCHMARK_RESULTS / "decoding_small.json"),
     "decoding tiny": (decoding_tables, BENCHMARK_RESULTS / "decoding_tiny.json"),
     "decoding embedded": (decoding_tables, BENCHMARK_RESULTS / "decoding_vreflection_tiny.json"),

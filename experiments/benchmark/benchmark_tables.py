@@ -20,6 +20,11 @@ def decoding_tables(result: dict) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def looks(result: dict) -> bool:
+    """Whether our class fed DAC's latents; older results don't say, and didn't."""
+    return result["decoding"].get("latent_feedback") == "dac"
+
+
 def _decoding_lines(result: dict) -> str:
     title, main = next(iter(result["variants"].items()))
     rows = []
@@ -27,8 +32,8 @@ def _decoding_lines(result: dict) -> str:
         ratio = main["ratios"][phase]
         times = [milliseconds(main[name][phase]) for name in ("stock", "ours")]
         rows.append([f"{what}, ms", *times, with_interval(ratio)])
-    memory = result["memory"]
-    for name, suffix in (("ours", ""), ("inference_only", ", without BCM and DAC")):
+    memory, left_out = result["memory"], "BCM" if looks(result) else "BCM and DAC"
+    for name, suffix in (("ours", ""), ("inference_only", f", without {left_out}")):
         for kind, what in (("all", "peak memory with the weights"), ("peak", "peak memory beyond the weights")):
             ratio = memory[name][f"{kind}_bytes"] / memory["stock"][f"{kind}_bytes"]
             sizes = [f"{memory[one][f'{kind}_bytes'] / 2**20:,.1f} MiB" for one in ("stock", name)]
@@ -78,7 +83,8 @@ def _decoding_caption(result: dict) -> str:
     weights, held = (loading[name] / 1e6 for name in ("weights_bytes", "peak_resident_bytes"))
     return (
         f"BCM and DAC add {counts['overhead']:,} parameters ({100 * counts['overhead_share']:.2f} %, "
-        f"{2 * counts['overhead'] / 1e6:,.1f} MB in bf16), which neither class runs here. Loading {weights:,.0f} MB of "
+        f"{2 * counts['overhead'] / 1e6:,.1f} MB in bf16), {'of which ours runs DAC' if looks(result) else 'which neither class runs'} "
+        f"here. Loading {weights:,.0f} MB of "
         f"weights onto the CPU and reading them took {held:,.0f} MB of memory.\n\n"
         f"Measured by `{result['command']}` on {result['date'][:10]}: {subject}; {decoding['dtype']}, a prompt of "
         f"{decoding['prompt_tokens']} tokens, {decoding['image_tokens']} of them the picture's, a reflection of "
