@@ -18,8 +18,8 @@ except ImportError:
 # Boxes travel as integers in this unit of an image's side, because training engines cast floats to bfloat16.
 BOX_UNIT = 65_536
 ROI_BINS = 7
-# The highest frequency of `add_positions`, in periods a side of the image. Of those tried on grids from 6 x 6 to 72 x 128, up to
-# 64, it was learned fastest, and still told the finest patches apart.
+# The highest frequency of `add_positions`, in periods a side of the image: slow enough that patches of a 6 x 6 grid don't alias
+# much, while neighbours of a 72 x 128 grid still differ.
 POSITION_PERIODS = 4
 ROI_SAMPLING_RATIO = 2
 
