@@ -18,9 +18,11 @@ Examples:
 ```
 """
 
+from .chains import CHAIN_KINDS, KINSHIP, RELATIONS
 from .questions import (
     DESCRIBE,
     Question,
+    chain_questions,
     choose_questions,
     draw_question,
     glyphsearch_curriculum,
@@ -34,7 +36,6 @@ from .scenes import (
     COLOURS,
     DIFFICULTIES,
     GLYPHS,
-    RELATIONS,
     SHAPES,
     SPLIT_SIZE,
     SPLITS,

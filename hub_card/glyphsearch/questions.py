@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .scenes import RELATIONS, Difficulty, Scene, SceneObject, get_difficulty, make_scene, neighbour, scene_seed
+from .chains import RELATIONS, chain_text, find_chains, neighbour
+from .scenes import Difficulty, Scene, SceneObject, get_difficulty, make_scene, scene_seed
 
 
 if TYPE_CHECKING:
@@ -19,12 +20,26 @@ RowFunction = Callable[[int], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its only right answer, the glyph of `target`, whose box is where to look."""
+    """A question with its only right answer, the glyph of the last shape of its path; `path` is where to look, in order."""
 
-    kind: str  # "attribute" or "relation"
+    kind: str  # "attribute", "relation", "kinship" or "spatial"
     text: str
-    answer: str
-    target: SceneObject
+    path: tuple[SceneObject, ...]  # from the shape that the question names to the one that it asks for
+
+    @property
+    def target(self) -> SceneObject:
+        """The shape that the question asks for."""
+        return self.path[-1]
+
+    @property
+    def answer(self) -> str:
+        """The target's glyph."""
+        return self.target.glyph
+
+    @property
+    def hops(self) -> int:
+        """How many steps lead from the shape that the question names to the target."""
+        return len(self.path) - 1
 
 
 def questions(scene: Scene) -> list[Question]:
@@ -33,23 +48,44 @@ def questions(scene: Scene) -> list[Question]:
     A relation is asked only where it can be read in one way: on that side of the named shape, its row or column holds
     exactly one other shape, and that shape is the next one.
     """
-    asked = [
-        Question("attribute", f"Which glyph is on the {target.name}?", target.glyph, target)
-        for target in scene.objects
-    ]
+    asked = [Question("attribute", chain_text((), target.name), (target,)) for target in scene.objects]
     by_cell = {item.cell: item for item in scene.objects}
     for anchor in scene.objects:
         for relation in RELATIONS:
             cell = neighbour(anchor.cell, by_cell, relation)
             if cell is not None:
-                target = by_cell[cell]
-                text = f"Which glyph is on the shape {relation} the {anchor.name}?"
-                asked.append(Question("relation", text, target.glyph, target))
+                text = chain_text((relation,), anchor.name)
+                asked.append(Question("relation", text, (anchor, by_cell[cell])))
     return asked
 
 
+def chain_questions(scene: Scene, kind: str, hops: int, longest: int | None = None) -> list[Question]:
+    """Returns every question for the end of a chain.
+
+    Args:
+        scene (`Scene`): The scene.
+        kind (`str`): `"kinship"` or `"spatial"`.
+        hops (`int`): The chain's length; 0 asks for a shape by its name.
+        longest (`int`, *optional*): Only shapes that end a chain of so many hops, too, are asked for; without it, of `hops`.
+    """
+    cells = [item.cell for item in scene.objects]
+    names = [(item.colour, item.shape) for item in scene.objects]
+    ends = {path[-1] for _, path in find_chains(kind, cells, names, max(hops, longest or 0))}
+    return [
+        Question(kind, chain_text(words, scene.objects[path[0]].name), tuple(scene.objects[index] for index in path))
+        for words, path in find_chains(kind, cells, names, hops)
+        if path[-1] in ends
+    ]
+
+
 def choose_questions(scene: Scene, count: int, rng: random.Random) -> list[Question]:
-    """Draws `count` different questions, or all where there are fewer, with the difficulty's share of relations."""
+    """Draws `count` different questions, or all where there are fewer, as the difficulty says."""
+    choose = _choose_chains if scene.difficulty.chains else _choose_attributes_and_relations
+    return choose(scene, count, rng)
+
+
+def _choose_attributes_and_relations(scene: Scene, count: int, rng: random.Random) -> list[Question]:
+    """With the difficulty's share of relations."""
     asked = questions(scene)
     rng.shuffle(asked)
     attributes = [question for question in asked if question.kind == "attribute"]
@@ -60,6 +96,31 @@ def choose_questions(scene: Scene, count: int, rng: random.Random) -> list[Quest
         first, second = (relations, attributes) if relation else (attributes, relations)
         chosen.append((first or second).pop())
     return chosen
+
+
+def _choose_chains(scene: Scene, count: int, rng: random.Random) -> list[Question]:
+    """All kinds and lengths in turn, in random order: first the shape that is asked for, then a chain that ends there.
+
+    A shape is asked for if the longest chain of the kind ends at it, and each as often as any other: where the answer lies
+    tells nothing of the question's length.
+    """
+    sorts = {}
+    for kind, longest in scene.difficulty.chains.items():
+        for hops in range(longest + 1):
+            by_target = {}
+            for question in chain_questions(scene, kind, hops, longest):
+                by_target.setdefault(question.target, []).append(question)
+            sorts[kind, hops] = by_target
+    chosen = {}
+    while len(chosen) < count and any(sorts.values()):
+        for sort in rng.sample(list(sorts), len(sorts)):
+            if sorts[sort] and len(chosen) < count:
+                target = rng.choice(list(sorts[sort]))
+                question = sorts[sort][target].pop(rng.randrange(len(sorts[sort][target])))
+                if not sorts[sort][target]:
+                    del sorts[sort][target]
+                chosen.setdefault(question.text, question)
+    return list(chosen.values())
 
 
 def draw_question(split: str, index: int, difficulty: str | Difficulty = "default") -> tuple[Scene, Question]:

@@ -1,10 +1,11 @@
 """GlyphSearch's scenes: a picture of coloured shapes with a glyph on each, a pure function of a seed and a difficulty."""
 
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from PIL import Image, ImageDraw
+
+from .chains import RELATIONS, Cell, Name, find_chains, neighbour
 
 
 COLOURS = {
@@ -34,9 +35,6 @@ GLYPHS = {
     "Z": "11111 00010 00100 01000 11111",
 }
 
-# Where the answer lies, seen from the shape that the question names: (rows down, columns right).
-RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
-
 SPLITS = ("train", "validation", "test")
 SPLIT_SIZE = 2**40
 
@@ -60,8 +58,12 @@ class Difficulty:
     extent: int = 48  # width and height of a shape
     glyph_cell: int = 6  # of the 5 x 5 cells of a glyph
     distinct_colours: bool = True
+    colours: int = len(COLOURS)  # of a scene's shapes, at most
+    distinct_glyphs: bool = False
     clutter: int = 0  # grey strokes under the shapes
     relation_share: float = 0.0  # of the questions; the others are attribute questions
+    # The longest chains of each kind, by `CHAIN_KINDS`, in hops; with these all questions ask for chains.
+    chains: dict[str, int] = field(default_factory=dict)
 
     @property
     def image_size(self) -> int:
@@ -69,6 +71,13 @@ class Difficulty:
         return self.grid * self.cell
 
 
+CHAIN_SCENES = {
+    "min_objects": 6,
+    "max_objects": 9,
+    "distinct_colours": False,
+    "colours": 6,
+    "distinct_glyphs": True,
+}
 DIFFICULTIES = {
     "easy": Difficulty(max_objects=5),
     "default": Difficulty(),
@@ -84,6 +93,8 @@ DIFFICULTIES = {
         clutter=24,
         relation_share=0.5,
     ),
+    "chains": Difficulty(**CHAIN_SCENES, chains={"kinship": 3, "spatial": 2}),
+    "longer_chains": Difficulty(**CHAIN_SCENES, chains={"kinship": 4, "spatial": 3}),
 }
 
 
@@ -132,18 +143,15 @@ def scene_seed(split: str, index: int) -> int:
 
 
 def make_scene(seed: int, difficulty: str | Difficulty = "default") -> Scene:
-    """Draws the scene of a seed, the same every time; at least one relation question can be asked about it."""
+    """Draws the scene of a seed, the same every time.
+
+    At least one relation question can be asked about it; or, where the difficulty has chains, the longest of each kind.
+    """
     difficulty = get_difficulty(difficulty)
     rng = random.Random(seed)
-    count = rng.randint(difficulty.min_objects, difficulty.max_objects)
-    all_cells = [(row, column) for row in range(difficulty.grid) for column in range(difficulty.grid)]
-    cells = rng.sample(all_cells, count)
-    while not any(neighbour(cell, cells, relation) for cell in cells for relation in RELATIONS):
-        cells = rng.sample(all_cells, count)
-    if difficulty.distinct_colours:
-        names = [(colour, rng.choice(SHAPES)) for colour in rng.sample(list(COLOURS), count)]
-    else:
-        names = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
+    cells, names = _draw_cells_and_names(difficulty, rng)
+    while not all(find_chains(kind, cells, names, hops) for kind, hops in difficulty.chains.items()):
+        cells, names = _draw_cells_and_names(difficulty, rng)
 
     image = Image.new("RGB", (difficulty.image_size, difficulty.image_size), BACKGROUND)
     draw = ImageDraw.Draw(image)
@@ -153,8 +161,9 @@ def make_scene(seed: int, difficulty: str | Difficulty = "default") -> Scene:
 
     objects = []
     slack = difficulty.cell - difficulty.extent
-    for (row, column), (colour, shape) in zip(cells, names):
-        glyph = rng.choice(list(GLYPHS))
+    glyphs = rng.sample(list(GLYPHS), len(cells)) if difficulty.distinct_glyphs else None
+    for index, ((row, column), (colour, shape)) in enumerate(zip(cells, names)):
+        glyph = glyphs[index] if glyphs else rng.choice(list(GLYPHS))
         x = column * difficulty.cell + rng.randint(0, slack)
         y = row * difficulty.cell + rng.randint(0, slack)
         pixel_box = _draw_object(image, x, y, colour, shape, glyph, difficulty)
@@ -163,18 +172,17 @@ def make_scene(seed: int, difficulty: str | Difficulty = "default") -> Scene:
     return Scene(image, tuple(objects), difficulty)
 
 
-def neighbour(cell: tuple[int, int], occupied: Iterable[tuple[int, int]], relation: str) -> tuple[int, int] | None:
-    """The occupied cell next to `cell`, if it is the only one on that side of it in its row or column."""
-    down, right = RELATIONS[relation]
-    row, column = cell
-    next_cell = (row + down, column + right)
-    on_that_side = [
-        (other_row, other_column)
-        for other_row, other_column in occupied
-        if (other_row - row) * down + (other_column - column) * right > 0
-        and (other_column == column if down else other_row == row)
-    ]
-    return next_cell if on_that_side == [next_cell] else None
+def _draw_cells_and_names(difficulty: Difficulty, rng: random.Random) -> tuple[list[Cell], list[Name]]:
+    """Where a scene's shapes stand, with two next to each other, and what they are."""
+    count = rng.randint(difficulty.min_objects, difficulty.max_objects)
+    all_cells = [(row, column) for row in range(difficulty.grid) for column in range(difficulty.grid)]
+    cells = rng.sample(all_cells, count)
+    while not any(neighbour(cell, cells, relation) for cell in cells for relation in RELATIONS):
+        cells = rng.sample(all_cells, count)
+    colours = list(COLOURS) if difficulty.colours == len(COLOURS) else rng.sample(list(COLOURS), difficulty.colours)
+    if difficulty.distinct_colours:
+        return cells, [(colour, rng.choice(SHAPES)) for colour in rng.sample(colours, count)]
+    return cells, rng.sample([(colour, shape) for colour in colours for shape in SHAPES], count)
 
 
 def _draw_object(
