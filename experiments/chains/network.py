@@ -1,0 +1,186 @@
+"""The model on rows of one length with cached vision features: losses, and answers by whole passes.
+
+No step waits for the device, so that a whole training step can be recorded as one CUDA graph. Symbols in shapes: B rows, T
+tokens, S latent steps, D hidden size, L merged patches.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+from modeling_vreflection import VReflectionForConditionalGeneration
+from modeling_vreflection.regions_vreflection import add_positions
+from training.losses import attention_distillation_loss, bcm_alignment_loss, feature_distillation_loss
+
+from .arms import Phase
+from .rows import IGNORED, Rows, Scenes, Tokens
+
+
+ROOT = Path(__file__).parents[2]
+EMBEDDED = ROOT / "hub_card" / "vreflection_tiny"
+BASE = Path(__file__).parent / "base"
+MAX_LENGTH = 160
+WHOLE_ROWS = {"full_attention": None}  # rows are padded on the right, which a causal mask never shows
+
+
+def starting_model(seed: int, patch_positions: str, device: torch.device) -> VReflectionForConditionalGeneration:
+    """The embedded vision encoder, the language model of `base/`, BCM and DAC as `seed` draws them; float32."""
+    model = VReflectionForConditionalGeneration.from_pretrained(
+        EMBEDDED, dtype=torch.float32, patch_positions=patch_positions
+    )
+    model.model.language_model.load_state_dict(
+        Qwen2_5_VLTextModel.from_pretrained(BASE, dtype=torch.float32).state_dict()
+    )
+    torch.manual_seed(seed)
+    for name in ("bcm", "dac"):
+        part = getattr(model.model, name)
+        for parameter in part.parameters():
+            parameter._is_hf_initialized = False
+        for module in part.modules():
+            nn.init.ones_(module.weight) if isinstance(module, nn.LayerNorm) else model._init_weights(module)
+    model.model.visual.requires_grad_(False)
+    return model.to(device)
+
+
+@dataclass
+class Batch:
+    """Rows of a step."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    features: torch.Tensor  # (B, L, D)
+    inside: torch.Tensor  # (B, S, L): the patches of each step's box
+    slot: torch.Tensor
+    reflects: torch.Tensor
+
+    @classmethod
+    def pick(cls, rows: Rows, scenes: Scenes, index: torch.Tensor) -> "Batch":
+        """The rows of these numbers, (B,)."""
+        scene, path = rows.scene[index], rows.path[index]
+        return cls(
+            ids=rows.ids[index],
+            labels=rows.labels[index],
+            features=scenes.features[scene],
+            inside=scenes.patches[scene[:, None], path],
+            slot=rows.slot[index],
+            reflects=rows.reflects[index],
+        )
+
+
+class Network:
+    """A model, and what all rows share: where the picture stands, and every token's position."""
+
+    def __init__(self, model: VReflectionForConditionalGeneration, tokens: Tokens):
+        self.model, self.core = model, model.model
+        self.image_start, self.grid = tokens.image_start, tokens.grid
+        self.positions = tokens.positions(MAX_LENGTH).to(model.device)
+        self.steps = torch.arange(model.config.num_latent_tokens, device=model.device)
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """Embeddings (B, T, D), the picture's features in their places."""
+        embeds = self.core.get_input_embeddings()(batch.ids)
+        end = self.image_start + batch.features.shape[1]
+        return torch.cat([embeds[:, : self.image_start], batch.features, embeds[:, end:]], 1)
+
+    def states(self, embeds: torch.Tensor) -> torch.Tensor:
+        """The final norm's output (B, T, D)."""
+        length = embeds.shape[1]
+        return self.core.language_model(
+            inputs_embeds=embeds,
+            position_ids=self.positions[:, :, :length].expand(-1, len(embeds), -1),
+            attention_mask=WHOLE_ROWS,
+            use_cache=False,
+        ).last_hidden_state
+
+    def looked_at(self, features: torch.Tensor) -> torch.Tensor:
+        """What BCM and DAC read, (B, L, D) or (B, L, 3D)."""
+        if self.model.config.patch_positions == "none":
+            return features
+        return torch.vmap(lambda image: add_positions(image, self.grid))(features)
+
+    def fill(self, embeds: torch.Tensor, slot: torch.Tensor, reflects: torch.Tensor, latents: torch.Tensor):
+        """Embeddings with latents (B, S, D) in the slots of the rows that have any."""
+        columns = self.columns(slot)
+        kept = embeds.gather(1, columns)
+        return embeds.scatter(1, columns, torch.where(reflects[:, None, None], latents, kept))
+
+    def at(self, states: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """The states (B, S, D) that predict the slots."""
+        return states.gather(1, self.columns(slot - 1))
+
+    def columns(self, first: torch.Tensor) -> torch.Tensor:
+        """S columns from `first` (B,) on, for every channel: (B, S, D)."""
+        width = self.model.config.text_config.hidden_size
+        return (first[:, None] + self.steps)[..., None].expand(-1, -1, width)
+
+    def look(self, states: torch.Tensor, looked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """DAC's latents (B, S, D) and attention (B, S, L)."""
+        everything = torch.ones(looked.shape[:2], dtype=torch.bool, device=looked.device)
+        return self.core.dac(states, looked, everything)
+
+    def losses(self, batch: Batch, phase: Phase, states_learn: torch.Tensor) -> dict[str, torch.Tensor]:
+        """All losses of a phase that have a weight, and `loss`, their weighted sum.
+
+        Args:
+            batch (`Batch`): The rows.
+            phase (`Phase`): What fills the slots, and the weights.
+            states_learn (`torch.FloatTensor` of shape `()`): The draw of Eq. 2, 0 or 1.
+        """
+        embeds, terms = self.embed(batch), {}
+        if phase.slots is None:
+            states = self.states(embeds)
+        else:
+            looked = self.looked_at(batch.features)
+            teacher, attention = self.core.bcm(looked, batch.inside)
+            held = teacher if phase.slots == "bcm" else teacher.detach()
+            states = self.states(self.fill(embeds, batch.slot, batch.reflects, held))
+            before = self.at(states, batch.slot)
+            shown = batch.reflects[:, None, None]
+            shared = {"num_segments": batch.reflects.sum().clamp(min=1)}
+            if phase.lambda_bcm:
+                sides = [
+                    bcm_alignment_loss(before * shown, teacher * shown, states_learn=side, **shared)
+                    for side in (True, False)
+                ]
+                terms["L_BCM"] = states_learn * sides[0] + (1 - states_learn) * sides[1]
+            if phase.lambda_attn:
+                student, looks = self.look(before, looked)
+                inside = batch.inside.float()
+                target = attention if phase.attention_target == "teacher" else inside / inside.sum(-1, keepdim=True)
+                terms["L_feat"] = feature_distillation_loss(student * shown, teacher * shown, **shared)
+                terms["L_attn"] = attention_distillation_loss(looks, target * shown, **shared)
+            if phase.slots == "dac":
+                states = self.states(self.fill(embeds, batch.slot, batch.reflects, student))
+        logits = self.model.lm_head(states[:, :-1])
+        terms["CE"] = nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=IGNORED
+        )
+        weights = {"L_BCM": phase.lambda_bcm, "L_feat": phase.lambda_feat, "L_attn": phase.lambda_attn, "CE": 1.0}
+        terms["loss"] = sum(weights[name] * value for name, value in terms.items())
+        return terms
+
+    @torch.no_grad()
+    def roll_out(self, batch: Batch, feedback: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The latents (B, S, D) that decoding makes, by a whole pass a step; with `"dac"` their attention (B, S, L), too."""
+        embeds, looked = self.embed(batch), self.looked_at(batch.features)
+        latents = torch.zeros(len(embeds), len(self.steps), embeds.shape[2], device=embeds.device)
+        looks = torch.zeros(*latents.shape[:2], batch.features.shape[1], device=embeds.device)
+        for step in range(len(self.steps)):
+            before = self.at(self.states(self.fill(embeds, batch.slot, batch.reflects, latents)), batch.slot)
+            if feedback == "hidden":
+                latents[:, step] = before[:, step]
+            else:
+                latent, look = self.look(before[:, step : step + 1], looked)
+                latents[:, step], looks[:, step] = latent[:, 0], look[:, 0]
+        return latents, looks if feedback == "dac" else None
+
+    @torch.no_grad()
+    def next_tokens(self, embeds: torch.Tensor, column: torch.Tensor, banned: list[int]) -> torch.Tensor:
+        """The most probable token (B,) after each row's column (B,), without the banned ones."""
+        states = self.states(embeds)[torch.arange(len(embeds), device=embeds.device), column]
+        logits = self.model.lm_head(states)
+        logits[:, banned] = float("-inf")
+        return logits.argmax(-1)

@@ -1,0 +1,250 @@
+"""Scenes and questions as tensors: cached vision features, boxes as patches, and rows of token ids of one length."""
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from hub_card.glyphsearch import (
+    DIFFICULTIES,
+    Difficulty,
+    Question,
+    Scene,
+    chain_questions,
+    choose_questions,
+    make_scene,
+    questions,
+    scene_seed,
+)
+from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
+from modeling_vreflection.regions_vreflection import box_patches, quantise_box
+
+from .arms import Arm
+
+
+RELATION_SCENES = Difficulty(relation_share=0.5)
+# One training scene in so many asks for attributes and relations, the others for chains.
+RELATION_SCENE_EVERY = 8
+QUESTIONS = 7  # of a scene of chains: one of each kind and length
+MAX_SHAPES = 9
+IGNORED = -100
+PICTURES_AT_ONCE = 256
+
+Drawn = tuple[Scene, list[Question]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question as token ids, and the right answer in every form; `path` holds places among the scene's shapes."""
+
+    scene: int
+    kind: str
+    hops: int
+    path: tuple[int, ...]
+    prompt: list[int]
+    answers: dict[str, list[int]]
+    glyph: int  # token id
+
+
+@dataclass
+class Scenes:
+    """What is kept of drawn scenes: features (scenes, L, D), and the patches of each shape, (scenes, 9, L), bool."""
+
+    features: torch.Tensor
+    patches: torch.Tensor
+    grid: tuple[int, int]
+
+
+@dataclass
+class Rows:
+    """Rows of one arm, all padded to T tokens, on one device.
+
+    Args:
+        ids (`torch.LongTensor` of shape `(N, T)`): Prompt and answer.
+        labels (`torch.LongTensor` of shape `(N, T)`): The answer's tokens but for slots and their end; else -100.
+        scene (`torch.LongTensor` of shape `(N,)`): Number of the scene.
+        path (`torch.LongTensor` of shape `(N, S)`): For each step the place of its shape in the scene.
+        slot (`torch.LongTensor` of shape `(N,)`): Column of the first slot, or 1 where the row has none.
+        reflects (`torch.BoolTensor` of shape `(N,)`): Whether the row has slots.
+        prompt (`torch.LongTensor` of shape `(N,)`): Length of the prompt.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    scene: torch.Tensor
+    path: torch.Tensor
+    slot: torch.Tensor
+    reflects: torch.Tensor
+    prompt: torch.Tensor
+
+
+def training_scene(index: int) -> Drawn:
+    """The training scene of an index, and its questions."""
+    seed = scene_seed("train", index)
+    scene = make_scene(seed, "chains" if index % RELATION_SCENE_EVERY else RELATION_SCENES)
+    return scene, choose_questions(scene, QUESTIONS, random.Random(f"questions {seed}"))
+
+
+def test_scene(index: int) -> Drawn:
+    """A scene that no training sees, and its questions: in turn of chains, of attributes and relations, and of longer chains."""
+    seed = scene_seed("test", index)
+    rng = random.Random(f"questions {seed}")
+    difficulty = ("chains", RELATION_SCENES, "longer_chains")[index % 3]
+    scene = make_scene(seed, difficulty)
+    if difficulty == "chains":
+        return scene, choose_questions(scene, QUESTIONS, rng)
+    if difficulty == "longer_chains":
+        longest = DIFFICULTIES[difficulty].chains
+        return scene, [rng.choice(chain_questions(scene, kind, hops)) for kind, hops in longest.items()]
+    asked = questions(scene)
+    return scene, [rng.choice([one for one in asked if one.kind == kind]) for kind in ("attribute", "relation")]
+
+
+class Tokens:
+    """Prompts and answers as token ids, as the processor's template makes them."""
+
+    def __init__(self, processor: VReflectionProcessor, config, grid: tuple[int, int]):
+        self.tokenizer, self.config, self.grid = processor.tokenizer, config, grid
+        content = [{"type": "image"}, {"type": "text", "text": "QUESTION"}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        image = processor.image_token * (grid[0] * grid[1])
+        self.head, self.tail = (
+            self.encode(part) for part in text.replace(processor.image_token, image).split("QUESTION")
+        )
+        self.image_start = self.head.index(config.image_token_id)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids."""
+        return self.tokenizer(text).input_ids
+
+    def examples(self, number: int, drawn: Drawn) -> list[Example]:
+        """A scene's questions; `number` is the scene's."""
+        scene, asked = drawn
+        places = {item.cell: place for place, item in enumerate(scene.objects)}
+        return [
+            Example(
+                scene=number,
+                kind=question.kind,
+                hops=question.hops,
+                path=tuple(places[item.cell] for item in question.path),
+                prompt=self.head + self.encode(question.text) + self.tail,
+                answers=self.answers(question),
+                glyph=self.encode(question.answer)[0],
+            )
+            for question in asked
+        ]
+
+    def answers(self, question: Question) -> dict[str, list[int]]:
+        """The right answer by form, each with the end of the turn."""
+        config, end = self.config, [self.tokenizer.eos_token_id]
+        glyph = self.encode(question.answer) + end
+        begin, slot, close = config.latent_token_ids
+        names = "".join(f"the {item.name}\n{item.glyph}\n" for item in question.path[:-1])
+        boxes = ""
+        for item in question.path:
+            patches = box_patches(quantise_box(item.box), self.grid)
+            rows, columns = patches // self.grid[1], patches % self.grid[1]
+            boxes += "".join(str(int(edge)) for edge in (columns[0], rows[0], columns[-1], rows[-1])) + "\n"
+        return {
+            "glyph": glyph,
+            "slots glyph": [begin, *[slot] * config.num_latent_tokens, close, *glyph],
+            "boundaries glyph": [begin, close, *glyph],
+            "names": self.encode(f"{names}the {question.target.name}\n{question.answer}") + end,
+            "boxes": self.encode(boxes + question.answer) + end,
+        }
+
+    def positions(self, length: int) -> torch.Tensor:
+        """Positions (3, 1, T) of any row of so many tokens: the picture stands at the same place in all of them."""
+        height, width = self.grid
+        before = torch.arange(self.image_start).expand(3, -1)
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        image = self.image_start + torch.stack([torch.zeros_like(y), y, x]).flatten(1)
+        after = (
+            self.image_start + max(self.grid) + torch.arange(length - self.image_start - height * width).expand(3, -1)
+        )
+        return torch.cat([before, image, after], 1)[:, None]
+
+    def rows(self, examples: list[Example], arm: Arm, device: torch.device, seed: int = 0) -> Rows:
+        """The arm's rows of these examples; some of them without a reflection, where it says so."""
+        rng = random.Random(seed)
+        steps = self.config.num_latent_tokens
+        forms = [arm.answer if rng.random() < arm.reflecting_rows else "glyph" for _ in examples]
+        prompt = np.array([len(example.prompt) for example in examples])
+        tokens = [example.prompt + example.answers[form] for example, form in zip(examples, forms)]
+        length = np.array([len(row) for row in tokens])
+        column = np.arange(length.max())
+        ids = np.full((len(tokens), length.max()), self.tokenizer.pad_token_id)
+        ids[column < length[:, None]] = np.fromiter(chain.from_iterable(tokens), np.int64, length.sum())
+        supervised = (column >= prompt[:, None]) & (column < length[:, None])
+        supervised &= ~np.isin(ids, [self.config.latent_token_id, self.config.latent_end_token_id])
+        reflects = np.array([form == "slots glyph" for form in forms])
+        paths = [example.path if arm.whole_path else example.path[-1:] for example in examples]
+        columns = {
+            "ids": ids,
+            "labels": np.where(supervised, ids, IGNORED),
+            "scene": np.array([example.scene for example in examples]),
+            "path": np.array([[path[min(step, len(path) - 1)] for step in range(steps)] for path in paths]),
+            "slot": np.where(reflects, prompt + 1, 1),
+            "reflects": reflects,
+            "prompt": prompt,
+        }
+        return Rows(**{name: torch.from_numpy(values).to(device) for name, values in columns.items()})
+
+
+def draw_scenes(
+    draw: Callable[[int], Drawn],
+    count: int,
+    model: VReflectionForConditionalGeneration,
+    processor: VReflectionProcessor,
+    tokens: Tokens,
+    jitters: set[float] = frozenset({0.0}),
+) -> tuple[dict[float, Scenes], list[Example]]:
+    """Draws scenes with several processes and keeps their features, and their boxes once for each jitter; and the examples."""
+    features, examples, boxes = [], [], []
+    with ProcessPoolExecutor() as pool, tqdm(total=count, desc="scenes", unit="scene") as progress:
+        numbers = [range(first, min(first + PICTURES_AT_ONCE, count)) for first in range(0, count, PICTURES_AT_ONCE)]
+        for images, some, their_boxes in pool.map(partial(_draw, draw, tokens), numbers):
+            images = torch.from_numpy(images).to(model.device)
+            pixels = processor.image_processor(images=list(images), return_tensors="pt", device=model.device)
+            with torch.no_grad():
+                pictures = model.model.image_features(pixels["pixel_values"], pixels["image_grid_thw"])
+            features.append(torch.stack(pictures))
+            examples += some
+            boxes += their_boxes
+            progress.update(len(images))
+    features, grid = torch.cat(features), tokens.grid
+    patches = {jitter: patches_of(boxes, grid, jitter).to(model.device) for jitter in jitters}
+    return {jitter: Scenes(features, there, grid) for jitter, there in patches.items()}, examples
+
+
+def _draw(draw: Callable[[int], Drawn], tokens: Tokens, numbers: range) -> tuple[np.ndarray, list[Example], list]:
+    """Pictures (scenes, 3, height, width), uint8, examples, and boxes by scene."""
+    torch.set_num_threads(1)
+    images, examples, boxes = [], [], []
+    for number in numbers:
+        drawn = draw(number)
+        images.append(np.asarray(drawn[0].image).transpose(2, 0, 1))
+        examples += tokens.examples(number, drawn)
+        boxes.append([item.box for item in drawn[0].objects])
+    return np.stack(images), examples, boxes
+
+
+def patches_of(boxes: list[list[tuple]], grid: tuple[int, int], jitter: float) -> torch.Tensor:
+    """The patches that each shape's box overlaps, (scenes, 9, L), with its sides moved by up to `jitter` of the box's own."""
+    rng = random.Random(0)
+    patches = torch.zeros(len(boxes), MAX_SHAPES, grid[0] * grid[1], dtype=torch.bool)
+    for number, scene in enumerate(boxes):
+        for place, (x0, y0, x1, y1) in enumerate(scene):
+            if jitter:
+                width, height = x1 - x0, y1 - y0
+                left, right, top, bottom = (rng.uniform(-jitter, jitter) for _ in range(4))
+                x0, x1 = max(0, x0 + left * width), min(1, x1 + right * width)
+                y0, y1 = max(0, y0 + top * height), min(1, y1 + bottom * height)
+            patches[number, place, box_patches(quantise_box((x0, y0, x1, y1)), grid)] = True
+    return patches
