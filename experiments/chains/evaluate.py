@@ -35,18 +35,20 @@ def replace_all(name: str, latents: torch.Tensor, generator: torch.Generator) ->
 class Evaluation:
     """The test rows of an arm, asked in one way after the other; results by kind and hops."""
 
-    def __init__(self, network: Network, tokens: Tokens, scenes: Scenes, examples: list[Example]):
-        self.network, self.tokens, self.scenes, self.examples = network, tokens, scenes, examples
+    def __init__(self, network: Network, tokens: Tokens, scenes: Scenes, examples: list[list[Example]]):
+        self.network, self.tokens, self.scenes = network, tokens, scenes
+        self.examples = [example for group in examples for example in group]
         self.device = scenes.features.device
-        self.end, self.pad = tokens.tokenizer.eos_token_id, tokens.tokenizer.pad_token_id
+        self.end = tokens.tokenizer.eos_token_id
         self.latent_ids = list(tokens.config.latent_token_ids)
         self.start_id, self.slot_id, self.end_id = self.latent_ids
-        self.glyphs = torch.tensor([example.glyph for example in examples], device=self.device)
+        self.glyphs = torch.tensor([example.glyph for example in self.examples], device=self.device)
 
     def run(self, arm: Arm) -> dict:
         """All that the table says of an arm, ready for JSON."""
-        rows = self.tokens.rows(self.examples, replace(arm, reflecting_rows=1.0), self.device)
-        length = (rows.ids != self.pad).sum(1) - rows.prompt
+        alone = [[example] for example in self.examples]
+        rows = self.tokens.rows(alone, replace(arm, reflecting_rows=1.0), self.device)
+        length = (rows.row >= -1).sum(1) - rows.answer[:, 0]
         results = {"tokens of a right answer": self.by_kind(length.tolist())}
         for decoding in arm.decodings:
             if decoding in ("text", "filler"):
@@ -68,22 +70,22 @@ class Evaluation:
             )
         return self.by_kind(right)
 
-    def continue_text(self, embeds, column, glyphs, banned) -> list[bool]:
-        """Whether the last token before the end of the turn is the glyph."""
-        table = self.network.core.get_input_embeddings().weight
-        last = torch.full_like(column, -1)
-        running = torch.ones_like(column, dtype=torch.bool)
-        room = torch.zeros(len(embeds), MAX_TEXT_TOKENS, embeds.shape[2], device=embeds.device)
-        embeds = torch.cat([embeds, room], 1)[:, : self.network.positions.shape[2]]
-        everyone = torch.arange(len(embeds), device=embeds.device)
+    def continue_text(self, batch: Batch, column: torch.Tensor, glyphs: torch.Tensor, banned: list[int]) -> list[bool]:
+        """Whether the last token before the end of the turn is the glyph, where text goes on after each line's column."""
+        table = self.network.core.get_input_embeddings().weight.detach()
+        embeds = self.network.embed(batch)
+        embeds = torch.cat([embeds, embeds.new_zeros(len(embeds), MAX_TEXT_TOKENS, embeds.shape[2])], 1)
+        batch = replace(batch, place=torch.arange(embeds.shape[1], device=self.device).expand(len(embeds), -1))
+        everyone = torch.arange(len(embeds), device=self.device)
+        last, running = torch.full_like(column, -1), torch.ones_like(column, dtype=torch.bool)
         for _ in range(MAX_TEXT_TOKENS):
-            token = self.network.next_tokens(embeds, column, banned)
+            token = self.network.next_tokens(batch, embeds, column, banned)
             running &= token != self.end
             last = torch.where(running, token, last)
             if not running.any():
                 break
-            column = (column + 1).clamp(max=embeds.shape[1] - 1)
-            embeds[everyone, column] = table[token].detach()
+            column = column + 1
+            embeds[everyone, column] = table[token]
         return ((last == glyphs) & ~running).tolist()
 
     def reflecting(self, rows: Rows, feedback: str) -> dict:
@@ -92,8 +94,8 @@ class Evaluation:
         right, begins, inside, tolerant = defaultdict(list), [], [], defaultdict(list)
         for index in self.chunks(rows):
             batch, glyphs = Batch.pick(rows, self.scenes, index), self.glyphs[index]
-            embeds = self.network.embed(batch)
-            begins += (self.network.next_tokens(embeds, rows.prompt[index] - 1, []) == self.start_id).tolist()
+            first = self.network.next_tokens(batch, self.network.embed(batch), rows.answer[index, 0] - 1, [])
+            begins += (first == self.start_id).tolist()
             latents, looks = self.network.roll_out(batch, feedback)
             right["own"] += self.answer(batch, latents, glyphs)
             for name in REPLACEMENTS:
@@ -127,14 +129,14 @@ class Evaluation:
     def answer(self, batch: Batch, latents: torch.Tensor, glyphs: torch.Tensor, count=None) -> list[bool]:
         """Whether the answers after these latents, or after the first `count` (B,) of them, are right and end there."""
         steps = len(self.network.steps)
-        embeds = self.network.fill(self.network.embed(batch), batch.slot, batch.reflects, latents)
-        column = batch.slot + steps if count is None else batch.slot + count
+        embeds = self.network.fill(self.network.embed(batch), batch, latents)
+        column = batch.slot[:, 0] + (steps if count is None else count)
         everyone = torch.arange(len(embeds), device=embeds.device)
         table = self.network.core.get_input_embeddings().weight
         embeds[everyone, column] = table[self.end_id].detach()
-        token = self.network.next_tokens(embeds, column, self.latent_ids)
+        token = self.network.next_tokens(batch, embeds, column, self.latent_ids)
         embeds[everyone, column + 1] = table[token].detach()
-        end = self.network.next_tokens(embeds, column + 1, self.latent_ids)
+        end = self.network.next_tokens(batch, embeds, column + 1, self.latent_ids)
         return ((token == glyphs) & (end == self.end)).tolist()
 
     def chunks(self, rows: Rows):

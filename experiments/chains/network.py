@@ -1,7 +1,7 @@
 """The model on rows of one length with cached vision features: losses, and answers by whole passes.
 
-No step waits for the device, so that a whole training step can be recorded as one CUDA graph. Symbols in shapes: B rows, T
-tokens, S latent steps, D hidden size, L merged patches.
+No step waits for the device, so that a whole training step can be recorded as one CUDA graph. Symbols in shapes: N lines
+of R rows each, T tokens, S latent steps, D hidden size, L merged patches.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,6 @@ ROOT = Path(__file__).parents[2]
 EMBEDDED = ROOT / "hub_card" / "vreflection_tiny"
 BASE = Path(__file__).parent / "base"
 MAX_LENGTH = 160
-WHOLE_ROWS = {"full_attention": None}  # rows are padded on the right, which a causal mask never shows
 
 
 def starting_model(seed: int, patch_positions: str, device: torch.device) -> VReflectionForConditionalGeneration:
@@ -47,26 +46,25 @@ def starting_model(seed: int, patch_positions: str, device: torch.device) -> VRe
 
 @dataclass
 class Batch:
-    """Rows of a step."""
+    """Lines of a step, see [`Rows`], with what their scenes hold."""
 
     ids: torch.Tensor
     labels: torch.Tensor
-    features: torch.Tensor  # (B, L, D)
-    inside: torch.Tensor  # (B, S, L): the patches of each step's box
+    place: torch.Tensor
+    row: torch.Tensor
     slot: torch.Tensor
     reflects: torch.Tensor
+    features: torch.Tensor  # (N, L, D)
+    inside: torch.Tensor  # (N, R * S, L): the patches of each step's box
 
     @classmethod
     def pick(cls, rows: Rows, scenes: Scenes, index: torch.Tensor) -> "Batch":
-        """The rows of these numbers, (B,)."""
-        scene, path = rows.scene[index], rows.path[index]
+        """The lines of these numbers."""
+        scene = rows.scene[index]
         return cls(
-            ids=rows.ids[index],
-            labels=rows.labels[index],
+            **{name: getattr(rows, name)[index] for name in ("ids", "labels", "place", "row", "slot", "reflects")},
             features=scenes.features[scene],
-            inside=scenes.patches[scene[:, None], path],
-            slot=rows.slot[index],
-            reflects=rows.reflects[index],
+            inside=scenes.patches[scene[:, None], rows.path[index]],
         )
 
 
@@ -76,8 +74,9 @@ class Network:
     def __init__(self, model: VReflectionForConditionalGeneration, tokens: Tokens):
         self.model, self.core = model, model.model
         self.image_start, self.grid = tokens.image_start, tokens.grid
-        self.positions = tokens.positions(MAX_LENGTH).to(model.device)
+        self.positions = tokens.positions(MAX_LENGTH).to(model.device)  # (3, length of a row)
         self.steps = torch.arange(model.config.num_latent_tokens, device=model.device)
+        self.width = model.config.text_config.hidden_size
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Embeddings (B, T, D), the picture's features in their places."""
@@ -85,39 +84,56 @@ class Network:
         end = self.image_start + batch.features.shape[1]
         return torch.cat([embeds[:, : self.image_start], batch.features, embeds[:, end:]], 1)
 
-    def states(self, embeds: torch.Tensor) -> torch.Tensor:
-        """The final norm's output (B, T, D)."""
-        length = embeds.shape[1]
+    def states(self, batch: Batch, embeds: torch.Tensor) -> torch.Tensor:
+        """The final norm's output (N, T, D): a token sees the shared beginning and its own row, up to itself."""
+        mask = None  # causal; a row that is alone in its line needs no more
+        if batch.slot.shape[1] > 1:
+            earlier = torch.ones(2 * [embeds.shape[1]], dtype=torch.bool, device=embeds.device).tril()
+            keys = batch.row[:, None]
+            mask = (((keys == -1) | (keys == batch.row[:, :, None])) & earlier)[:, None]
         return self.core.language_model(
             inputs_embeds=embeds,
-            position_ids=self.positions[:, :, :length].expand(-1, len(embeds), -1),
-            attention_mask=WHOLE_ROWS,
+            position_ids=self.positions[:, batch.place],
+            attention_mask={"full_attention": mask},
             use_cache=False,
         ).last_hidden_state
 
     def looked_at(self, features: torch.Tensor) -> torch.Tensor:
-        """What BCM and DAC read, (B, L, D) or (B, L, 3D)."""
+        """What BCM and DAC read, (N, L, D) or (N, L, 3D)."""
         if self.model.config.patch_positions == "none":
             return features
         return torch.vmap(lambda image: add_positions(image, self.grid))(features)
 
-    def fill(self, embeds: torch.Tensor, slot: torch.Tensor, reflects: torch.Tensor, latents: torch.Tensor):
-        """Embeddings with latents (B, S, D) in the slots of the rows that have any."""
-        columns = self.columns(slot)
+    def fill(self, embeds: torch.Tensor, batch: Batch, latents: torch.Tensor) -> torch.Tensor:
+        """Embeddings with latents (N, R * S, D) in the slots of the rows that have any."""
+        columns = self.columns(batch.slot)
         kept = embeds.gather(1, columns)
-        return embeds.scatter(1, columns, torch.where(reflects[:, None, None], latents, kept))
+        return embeds.scatter(1, columns, torch.where(self.shown(batch), latents, kept))
 
-    def at(self, states: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        """The states (B, S, D) that predict the slots."""
-        return states.gather(1, self.columns(slot - 1))
+    def at(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The states (N, R * S, D) that predict the slots."""
+        return states.gather(1, self.columns(batch.slot - 1))
 
     def columns(self, first: torch.Tensor) -> torch.Tensor:
-        """S columns from `first` (B,) on, for every channel: (B, S, D)."""
-        width = self.model.config.text_config.hidden_size
-        return (first[:, None] + self.steps)[..., None].expand(-1, -1, width)
+        """S columns from each of `first` (N, R) on, for every channel: (N, R * S, D)."""
+        return (first[..., None] + self.steps).flatten(1)[..., None].expand(-1, -1, self.width)
+
+    def shown(self, batch: Batch) -> torch.Tensor:
+        """Whether each step is one of a row that reflects: (N, R * S, 1)."""
+        return batch.reflects.repeat_interleave(len(self.steps), 1)[..., None]
+
+    def by_segment(self, values: torch.Tensor) -> torch.Tensor:
+        """(N, R * S, ...) as (N * R, S, ...)."""
+        return values.unflatten(1, (-1, len(self.steps))).flatten(0, 1)
+
+    def teach(self, looked: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """BCM's latents (N, R * S, D) and attention (N, R * S, L): its queries over each step's box."""
+        bcm = self.core.bcm
+        queries = bcm.queries.repeat(batch.slot.shape[1], 1).expand(len(looked), -1, -1)
+        return bcm.attend(queries, *bcm.keys_and_values(looked), batch.inside)
 
     def look(self, states: torch.Tensor, looked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """DAC's latents (B, S, D) and attention (B, S, L)."""
+        """DAC's latents (N, ..., D) and attention (N, ..., L) of states (N, ..., D)."""
         everything = torch.ones(looked.shape[:2], dtype=torch.bool, device=looked.device)
         return self.core.dac(states, looked, everything)
 
@@ -131,29 +147,28 @@ class Network:
         """
         embeds, terms = self.embed(batch), {}
         if phase.slots is None:
-            states = self.states(embeds)
+            states = self.states(batch, embeds)
         else:
             looked = self.looked_at(batch.features)
-            teacher, attention = self.core.bcm(looked, batch.inside)
+            teacher, attention = self.teach(looked, batch)
             held = teacher if phase.slots == "bcm" else teacher.detach()
-            states = self.states(self.fill(embeds, batch.slot, batch.reflects, held))
-            before = self.at(states, batch.slot)
-            shown = batch.reflects[:, None, None]
+            states = self.states(batch, self.fill(embeds, batch, held))
+            before, shown = self.at(states, batch), self.shown(batch)
             shared = {"num_segments": batch.reflects.sum().clamp(min=1)}
             if phase.lambda_bcm:
-                sides = [
-                    bcm_alignment_loss(before * shown, teacher * shown, states_learn=side, **shared)
-                    for side in (True, False)
-                ]
+                both = self.by_segment(before * shown), self.by_segment(teacher * shown)
+                sides = [bcm_alignment_loss(*both, states_learn=side, **shared) for side in (True, False)]
                 terms["L_BCM"] = states_learn * sides[0] + (1 - states_learn) * sides[1]
             if phase.lambda_attn:
                 student, looks = self.look(before, looked)
                 inside = batch.inside.float()
                 target = attention if phase.attention_target == "teacher" else inside / inside.sum(-1, keepdim=True)
-                terms["L_feat"] = feature_distillation_loss(student * shown, teacher * shown, **shared)
-                terms["L_attn"] = attention_distillation_loss(looks, target * shown, **shared)
+                latents = self.by_segment(student * shown), self.by_segment(teacher * shown)
+                maps = self.by_segment(looks), self.by_segment(target * shown)
+                terms["L_feat"] = feature_distillation_loss(*latents, **shared)
+                terms["L_attn"] = attention_distillation_loss(*maps, **shared)
             if phase.slots == "dac":
-                states = self.states(self.fill(embeds, batch.slot, batch.reflects, student))
+                states = self.states(batch, self.fill(embeds, batch, student))
         logits = self.model.lm_head(states[:, :-1])
         terms["CE"] = nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=IGNORED
@@ -164,23 +179,24 @@ class Network:
 
     @torch.no_grad()
     def roll_out(self, batch: Batch, feedback: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The latents (B, S, D) that decoding makes, by a whole pass a step; with `"dac"` their attention (B, S, L), too."""
+        """The latents (B, S, D) that decoding makes, by a whole pass a step; with `"dac"` their attention (B, S, L), too.
+
+        Each line holds one row.
+        """
         embeds, looked = self.embed(batch), self.looked_at(batch.features)
-        latents = torch.zeros(len(embeds), len(self.steps), embeds.shape[2], device=embeds.device)
-        looks = torch.zeros(*latents.shape[:2], batch.features.shape[1], device=embeds.device)
+        latents = torch.zeros(len(embeds), len(self.steps), self.width, device=embeds.device)
+        looks = torch.zeros(*latents.shape[:2], looked.shape[1], device=embeds.device)
         for step in range(len(self.steps)):
-            before = self.at(self.states(self.fill(embeds, batch.slot, batch.reflects, latents)), batch.slot)
-            if feedback == "hidden":
-                latents[:, step] = before[:, step]
-            else:
-                latent, look = self.look(before[:, step : step + 1], looked)
-                latents[:, step], looks[:, step] = latent[:, 0], look[:, 0]
+            before = self.at(self.states(batch, self.fill(embeds, batch, latents)), batch)[:, step : step + 1]
+            if feedback == "dac":
+                before, looks[:, step : step + 1] = self.look(before, looked)
+            latents[:, step : step + 1] = before
         return latents, looks if feedback == "dac" else None
 
     @torch.no_grad()
-    def next_tokens(self, embeds: torch.Tensor, column: torch.Tensor, banned: list[int]) -> torch.Tensor:
-        """The most probable token (B,) after each row's column (B,), without the banned ones."""
-        states = self.states(embeds)[torch.arange(len(embeds), device=embeds.device), column]
+    def next_tokens(self, batch: Batch, embeds: torch.Tensor, column: torch.Tensor, banned: list[int]) -> torch.Tensor:
+        """The most probable token (B,) after each line's column (B,), without the banned ones."""
+        states = self.states(batch, embeds)[torch.arange(len(embeds), device=embeds.device), column]
         logits = self.model.lm_head(states)
         logits[:, banned] = float("-inf")
         return logits.argmax(-1)

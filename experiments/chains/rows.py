@@ -31,7 +31,7 @@ from .arms import Arm
 RELATION_SCENES = Difficulty(relation_share=0.5)
 # One training scene in so many asks for attributes and relations, the others for chains.
 RELATION_SCENE_EVERY = 8
-QUESTIONS = 7  # of a scene of chains: one of each kind and length
+QUESTIONS = 7  # of a training scene; of chains, one of each kind and length
 MAX_SHAPES = 9
 IGNORED = -100
 PICTURES_AT_ONCE = 256
@@ -63,32 +63,37 @@ class Scenes:
 
 @dataclass
 class Rows:
-    """Rows of one arm, all padded to T tokens, on one device.
+    """Rows of one arm on one device. R rows about one scene share a line, and in it the prompt's beginning with the picture.
 
     Args:
-        ids (`torch.LongTensor` of shape `(N, T)`): Prompt and answer.
-        labels (`torch.LongTensor` of shape `(N, T)`): The answer's tokens but for slots and their end; else -100.
+        ids (`torch.LongTensor` of shape `(N, T)`): The shared beginning, then each row's question and answer; padded.
+        labels (`torch.LongTensor` of shape `(N, T)`): The answers' tokens but for slots and their end; else -100.
+        place (`torch.LongTensor` of shape `(N, T)`): Every token's place in its own row.
+        row (`torch.LongTensor` of shape `(N, T)`): Which of the R rows a token belongs to, -1 for the shared ones.
         scene (`torch.LongTensor` of shape `(N,)`): Number of the scene.
-        path (`torch.LongTensor` of shape `(N, S)`): For each step the place of its shape in the scene.
-        slot (`torch.LongTensor` of shape `(N,)`): Column of the first slot, or 1 where the row has none.
-        reflects (`torch.BoolTensor` of shape `(N,)`): Whether the row has slots.
-        prompt (`torch.LongTensor` of shape `(N,)`): Length of the prompt.
+        path (`torch.LongTensor` of shape `(N, R * S)`): For each step the place of its shape in the scene.
+        slot (`torch.LongTensor` of shape `(N, R)`): Column of the first slot, or 1 where the row has none.
+        reflects (`torch.BoolTensor` of shape `(N, R)`): Whether the row has slots.
+        answer (`torch.LongTensor` of shape `(N, R)`): Column of the answer's first token.
     """
 
     ids: torch.Tensor
     labels: torch.Tensor
+    place: torch.Tensor
+    row: torch.Tensor
     scene: torch.Tensor
     path: torch.Tensor
     slot: torch.Tensor
     reflects: torch.Tensor
-    prompt: torch.Tensor
+    answer: torch.Tensor
 
 
 def training_scene(index: int) -> Drawn:
     """The training scene of an index, and its questions."""
     seed = scene_seed("train", index)
     scene = make_scene(seed, "chains" if index % RELATION_SCENE_EVERY else RELATION_SCENES)
-    return scene, choose_questions(scene, QUESTIONS, random.Random(f"questions {seed}"))
+    asked = choose_questions(scene, QUESTIONS, random.Random(f"questions {seed}"))
+    return scene, (asked * QUESTIONS)[:QUESTIONS]  # a scene of few shapes allows fewer: they are asked twice
 
 
 def test_scene(index: int) -> Drawn:
@@ -160,7 +165,7 @@ class Tokens:
         }
 
     def positions(self, length: int) -> torch.Tensor:
-        """Positions (3, 1, T) of any row of so many tokens: the picture stands at the same place in all of them."""
+        """Positions (3, length) of a row's tokens: the picture stands at the same place in every row."""
         height, width = self.grid
         before = torch.arange(self.image_start).expand(3, -1)
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -168,33 +173,52 @@ class Tokens:
         after = (
             self.image_start + max(self.grid) + torch.arange(length - self.image_start - height * width).expand(3, -1)
         )
-        return torch.cat([before, image, after], 1)[:, None]
+        return torch.cat([before, image, after], 1)
 
-    def rows(self, examples: list[Example], arm: Arm, device: torch.device, seed: int = 0) -> Rows:
-        """The arm's rows of these examples; some of them without a reflection, where it says so."""
+    def rows(self, groups: list[list[Example]], arm: Arm, device: torch.device, seed: int = 0) -> Rows:
+        """The arm's rows of these examples, grouped by scene, as many in each; some without a reflection, where it says so."""
         rng = random.Random(seed)
-        steps = self.config.num_latent_tokens
-        forms = [arm.answer if rng.random() < arm.reflecting_rows else "glyph" for _ in examples]
-        prompt = np.array([len(example.prompt) for example in examples])
-        tokens = [example.prompt + example.answers[form] for example, form in zip(examples, forms)]
-        length = np.array([len(row) for row in tokens])
-        column = np.arange(length.max())
-        ids = np.full((len(tokens), length.max()), self.tokenizer.pad_token_id)
-        ids[column < length[:, None]] = np.fromiter(chain.from_iterable(tokens), np.int64, length.sum())
-        supervised = (column >= prompt[:, None]) & (column < length[:, None])
-        supervised &= ~np.isin(ids, [self.config.latent_token_id, self.config.latent_end_token_id])
-        reflects = np.array([form == "slots glyph" for form in forms])
-        paths = [example.path if arm.whole_path else example.path[-1:] for example in examples]
-        columns = {
-            "ids": ids,
-            "labels": np.where(supervised, ids, IGNORED),
-            "scene": np.array([example.scene for example in examples]),
-            "path": np.array([[path[min(step, len(path) - 1)] for step in range(steps)] for path in paths]),
-            "slot": np.where(reflects, prompt + 1, 1),
-            "reflects": reflects,
-            "prompt": prompt,
-        }
-        return Rows(**{name: torch.from_numpy(values).to(device) for name, values in columns.items()})
+        steps, shared = self.config.num_latent_tokens, len(self.head)
+        columns = {name: [] for name in ("scene", "path", "slot", "reflects", "answer")}
+        lines = {"ids": [], "supervised": [], "place": [], "row": []}
+        for group in groups:
+            ids, supervised = [*self.head], [0] * shared
+            place, row = [*range(shared)], [-1] * shared
+            path, slot, reflects, answers = [], [], [], []
+            for number, example in enumerate(group):
+                form = arm.answer if rng.random() < arm.reflecting_rows else "glyph"
+                question, answer = example.prompt[shared:], example.answers[form]
+                answers.append(len(ids) + len(question))
+                reflects.append(form == "slots glyph")
+                slot.append(answers[-1] + 1 if reflects[-1] else 1)
+                looked_at = example.path if arm.whole_path else example.path[-1:]
+                path += [looked_at[min(step, len(looked_at) - 1)] for step in range(steps)]
+                length = len(question) + len(answer)
+                ids += question + answer
+                supervised += [0] * len(question) + [1] * len(answer)
+                place += range(shared, shared + length)
+                row += [number] * length
+            for name, values in zip(lines, (ids, supervised, place, row)):
+                lines[name].append(values)
+            for name, values in zip(columns, (group[0].scene, path, slot, reflects, answers)):
+                columns[name].append(values)
+        fillers = {"ids": self.tokenizer.pad_token_id, "supervised": 0, "place": 0, "row": -2}
+        tensors = {name: pad(lines[name], filler) for name, filler in fillers.items()}
+        forced = (self.config.latent_token_id, self.config.latent_end_token_id)
+        supervised = tensors.pop("supervised").bool() & ~torch.isin(tensors["ids"], torch.tensor(forced))
+        tensors["labels"] = tensors["ids"].where(supervised, IGNORED)
+        tensors |= {name: torch.tensor(values) for name, values in columns.items()}
+        return Rows(**{name: values.to(device) for name, values in tensors.items()})
+
+
+def pad(lines: list[list[int]], filler: int) -> torch.Tensor:
+    """Lines of different lengths as one tensor (N, T)."""
+    lengths = np.array([len(line) for line in lines])
+    padded = np.full((len(lines), lengths.max()), filler)
+    padded[np.arange(lengths.max()) < lengths[:, None]] = np.fromiter(
+        chain.from_iterable(lines), np.int64, lengths.sum()
+    )
+    return torch.from_numpy(padded)
 
 
 def draw_scenes(
@@ -204,14 +228,16 @@ def draw_scenes(
     processor: VReflectionProcessor,
     tokens: Tokens,
     jitters: set[float] = frozenset({0.0}),
-) -> tuple[dict[float, Scenes], list[Example]]:
-    """Draws scenes with several processes and keeps their features, and their boxes once for each jitter; and the examples."""
+) -> tuple[dict[float, Scenes], list[list[Example]]]:
+    """Draws scenes with several processes; returns what is kept of them, once for each jitter of the boxes, and the examples."""
     features, examples, boxes = [], [], []
     with ProcessPoolExecutor() as pool, tqdm(total=count, desc="scenes", unit="scene") as progress:
         numbers = [range(first, min(first + PICTURES_AT_ONCE, count)) for first in range(0, count, PICTURES_AT_ONCE)]
         for images, some, their_boxes in pool.map(partial(_draw, draw, tokens), numbers):
             images = torch.from_numpy(images).to(model.device)
-            pixels = processor.image_processor(images=list(images), return_tensors="pt", device=model.device)
+            pixels = processor.image_processor(images=list(images), return_tensors="pt", device=model.device).to(
+                model.device
+            )
             with torch.no_grad():
                 pictures = model.model.image_features(pixels["pixel_values"], pixels["image_grid_thw"])
             features.append(torch.stack(pictures))
@@ -223,14 +249,14 @@ def draw_scenes(
     return {jitter: Scenes(features, there, grid) for jitter, there in patches.items()}, examples
 
 
-def _draw(draw: Callable[[int], Drawn], tokens: Tokens, numbers: range) -> tuple[np.ndarray, list[Example], list]:
-    """Pictures (scenes, 3, height, width), uint8, examples, and boxes by scene."""
+def _draw(draw: Callable[[int], Drawn], tokens: Tokens, numbers: range) -> tuple[np.ndarray, list, list]:
+    """Pictures (scenes, 3, height, width), uint8; examples and boxes by scene."""
     torch.set_num_threads(1)
     images, examples, boxes = [], [], []
     for number in numbers:
         drawn = draw(number)
         images.append(np.asarray(drawn[0].image).transpose(2, 0, 1))
-        examples += tokens.examples(number, drawn)
+        examples.append(tokens.examples(number, drawn))
         boxes.append([item.box for item in drawn[0].objects])
     return np.stack(images), examples, boxes
 

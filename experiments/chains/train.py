@@ -212,7 +212,7 @@ class Run:
             "arm": self.name,
             "seed": self.seed,
             "options": json.loads(self.fingerprint()),
-            "rows": int(self.order.max()) + 1,
+            "rows": (int(self.order.max()) + 1) * self.rows.slot.shape[1],
             "steps_done": self.done,
             "seconds_beside_other_arms": round(self.seconds, 1),
             "made_with": versions(self.device),
@@ -285,7 +285,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["path"], metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--batch", type=int, default=64, help="rows a step")
+    parser.add_argument("--batch", type=int, default=16, help="scenes a step, with seven rows each")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--scenes", type=int, default=24_000, help="for training")
     parser.add_argument("--test_scenes", type=int, default=3_000)
