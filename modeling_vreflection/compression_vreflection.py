@@ -20,6 +20,9 @@ class LatentCrossAttention(nn.Module):
         num_heads (`int`): Attention heads.
     """
 
+    # Whether keys see where features lie, if that is known.
+    looks_for_places = True
+
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
@@ -32,13 +35,14 @@ class LatentCrossAttention(nn.Module):
     def keys_and_values(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """All that later looks at features (G, N, D) need: keys and values, (G, heads, N, D / heads) each, and `None`.
 
-        Of features with places, (G, N, 3D), see `add_positions`, the keys see where they lie, the values don't, and the
-        places (G, N, D) come third.
+        Of features with places, (G, N, 3D), see `add_positions`, DAC's keys see where they lie, values and BCM's keys don't,
+        and the places (G, N, D) come third.
         """
         content, located, places = features, features, None
         if features.shape[-1] != self.k_proj.in_features:
             content, located, places = features.chunk(3, -1)
-        return self._split(self.k_proj(located)), self._split(self.v_proj(content)), places
+        read = located if self.looks_for_places else content
+        return self._split(self.k_proj(read)), self._split(self.v_proj(content)), places
 
     def attend(
         self,
@@ -78,6 +82,9 @@ class LatentCrossAttention(nn.Module):
 
 class BoxGuidedCompression(LatentCrossAttention):
     """BCM, the teacher: S learned queries compress the features of a box into latents (Eq. 1)."""
+
+    # It is told where to look: a box. With places in its keys, too, DAC learned kinship more slowly (docs/latents.md).
+    looks_for_places = False
 
     def __init__(self, hidden_size: int, num_heads: int, num_latent_tokens: int):
         super().__init__(hidden_size, num_heads)

@@ -22,7 +22,7 @@ from .rows import IGNORED, Rows, Scenes, Tokens
 ROOT = Path(__file__).parents[2]
 EMBEDDED = ROOT / "hub_card" / "vreflection_tiny"
 BASE = Path(__file__).parent / "base"
-MAX_LENGTH = 160
+MAX_LENGTH = 240
 
 
 def starting_model(seed: int, patch_positions: str, device: torch.device) -> VReflectionForConditionalGeneration:
@@ -77,6 +77,9 @@ class Network:
         self.positions = tokens.positions(MAX_LENGTH).to(model.device)  # (3, length of a row)
         self.steps = torch.arange(model.config.num_latent_tokens, device=model.device)
         self.width = model.config.text_config.hidden_size
+        if model.device.type == "cuda":
+            for layer in self.core.language_model.layers:
+                layer.compile(dynamic=False)
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Embeddings (B, T, D), the picture's features in their places."""

@@ -35,6 +35,7 @@ QUESTIONS = 7  # of a training scene; of chains, one of each kind and length
 MAX_SHAPES = 9
 IGNORED = -100
 PICTURES_AT_ONCE = 256
+LENGTHS = 80
 
 Drawn = tuple[Scene, list[Question]]
 
@@ -116,6 +117,7 @@ class Tokens:
 
     def __init__(self, processor: VReflectionProcessor, config, grid: tuple[int, int]):
         self.tokenizer, self.config, self.grid = processor.tokenizer, config, grid
+        self.encoded = {}
         content = [{"type": "image"}, {"type": "text", "text": "QUESTION"}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         image = processor.image_token * (grid[0] * grid[1])
@@ -126,7 +128,9 @@ class Tokens:
 
     def encode(self, text: str) -> list[int]:
         """Token ids."""
-        return self.tokenizer(text).input_ids
+        if text not in self.encoded:
+            self.encoded[text] = self.tokenizer(text).input_ids
+        return self.encoded[text]
 
     def examples(self, number: int, drawn: Drawn) -> list[Example]:
         """A scene's questions; `number` is the scene's."""
@@ -212,12 +216,11 @@ class Tokens:
 
 
 def pad(lines: list[list[int]], filler: int) -> torch.Tensor:
-    """Lines of different lengths as one tensor (N, T)."""
+    """Lines of different lengths as one tensor (N, T); few T, since a GPU's code is compiled for each."""
     lengths = np.array([len(line) for line in lines])
-    padded = np.full((len(lines), lengths.max()), filler)
-    padded[np.arange(lengths.max()) < lengths[:, None]] = np.fromiter(
-        chain.from_iterable(lines), np.int64, lengths.sum()
-    )
+    longest = -(-lengths.max() // LENGTHS) * LENGTHS
+    padded = np.full((len(lines), longest), filler)
+    padded[np.arange(longest) < lengths[:, None]] = np.fromiter(chain.from_iterable(lines), np.int64, lengths.sum())
     return torch.from_numpy(padded)
 
 
@@ -230,47 +233,49 @@ def draw_scenes(
     jitters: set[float] = frozenset({0.0}),
 ) -> tuple[dict[float, Scenes], list[list[Example]]]:
     """Draws scenes with several processes; returns what is kept of them, once for each jitter of the boxes, and the examples."""
-    features, examples, boxes = [], [], []
+    features, examples, patches = [], [], []
     with ProcessPoolExecutor() as pool, tqdm(total=count, desc="scenes", unit="scene") as progress:
         numbers = [range(first, min(first + PICTURES_AT_ONCE, count)) for first in range(0, count, PICTURES_AT_ONCE)]
-        for images, some, their_boxes in pool.map(partial(_draw, draw, tokens), numbers):
-            images = torch.from_numpy(images).to(model.device)
-            pixels = processor.image_processor(images=list(images), return_tensors="pt", device=model.device).to(
+        for images, some, their_patches in pool.map(partial(_draw, draw, tokens, sorted(jitters)), numbers):
+            images = list(torch.from_numpy(images).to(model.device))
+            pixels = processor.image_processor(images=images, return_tensors="pt", device=model.device).to(
                 model.device
             )
             with torch.no_grad():
                 pictures = model.model.image_features(pixels["pixel_values"], pixels["image_grid_thw"])
             features.append(torch.stack(pictures))
             examples += some
-            boxes += their_boxes
+            patches.append(their_patches)
             progress.update(len(images))
-    features, grid = torch.cat(features), tokens.grid
-    patches = {jitter: patches_of(boxes, grid, jitter).to(model.device) for jitter in jitters}
-    return {jitter: Scenes(features, there, grid) for jitter, there in patches.items()}, examples
+    features, patches = torch.cat(features), torch.from_numpy(np.concatenate(patches)).to(model.device)
+    return {
+        jitter: Scenes(features, patches[:, place], tokens.grid) for place, jitter in enumerate(sorted(jitters))
+    }, examples
 
 
-def _draw(draw: Callable[[int], Drawn], tokens: Tokens, numbers: range) -> tuple[np.ndarray, list, list]:
-    """Pictures (scenes, 3, height, width), uint8; examples and boxes by scene."""
+def _draw(
+    draw: Callable[[int], Drawn], tokens: Tokens, jitters: list[float], numbers: range
+) -> tuple[np.ndarray, list[list[Example]], np.ndarray]:
+    """Pictures (scenes, 3, height, width), uint8; examples by scene; patches (scenes, jitters, 9, L), bool."""
     torch.set_num_threads(1)
-    images, examples, boxes = [], [], []
+    images, examples, patches = [], [], []
     for number in numbers:
         drawn = draw(number)
         images.append(np.asarray(drawn[0].image).transpose(2, 0, 1))
         examples.append(tokens.examples(number, drawn))
-        boxes.append([item.box for item in drawn[0].objects])
-    return np.stack(images), examples, boxes
+        boxes = [item.box for item in drawn[0].objects]
+        patches.append([patches_of(boxes, tokens.grid, jitter, random.Random(number)) for jitter in jitters])
+    return np.stack(images), examples, np.array(patches)
 
 
-def patches_of(boxes: list[list[tuple]], grid: tuple[int, int], jitter: float) -> torch.Tensor:
-    """The patches that each shape's box overlaps, (scenes, 9, L), with its sides moved by up to `jitter` of the box's own."""
-    rng = random.Random(0)
-    patches = torch.zeros(len(boxes), MAX_SHAPES, grid[0] * grid[1], dtype=torch.bool)
-    for number, scene in enumerate(boxes):
-        for place, (x0, y0, x1, y1) in enumerate(scene):
-            if jitter:
-                width, height = x1 - x0, y1 - y0
-                left, right, top, bottom = (rng.uniform(-jitter, jitter) for _ in range(4))
-                x0, x1 = max(0, x0 + left * width), min(1, x1 + right * width)
-                y0, y1 = max(0, y0 + top * height), min(1, y1 + bottom * height)
-            patches[number, place, box_patches(quantise_box((x0, y0, x1, y1)), grid)] = True
+def patches_of(boxes: list[tuple], grid: tuple[int, int], jitter: float, rng: random.Random) -> np.ndarray:
+    """The patches that each box overlaps, (9, L), bool, with its sides moved by up to `jitter` of the box's own."""
+    patches = np.zeros((MAX_SHAPES, grid[0] * grid[1]), dtype=bool)
+    for place, (x0, y0, x1, y1) in enumerate(boxes):
+        if jitter:
+            width, height = x1 - x0, y1 - y0
+            left, right, top, bottom = (rng.uniform(-jitter, jitter) for _ in range(4))
+            x0, x1 = max(0, x0 + left * width), min(1, x1 + right * width)
+            y0, y1 = max(0, y0 + top * height), min(1, y1 + bottom * height)
+        patches[place, box_patches(quantise_box((x0, y0, x1, y1)), grid).numpy()] = True
     return patches
