@@ -44,6 +44,7 @@ class Evaluation:
         self.start_id, self.slot_id, self.end_id = self.latent_ids
         self.glyphs = torch.tensor([example.glyph for example in self.examples], device=self.device)
 
+    @torch.compiler.set_stance("force_eager")  # compiled code is for the lines of training
     def run(self, arm: Arm) -> dict:
         """All that the table says of an arm, ready for JSON."""
         alone = [[example] for example in self.examples]
@@ -64,10 +65,8 @@ class Evaluation:
         right = []
         for index in self.chunks(rows):
             batch = Batch.pick(rows, self.scenes, index)
-            column = batch.slot + len(self.network.steps) if slots else rows.prompt[index] - 1
-            right += self.continue_text(
-                self.network.embed(batch), column, self.glyphs[index], banned or [self.slot_id]
-            )
+            column = (batch.slot + len(self.network.steps) if slots else rows.answer[index] - 1)[:, 0]
+            right += self.continue_text(batch, column, self.glyphs[index], banned or [self.slot_id])
         return self.by_kind(right)
 
     def continue_text(self, batch: Batch, column: torch.Tensor, glyphs: torch.Tensor, banned: list[int]) -> list[bool]:

@@ -35,7 +35,7 @@ QUESTIONS = 7  # of a training scene; of chains, one of each kind and length
 MAX_SHAPES = 9
 IGNORED = -100
 PICTURES_AT_ONCE = 256
-LENGTHS = 80
+LENGTHS = 80  # training lines are padded to a multiple: a GPU's code is compiled for each length
 
 Drawn = tuple[Scene, list[Question]]
 
@@ -207,7 +207,8 @@ class Tokens:
             for name, values in zip(columns, (group[0].scene, path, slot, reflects, answers)):
                 columns[name].append(values)
         fillers = {"ids": self.tokenizer.pad_token_id, "supervised": 0, "place": 0, "row": -2}
-        tensors = {name: pad(lines[name], filler) for name, filler in fillers.items()}
+        multiple = LENGTHS if len(groups[0]) > 1 else 1
+        tensors = {name: pad(lines[name], filler, multiple) for name, filler in fillers.items()}
         forced = (self.config.latent_token_id, self.config.latent_end_token_id)
         supervised = tensors.pop("supervised").bool() & ~torch.isin(tensors["ids"], torch.tensor(forced))
         tensors["labels"] = tensors["ids"].where(supervised, IGNORED)
@@ -215,10 +216,10 @@ class Tokens:
         return Rows(**{name: values.to(device) for name, values in tensors.items()})
 
 
-def pad(lines: list[list[int]], filler: int) -> torch.Tensor:
-    """Lines of different lengths as one tensor (N, T); few T, since a GPU's code is compiled for each."""
+def pad(lines: list[list[int]], filler: int, multiple: int) -> torch.Tensor:
+    """Lines of different lengths as one tensor (N, T), with T a multiple."""
     lengths = np.array([len(line) for line in lines])
-    longest = -(-lengths.max() // LENGTHS) * LENGTHS
+    longest = -(-lengths.max() // multiple) * multiple
     padded = np.full((len(lines), longest), filler)
     padded[np.arange(longest) < lengths[:, None]] = np.fromiter(chain.from_iterable(lines), np.int64, lengths.sum())
     return torch.from_numpy(padded)
