@@ -5,6 +5,7 @@ cores train it on GlyphSearch within the hour.
 """
 
 import json
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -24,6 +25,8 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+# Words of GlyphSearch's chains that no other text of it has. They came later: their tokens lie behind all others, whose ids stay.
+CHAIN_WORDS = (" same", " colour", " form", " as")
 # As with the real Qwen2.5-VL, the embedding has more rows than the tokenizer has tokens: room for reflection's three.
 VOCAB_SIZE = 512
 PATCH_SIZE = 14
@@ -47,7 +50,7 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
     )
     bpe.train_from_iterator(corpus, trainer)
     trained = json.loads(bpe.to_str())["model"]
-    return Qwen2Tokenizer(
+    tokenizer = Qwen2Tokenizer(
         vocab=trained["vocab"],
         merges=[tuple(merge) for merge in trained["merges"]],
         eos_token="<|im_end|>",
@@ -55,6 +58,30 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
         extra_special_tokens=list(SPECIAL_TOKENS),
         model_max_length=4096,
     )
+    add_words(tokenizer, CHAIN_WORDS)
+    return tokenizer
+
+
+def add_words(tokenizer: Qwen2Tokenizer, words: Sequence[str]) -> None:
+    """Gives each word a token, behind all tokens that the tokenizer has; their ids stay.
+
+    A word's pieces are merged from left to right, after all merges that there were. Other texts are encoded as before, unless
+    the first pieces of one of the words stand in them side by side.
+
+    Args:
+        tokenizer (`Qwen2Tokenizer`): A byte-level BPE tokenizer, changed in place.
+        words (`Sequence[str]`): The words, each with the space before it.
+    """
+    for word in words:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        # With the special tokens, which the BPE's own vocabulary lacks: else their ids would be given away.
+        vocab = state["model"]["vocab"] = tokenizer.get_vocab()
+        left, *rest = tokenizer.tokenize(word)
+        for right in rest:
+            state["model"]["merges"].append([left, right])
+            left += right
+            vocab.setdefault(left, len(vocab))
+        tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(state)).model
 
 
 def tiny_image_processor() -> Qwen2VLImageProcessor:

@@ -148,7 +148,13 @@ def train_once(options: dict, start: Path, first_scene: int, steps: int, folder:
     """
     if folder.is_dir():
         return folder
-    scenes = {"difficulty": DIFFICULTY, "split": "train", "count": steps * BATCH_SIZE, "start": first_scene}
+    scenes = {
+        "difficulty": DIFFICULTY,
+        "split": "train",
+        "count": steps * BATCH_SIZE,
+        "start": first_scene,
+        "paths": False,  # one box a reflection, as in the paper
+    }
     draft = folder.with_name(folder.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.parent.mkdir(parents=True, exist_ok=True)

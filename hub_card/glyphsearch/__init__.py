@@ -2,8 +2,9 @@
 """GlyphSearch: seeded scenes of coloured shapes, each with a glyph on it, and questions whose region is known exactly.
 
 A scene is a square picture divided into cells. Some cells hold one shape, somewhere inside the cell, with a letter on
-it. A question names one shape, by its colour and form or by what it stands next to; the answer is the letter, and the
-box is the shape's own. Everything is a pure function of `(split, index, difficulty)`: no files, no fonts.
+it. A question names one shape and may lead on from there, to what it stands next to or to what shares its colour or
+form; the answer is the letter of the last shape, and the boxes of the shapes on the way are the path of a reflection.
+Everything is a pure function of `(split, index, difficulty)`: no files, no fonts.
 
 Examples:
 

@@ -1,7 +1,7 @@
 """Chains of shapes: each hop leads from one shape of a scene to another, and a question asks for the glyph at the end.
 
-A hop of *kinship* leads to the only other shape of the same colour, or to the only other one of the same form. A *spatial* hop
-leads to the next shape on one side, if it is the only one there. No chain visits a shape twice.
+A hop of *kinship* leads to the only other shape of the same colour, or to the only other one of the same form. A
+*spatial* hop leads to the next shape on one side, if it is the only one there. No chain visits a shape twice.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 # Where a spatial hop leads, seen from the shape that it starts at: (rows down, columns right).
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+# What two shapes share: an index of their names.
 KINSHIP = {"of the same colour as": 0, "of the same form as": 1}
 CHAIN_KINDS = ("kinship", "spatial")
 
@@ -47,7 +48,7 @@ def find_hops(kind: str, cells: Sequence[Cell], names: Sequence[Name]) -> list[l
 
 
 def find_chains(kind: str, cells: Sequence[Cell], names: Sequence[Name], length: int) -> list[Chain]:
-    """All chains of so many hops."""
+    """All chains of so many hops; of length 0 one for each shape."""
     hops = find_hops(kind, cells, names)
     chains = [((), (start,)) for start in range(len(cells))]
     for _ in range(length):

@@ -20,11 +20,14 @@ RowFunction = Callable[[int], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its only right answer, the glyph of the last shape of its path; `path` is where to look, in order."""
+    """A question with its only right answer, the glyph of the last shape of its path.
+
+    The path leads from the shape that the question names to the one that it asks for: where to look, in this order.
+    """
 
     kind: str  # "attribute", "relation", "kinship" or "spatial"
     text: str
-    path: tuple[SceneObject, ...]  # from the shape that the question names to the one that it asks for
+    path: tuple[SceneObject, ...]
 
     @property
     def target(self) -> SceneObject:
@@ -66,26 +69,29 @@ def chain_questions(scene: Scene, kind: str, hops: int, longest: int | None = No
         scene (`Scene`): The scene.
         kind (`str`): `"kinship"` or `"spatial"`.
         hops (`int`): The chain's length; 0 asks for a shape by its name.
-        longest (`int`, *optional*): Only shapes that end a chain of so many hops, too, are asked for; without it, of `hops`.
+        longest (`int`, *optional*): Only shapes at the end of some chain of so many hops are asked for. With the same
+            `longest`, questions of all lengths up to it ask for the same shapes.
     """
     cells = [item.cell for item in scene.objects]
     names = [(item.colour, item.shape) for item in scene.objects]
-    ends = {path[-1] for _, path in find_chains(kind, cells, names, max(hops, longest or 0))}
+    chains = find_chains(kind, cells, names, hops)
+    if longest is not None:
+        ends = {path[-1] for _, path in find_chains(kind, cells, names, longest)}
+        chains = [(words, path) for words, path in chains if path[-1] in ends]
     return [
         Question(kind, chain_text(words, scene.objects[path[0]].name), tuple(scene.objects[index] for index in path))
-        for words, path in find_chains(kind, cells, names, hops)
-        if path[-1] in ends
+        for words, path in chains
     ]
 
 
 def choose_questions(scene: Scene, count: int, rng: random.Random) -> list[Question]:
-    """Draws `count` different questions, or all where there are fewer, as the difficulty says."""
+    """Draws `count` different questions, or all where there are fewer: those that the scene's difficulty asks for."""
     choose = _choose_chains if scene.difficulty.chains else _choose_attributes_and_relations
     return choose(scene, count, rng)
 
 
 def _choose_attributes_and_relations(scene: Scene, count: int, rng: random.Random) -> list[Question]:
-    """With the difficulty's share of relations."""
+    """Draws questions with the difficulty's share of relations."""
     asked = questions(scene)
     rng.shuffle(asked)
     attributes = [question for question in asked if question.kind == "attribute"]
@@ -99,28 +105,34 @@ def _choose_attributes_and_relations(scene: Scene, count: int, rng: random.Rando
 
 
 def _choose_chains(scene: Scene, count: int, rng: random.Random) -> list[Question]:
-    """All kinds and lengths in turn, in random order: first the shape that is asked for, then a chain that ends there.
+    """Draws from each kind and length in turn, in random order: first the shape to ask for, then a chain that ends there.
 
-    A shape is asked for if the longest chain of the kind ends at it, and each as often as any other: where the answer lies
-    tells nothing of the question's length.
+    Each shape at the end of one of the longest chains of a kind is asked for as often as any other, at every length: of one
+    kind, the place of the answer is independent of the question's length.
     """
-    sorts = {}
-    for kind, longest in scene.difficulty.chains.items():
-        for hops in range(longest + 1):
-            by_target = {}
-            for question in chain_questions(scene, kind, hops, longest):
-                by_target.setdefault(question.target, []).append(question)
-            sorts[kind, hops] = by_target
-    chosen = {}
-    while len(chosen) < count and any(sorts.values()):
-        for sort in rng.sample(list(sorts), len(sorts)):
-            if sorts[sort] and len(chosen) < count:
-                target = rng.choice(list(sorts[sort]))
-                question = sorts[sort][target].pop(rng.randrange(len(sorts[sort][target])))
-                if not sorts[sort][target]:
-                    del sorts[sort][target]
+    pools = [
+        _by_target(chain_questions(scene, kind, hops, longest))
+        for kind, longest in scene.difficulty.chains.items()
+        for hops in range(longest + 1)
+    ]
+    chosen = {}  # by text: without a hop, both kinds ask the same
+    while len(chosen) < count and any(pools):
+        for pool in rng.sample(pools, len(pools)):
+            if pool and len(chosen) < count:
+                target = rng.choice(list(pool))
+                question = pool[target].pop(rng.randrange(len(pool[target])))
+                if not pool[target]:
+                    del pool[target]
                 chosen.setdefault(question.text, question)
     return list(chosen.values())
+
+
+def _by_target(asked: Sequence[Question]) -> dict[SceneObject, list[Question]]:
+    """Questions by the shape that they ask for."""
+    grouped = {}
+    for question in asked:
+        grouped.setdefault(question.target, []).append(question)
+    return grouped
 
 
 def draw_question(split: str, index: int, difficulty: str | Difficulty = "default") -> tuple[Scene, Question]:
@@ -143,6 +155,7 @@ def glyphsearch_dataset(
     reflection: bool = True,
     questions_per_scene: int = 1,
     start: int = 0,
+    paths: bool = True,
 ) -> "Dataset":
     """A dataset of scenes in the project's message format, drawn when they are read.
 
@@ -150,15 +163,18 @@ def glyphsearch_dataset(
         split (`str`): One of `SPLITS`.
         count (`int`): Rows, one scene each.
         difficulty (`str` or `Difficulty`): A preset's name, or a difficulty.
-        reflection (`bool`): Whether every answer begins with the target's box.
+        reflection (`bool`): Whether every answer begins with a reflection.
         questions_per_scene (`int`): Turns of a row's conversation; fewer where a scene allows no more.
         start (`int`): Index of the first scene in its split.
+        paths (`bool`): Whether a reflection has the boxes of the question's path, where that has several shapes, as
+            `boxes`. Otherwise it has the target's alone, as in the paper.
 
     Returns:
         `Dataset`: Rows of `id`, `images` (one picture) and `messages`.
     """
     options = {"split": split, "difficulty": get_difficulty(difficulty)}
-    row = partial(scene_row, reflection=reflection, questions_per_scene=questions_per_scene, **options)
+    options |= {"reflection": reflection, "questions_per_scene": questions_per_scene, "paths": paths}
+    row = partial(scene_row, **options)
     return _lazy_dataset([(count, row)], start)
 
 
@@ -189,7 +205,12 @@ def glyphsearch_curriculum(
 
 
 def scene_row(
-    index: int, split: str, difficulty: Difficulty, reflection: bool = True, questions_per_scene: int = 1
+    index: int,
+    split: str,
+    difficulty: Difficulty,
+    reflection: bool = True,
+    questions_per_scene: int = 1,
+    paths: bool = True,
 ) -> dict[str, Any]:
     """One scene and a conversation about it, as a row."""
     scene, asked = _draw_questions(split, index, difficulty, questions_per_scene)
@@ -200,7 +221,9 @@ def scene_row(
             content.insert(0, {"type": "image"})
         answer = [{"type": "text", "text": question.answer}]
         if reflection:
-            answer.insert(0, {"type": "reflection", "box": list(question.target.box), "image_index": 0})
+            boxes = [list(item.box) for item in question.path]
+            where = {"boxes": boxes} if paths and question.hops else {"box": boxes[-1]}
+            answer.insert(0, {"type": "reflection", **where, "image_index": 0})
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return {"id": f"glyphsearch-{split}-{index}", "images": [scene.image], "messages": messages}
 

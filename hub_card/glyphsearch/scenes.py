@@ -63,7 +63,7 @@ class Difficulty:
     clutter: int = 0  # grey strokes under the shapes
     relation_share: float = 0.0  # of the questions; the others are attribute questions
     # The longest chains of each kind, by `CHAIN_KINDS`, in hops; with these all questions ask for chains.
-    chains: dict[str, int] = field(default_factory=dict)
+    chains: dict[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def image_size(self) -> int:
@@ -94,7 +94,8 @@ DIFFICULTIES = {
         relation_share=0.5,
     ),
     "chains": Difficulty(**CHAIN_SCENES, chains={"kinship": 3, "spatial": 2}),
-    "longer_chains": Difficulty(**CHAIN_SCENES, chains={"kinship": 4, "spatial": 3}),
+    # Nine shapes fill the grid, and then no spatial chain has three hops.
+    "longer_chains": Difficulty(**CHAIN_SCENES | {"max_objects": 8}, chains={"kinship": 4, "spatial": 3}),
 }
 
 
