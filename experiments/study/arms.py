@@ -6,12 +6,12 @@ from pathlib import Path
 
 import yaml
 
-from vreflection_hub_card.evaluation.interventions import INTERVENTIONS
-
 
 ARMS_FILE = Path(__file__).with_name("arms.yaml")
 # The evaluation that every arm has: decoding as the checkpoint says.
 PLAIN = "plain"
+# The interventions that its results were measured with.
+INTERVENED = ("zeroed", "noise", "shuffled", "other_picture", "filler")
 # The one that arms have which don't reflect by themselves.
 REFLECTING = "reflecting"
 
@@ -109,7 +109,7 @@ def read_study(path: Path = ARMS_FILE) -> Study:
 
 def read_arm(name: str, entry: dict, parts: dict[str, dict]) -> StudyArm:
     """Reads an arm: `interventions: true` adds them to the plain evaluation."""
-    plain = {"interventions": list(INTERVENTIONS) if entry.get("interventions") else []}
+    plain = {"interventions": list(INTERVENED) if entry.get("interventions") else []}
     ways = {way: {"interventions": []} | options for way, options in entry.get("evaluate", {}).items()}
     return StudyArm(
         name,

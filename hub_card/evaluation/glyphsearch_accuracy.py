@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
 
-from ..glyphsearch import GLYPHS, Question, Scene, draw_question, scene_seed
+from ..glyphsearch import CHAIN_KINDS, GLYPHS, Question, Scene, draw_question, scene_seed
 from ..inference.attention_maps import GREEDY, Reflection, generate_and_look, offered_sources
 from ..inference.encoding import encode_prompts, user_turn
 from .interventions import EXCHANGED, INTERVENTIONS, first_latents, replace_latents
@@ -25,11 +25,13 @@ ANSWER_TOKENS = 8
 # Ways of asking by their names in result files: as the model decodes by itself, and without reflections. The others are
 # `INTERVENTIONS`.
 UNCHANGED, WITHOUT_LATENTS = "usual", "without_latents"
+# Kinds of questions, in the order of result files.
+KINDS = ("attribute", "relation", *CHAIN_KINDS)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The answers to one question by way of asking, and by source of attention what `compare_with_box` says.
+    """The answers to one question by way of asking; by source of attention what `compare_with_box` says, and `look_by_step`.
 
     Without a reflection there are no interventions and no looks; without a second reflection in the batch no interventions
     that exchange latents.
@@ -38,6 +40,7 @@ class Sample:
     question: Question
     answers: dict[str, str]
     looks: dict[str, tuple[bool, float]]
+    steps: dict[str, list[bool]]
 
     def correct(self, way: str) -> bool:
         """Whether an answer is right."""
@@ -142,26 +145,45 @@ def answer_batch(
             question=question,
             answers={way: given[row] for way, given in answers.items() if row in given},
             looks=compare_with_box(reflections[row][0], question.target.box) if reflections[row] else {},
+            steps=look_by_step(reflections[row][0], [item.box for item in question.path]) if reflections[row] else {},
         )
         for row, question in enumerate(questions)
     ]
 
 
 def compare_with_box(reflection: Reflection, box: tuple[float, float, float, float]) -> dict[str, tuple[bool, float]]:
-    """Compares a reflection's mean map over its steps (h, w) with the box that it should look at.
+    """Compares a reflection's mean map over its steps (h, w) with the box of the shape that is asked for.
 
     For each source of attention: whether the map is largest at a patch whose centre lies in the box, and the share of the
     map at such patches.
     """
-    x0, y0, x1, y1 = box
     looks = {}
     for source, (maps, *_) in reflection.maps.items():
         mean = maps.mean(0)
-        height, width = mean.shape
-        x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
-        inside = ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
+        inside = patches_inside(box, *mean.shape)
         looks[source] = bool(inside.flatten()[mean.argmax()]), float(mean[inside].sum() / mean.sum())
     return looks
+
+
+def look_by_step(reflection: Reflection, path: Sequence[tuple[float, float, float, float]]) -> dict[str, list[bool]]:
+    """Compares each step's map of a reflection with the box of that step: of K boxes step k has the k-th, all later ones the last.
+
+    For each source of attention and step: whether the map is largest at a patch whose centre lies in the step's box.
+    """
+    return {
+        source: [
+            bool(patches_inside(path[min(step, len(path) - 1)], *look.shape).flatten()[look.argmax()])
+            for step, look in enumerate(maps)
+        ]
+        for source, (maps, *_) in reflection.maps.items()
+    }
+
+
+def patches_inside(box: tuple[float, float, float, float], height: int, width: int) -> torch.BoolTensor:
+    """Which of a picture's merged patches (h, w) have their centres in a box."""
+    x0, y0, x1, y1 = box
+    x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
+    return ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
 
 
 def summarise_glyphsearch(samples: list[Sample]) -> dict:
@@ -185,6 +207,10 @@ def summarise_glyphsearch(samples: list[Sample]) -> dict:
         "without_latents": {"latent_steps": 0, "accuracy": accuracy_by_kind(samples, WITHOUT_LATENTS)},
         "interventions": interventions,
         "pointing": {source: proportion([look[source][0] for look in looks]) for source in sources},
+        "pointing_by_step": {
+            source: pointing_by_step([sample.steps[source] for sample in samples if sample.steps])
+            for source in sources
+        },
         "attention_inside_box": {source: round(fmean(look[source][1] for look in looks), 4) for source in sources},
         "mean_box_area": round(fmean((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes), 4),
         # One character a scene, for paired comparisons: right, wrong, or not asked in this way.
@@ -196,9 +222,19 @@ def summarise_glyphsearch(samples: list[Sample]) -> dict:
 
 
 def accuracy_by_kind(samples: list[Sample], way: str) -> dict[str, dict]:
-    """How many answers are right over all samples and over each kind of question."""
-    kinds = {"overall": ("attribute", "relation"), "attribute": ("attribute",), "relation": ("relation",)}
-    return {
-        name: proportion([sample.correct(way) for sample in samples if sample.question.kind in kept])
-        for name, kept in kinds.items()
+    """How many answers are right over all samples, and over each kind of question that there is; chains also by hops."""
+    kinds: dict[str, list[bool]] = {}
+    for sample in sorted(samples, key=lambda sample: (KINDS.index(sample.question.kind), sample.question.hops)):
+        kind = sample.question.kind
+        name = f"{kind} {sample.question.hops}" if kind in CHAIN_KINDS else kind
+        kinds.setdefault(name, []).append(sample.correct(way))
+    overall = [sample.correct(way) for sample in samples]
+    return {name: proportion(outcomes) for name, outcomes in {"overall": overall, **kinds}.items()}
+
+
+def pointing_by_step(looks: list[list[bool]]) -> dict[str, dict]:
+    """How many looks lie inside their step's box, by the number of the step from 1 on, and of the last step of all answers."""
+    by_step = {
+        str(step + 1): [look[step] for look in looks if step < len(look)] for step in range(max(map(len, looks)))
     }
+    return {name: proportion(inside) for name, inside in {**by_step, "last": [look[-1] for look in looks]}.items()}

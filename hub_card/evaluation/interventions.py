@@ -17,6 +17,8 @@ INTERVENTIONS = {
     "shuffled": "another sample's latents",
     "other_picture": "the latents of the same question about another picture",
     "filler": "the slot token's embedding, nothing fed back",
+    "first_look": "the first latent in all slots",
+    "reversed": "the latents in reverse order",
 }
 # Those that need another sample.
 EXCHANGED = ("shuffled", "other_picture")
@@ -60,4 +62,8 @@ def replace_latents(
     if name == "filler":
         slot = torch.tensor(model.config.latent_token_id, device=latents.device)
         return model.get_input_embeddings()(slot).detach().expand_as(latents)
+    if name == "first_look":
+        return latents[:, :1].expand_as(latents)
+    if name == "reversed":
+        return latents.flip(1)
     raise ValueError(f"Unknown intervention {name!r}; choose one of {', '.join(INTERVENTIONS)}.")

@@ -9,14 +9,18 @@ def glyphsearch_table(report: dict) -> str:
     data, decoding, machine, versions = result["data"], result["decoding"], report["machine"], report["versions"]
     accuracy = result["accuracy"]
     rows = {"Accuracy": accuracy["overall"]}
-    if accuracy["attribute"]["count"] and accuracy["relation"]["count"]:
-        rows |= {f"- {kind} questions": accuracy[kind] for kind in ("attribute", "relation")}
+    kinds = {name: one for name, one in accuracy.items() if name != "overall" and one["count"]}
+    if len(kinds) > 1:
+        rows |= {f"- {describe_kind(name)}": one for name, one in kinds.items()}
     rows["Answers that begin to reflect"] = result["reflection_rate"]
     rows["Accuracy without latents (`latent_steps=0`)"] = result["without_latents"]["accuracy"]["overall"]
     for name, measured in result["interventions"].items():
         rows[f"Accuracy with {INTERVENTIONS[name]}"] = measured["accuracy"]["overall"]
     for source, pointing in result["pointing"].items():
         rows[f"Largest attention inside the target's box, {source.upper()}"] = pointing
+    by_step = result.get("pointing_by_step", {})  # results from before there were paths have none
+    for source, looks in by_step.items():
+        rows[f"- of the last step alone, {source.upper()}"] = looks["last"]
     lines = [
         f"| {data['count']} unseen scenes, `{data['difficulty']}` difficulty | share | 95 % interval |",
         "|---|---|---|",
@@ -28,7 +32,19 @@ def glyphsearch_table(report: dict) -> str:
         f"torch {versions['torch']}, transformers {versions['transformers']}, {machine['processor']}, "
         f"{machine['cores']} cores).",
     ]
+    for source, looks in by_step.items():
+        shares = ", ".join(percent(one["share"]) for step, one in looks.items() if step != "last")
+        lines += [
+            "",
+            f"{source.upper()}'s largest attention inside the box of its own step, from step 1 on: {shares}.",
+        ]
     return "\n".join(lines)
+
+
+def describe_kind(name: str) -> str:
+    """A kind of questions as result files name it, e.g. `"kinship 1"`, in words."""
+    kind, _, hops = name.partition(" ")
+    return f"{kind} questions" + (f", {hops} hop{'' if hops == '1' else 's'}" if hops else "")
 
 
 def with_interval(proportion: dict) -> str:

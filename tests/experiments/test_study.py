@@ -20,7 +20,6 @@ from experiments.study.ablation_tables import (
 )
 from experiments.study.ablations import RECIPE, StudyRun
 from experiments.study.arms import ARMS_FILE, PLAIN, read_study
-from vreflection_hub_card.evaluation.interventions import INTERVENTIONS
 from vreflection_hub_card.evaluation.provenance import sha256
 from vreflection_hub_card.evaluation.statistics import wilson_interval
 from vreflection_training.cli import main_train
@@ -181,7 +180,7 @@ def test_arms_train_equally_long_and_share_only_parts_that_are_alike():
 
 def test_what_is_evaluated_of_an_arm():
     two_stage = STUDY.arms["two_stage"]
-    assert two_stage.evaluate[PLAIN] == {"interventions": list(INTERVENTIONS)}
+    assert two_stage.evaluate[PLAIN] == {"interventions": ["zeroed", "noise", "shuffled", "other_picture", "filler"]}
     assert two_stage.evaluate["dac_feedback"] == {"interventions": [], "latent_feedback": "dac"}
     assert STUDY.arms["joint"].evaluate == {PLAIN: {"interventions": []}}
 

@@ -1,20 +1,30 @@
 """GlyphSearch as a measurement: what is asked, what is counted, what is written."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
 
 from vreflection_hub_card.evaluation.glyphsearch_accuracy import (
     Sample,
+    accuracy_by_kind,
     compare_with_box,
     evaluate_glyphsearch,
+    look_by_step,
     summarise_glyphsearch,
 )
 from vreflection_hub_card.evaluation.interventions import EXCHANGED, INTERVENTIONS
 from vreflection_hub_card.evaluation.provenance import sha256
 from vreflection_hub_card.evaluation.statistics import proportion, wilson_interval
-from vreflection_hub_card.glyphsearch import draw_question, get_difficulty, scene_row
+from vreflection_hub_card.glyphsearch import (
+    chain_questions,
+    draw_question,
+    get_difficulty,
+    make_scene,
+    questions,
+    scene_row,
+)
 from vreflection_hub_card.inference.attention_maps import Reflection
 from vreflection_hub_card.inference.checkpoints import load_checkpoint
 from vreflection_training.cli import main
@@ -38,14 +48,15 @@ def test_nothing_counted_has_no_interval():
     assert proportion([]) == {"successes": 0, "count": 0}
 
 
-@pytest.mark.parametrize("difficulty", ["easy", "default", "hard"])
+@pytest.mark.parametrize("difficulty", ["easy", "default", "hard", "chains"])
 def test_questions_are_those_of_the_data_set(difficulty):
     for index in range(5):
         scene, question = draw_question("test", index, difficulty)
         row = scene_row(index, "test", get_difficulty(difficulty))
         assert row["messages"][0]["content"][1]["text"] == question.text
         reflection, answer = row["messages"][1]["content"]
-        assert answer["text"] == question.answer and tuple(reflection["box"]) == question.target.box
+        assert answer["text"] == question.answer
+        assert reflection.get("boxes", [reflection.get("box")]) == [list(item.box) for item in question.path]
         assert row["images"][0].tobytes() == scene.image.tobytes()
 
 
@@ -66,8 +77,54 @@ def test_the_share_inside_the_box_is_that_of_the_mean_map():
     assert compare_with_box(reflection, (0.26, 0.0, 0.5, 0.5)) == {"dac": (False, 0)}
 
 
+def test_a_step_is_compared_with_its_own_box_and_the_last_box_is_repeated():
+    left, right = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+    maps = torch.zeros(4, 2, 2)
+    for step, column in enumerate((0, 1, 0, 1)):
+        maps[step, step % 2, column] = 1
+    reflection = Reflection(4, {"dac": [maps]})
+    assert look_by_step(reflection, [left, right]) == {"dac": [True, True, False, True]}
+    assert look_by_step(reflection, [right, left]) == {"dac": [False, False, True, False]}
+    assert look_by_step(reflection, [left]) == {"dac": [True, False, True, False]}
+    assert look_by_step(reflection, [right, right, left]) == {"dac": [False, True, True, False]}
+
+
+def test_looks_are_counted_by_step_and_the_last_one_of_each_answer():
+    scene = make_scene(0, "chains")
+    asked = chain_questions(scene, "kinship", 1)[0]
+    steps = [[True, True, False], [True, False], [False, True, True]]
+    samples = [
+        Sample(asked, {"usual": "A", "without_latents": "A"}, {"dac": (True, 1.0)}, {"dac": step}) for step in steps
+    ]
+    samples.append(Sample(asked, {"usual": "A", "without_latents": "A"}, {}, {}))
+    found = summarise_glyphsearch(samples)["pointing_by_step"]["dac"]
+    assert {step: (one["successes"], one["count"]) for step, one in found.items()} == {
+        "1": (2, 3), "2": (2, 3), "3": (1, 2), "last": (1, 3)
+    }  # fmt: skip
+
+
+def test_accuracy_is_that_of_each_kind_and_of_chains_by_hops():
+    scene = make_scene(0, "chains")
+    chains = [(kind, hops) for kind, longest in scene.difficulty.chains.items() for hops in range(longest + 1)]
+    asked = [chain_questions(scene, *chain)[0] for chain in reversed(chains)] + questions(scene)[::-1]
+    # Right: the questions of two hops, and relations.
+    samples = [
+        Sample(
+            question, {"usual": question.answer if question.hops == 2 or question.kind == "relation" else ""}, {}, {}
+        )
+        for question in asked
+    ]
+    found = accuracy_by_kind(samples, "usual")
+    names = [f"{kind} {hops}" for kind, hops in chains]
+    assert list(found) == ["overall", "attribute", "relation", *names]
+    assert [found[name]["share"] for name in names] == [0, 0, 1, 0, 0, 0, 1]
+    assert found["attribute"]["count"] == len(scene.objects) and found["attribute"]["successes"] == 0
+    assert found["relation"]["share"] == 1
+    assert found["overall"]["count"] == len(asked) == sum(one["count"] for one in found.values()) / 2
+
+
 def test_results_count_what_happened():
-    questions = [draw_question("test", index)[1] for index in range(4)]
+    drawn = [draw_question("test", index)[1] for index in range(4)]
     names = ("usual", "without_latents", "shuffled", "zeroed")
     # For each question the outcomes in these four ways; a dot: not asked.
     outcomes = ["1001", "11.0", "11..", "00.0"]
@@ -86,8 +143,9 @@ def test_results_count_what_happened():
                 if outcome != "."
             },
             looked,
+            {source: [look[0]] for source, look in looked.items()},
         )
-        for question, row, looked in zip(questions, outcomes, looks)
+        for question, row, looked in zip(drawn, outcomes, looks)
     ]
     result = summarise_glyphsearch(samples)
     counted = {
@@ -107,8 +165,7 @@ def test_results_count_what_happened():
         **result["pointing"],
     }
     assert {name: (one["successes"], one["count"]) for name, one in found.items()} == counted
-    kinds = [result["accuracy"][kind]["count"] for kind in ("attribute", "relation")]
-    assert kinds == [[question.kind for question in questions].count(kind) for kind in ("attribute", "relation")]
+    assert {kind: one["count"] for kind, one in result["accuracy"].items()} == {"overall": 4, "attribute": 4}
     zeroed = result["interventions"]["zeroed"]
     assert zeroed["usual_accuracy_of_the_same"]["overall"]["successes"] == 2
     # "wrong 0" became "wrong 1" in the last one: wrong before and after, and changed.
@@ -117,7 +174,7 @@ def test_results_count_what_happened():
     assert result["outcomes"] == {
         "usual": "1110", "without_latents": "0110", "shuffled": "0---", "zeroed": "10-0"
     }  # fmt: skip
-    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (question.target.box for question in questions)]
+    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (question.target.box for question in drawn)]
     assert result["mean_box_area"] == pytest.approx(sum(areas) / 4, abs=1e-4)
 
 
@@ -132,8 +189,21 @@ def test_a_model_that_reflects_is_measured_in_all_ways(tiny_folder):
     assert counts == {name: 4 if name in EXCHANGED else 5 for name in INTERVENTIONS}
     assert {source: one["count"] for source, one in result["pointing"].items()} == {"dac": 5, "llm": 5}
     assert set(result["attention_inside_box"]) == {"dac", "llm"}
+    for steps in result["pointing_by_step"].values():
+        assert list(steps) == [*map(str, range(1, 9)), "last"]
+        assert steps["8"] == steps["last"] and steps["1"]["count"] == 5
     assert result["decoding"]["latent_feedback"] == "dac" and result["decoding"]["reflect"]
     assert result["data"]["first_seed"] == 2**40
+
+
+@pytest.mark.parametrize("difficulty", ["chains", "longer_chains"])
+def test_chains_are_measured_by_hops(tiny, difficulty):
+    result = evaluate_glyphsearch(*tiny, limit=6, difficulty=difficulty, reflect=True)
+    asked = [draw_question("test", index, difficulty)[1] for index in range(6)]
+    counts = {name: one["count"] for name, one in result["accuracy"].items() if name != "overall"}
+    assert counts == Counter(f"{question.kind} {question.hops}" for question in asked)
+    assert set(result["interventions"]) == set(INTERVENTIONS)
+    assert result["interventions"]["reversed"]["accuracy"].keys() == result["accuracy"].keys()
 
 
 def test_interventions_are_made_where_the_model_reflects_and_only_if_asked_for(tiny):
@@ -158,7 +228,7 @@ def test_the_command_writes_one_file(tiny_folder, capsys, tmp_path, monkeypatch)
     result = report["tasks"]["glyphsearch"]
     assert set(result) == {
         "data", "decoding", "accuracy", "reflection_rate", "without_latents", "interventions", "pointing",
-        "attention_inside_box", "mean_box_area", "outcomes"
+        "pointing_by_step", "attention_inside_box", "mean_box_area", "outcomes"
     }  # fmt: skip
     assert result["data"]["count"] == result["accuracy"]["overall"]["count"] == 4
     assert "of 4 right" in capsys.readouterr().out

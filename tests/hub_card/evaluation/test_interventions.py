@@ -59,6 +59,8 @@ def test_what_is_fed_instead(tiny, name):
         "shuffled": latents[[2, 0, 1]],
         "other_picture": others,
         "filler": slot.detach(),
+        "first_look": torch.stack([latents[:, 0]] * 8, 1),
+        "reversed": latents[:, [7, 6, 5, 4, 3, 2, 1, 0]],
     }
     if name in expected:
         assert torch.equal(replaced, expected[name].expand_as(latents))

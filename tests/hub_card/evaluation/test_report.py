@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from vreflection_hub_card.evaluation.provenance import sha256
-from vreflection_hub_card.evaluation.report import glyphsearch_table
+from vreflection_hub_card.evaluation.report import glyphsearch_table, with_interval
+from vreflection_hub_card.evaluation.statistics import proportion
 
 
 ROOT = Path(__file__).parents[3]
@@ -26,6 +27,20 @@ def test_the_embedded_checkpoint_reaches_the_goals():
 @pytest.fixture
 def report():
     return json.loads(json.dumps(RESULTS["vreflection_tiny"]))
+
+
+def test_kinds_and_steps_of_chains_are_rendered_and_older_results_have_none(report):
+    result = report["tasks"]["glyphsearch"]
+    assert "hop" not in glyphsearch_table(report) and "step 1" not in glyphsearch_table(report)
+    right, wrong, both = proportion([True]), proportion([False]), proportion([True, False])
+    result["accuracy"] = {"overall": both, "kinship 0": right, "kinship 1": wrong, "spatial 2": both}
+    result["pointing_by_step"] = {"dac": {"1": right, "2": wrong, "last": both}}
+    table = glyphsearch_table(report)
+    assert f"| - kinship questions, 0 hops | {with_interval(right)} |" in table
+    assert f"| - kinship questions, 1 hop | {with_interval(wrong)} |" in table
+    assert f"| - spatial questions, 2 hops | {with_interval(both)} |" in table
+    assert f"| - of the last step alone, DAC | {with_interval(both)} |" in table
+    assert "DAC's largest attention inside the box of its own step, from step 1 on: 100.0 %, 0.0 %." in table
 
 
 def test_what_was_never_counted_has_no_share(report):
