@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
@@ -132,8 +131,8 @@ def answer_batch(
     rows = list(first)
     if rows and interventions:
         tokens, latents = generate(encode(rows[1:] + rows[:1], rows), **options | {"reflect": True})
-        own = pad_sequence(list(first.values()), batch_first=True)
-        others = pad_sequence(list(first_latents(latents, tokens, model.config).values()), batch_first=True)
+        own = stack_latents(first, options["latent_steps"])
+        others = stack_latents(first_latents(latents, tokens, model.config), options["latent_steps"])
         inputs = encode(rows, rows)
         for name in interventions:
             # Every reflection of an answer is fed the same.
@@ -149,6 +148,11 @@ def answer_batch(
         )
         for row, question in enumerate(questions)
     ]
+
+
+def stack_latents(latents: dict[int, torch.Tensor], steps: int) -> torch.Tensor:
+    """The latents of all rows (B, S, D); where `latent_tolerance` ended a reflection early, its last one is repeated."""
+    return torch.stack([torch.cat([own, own[-1:].expand(steps - len(own), -1)]) for own in latents.values()])
 
 
 def compare_with_box(reflection: Reflection, box: tuple[float, float, float, float]) -> dict[str, tuple[bool, float]]:

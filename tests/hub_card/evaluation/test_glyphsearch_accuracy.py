@@ -12,6 +12,7 @@ from vreflection_hub_card.evaluation.glyphsearch_accuracy import (
     compare_with_box,
     evaluate_glyphsearch,
     look_by_step,
+    stack_latents,
     summarise_glyphsearch,
 )
 from vreflection_hub_card.evaluation.interventions import EXCHANGED, INTERVENTIONS
@@ -87,6 +88,11 @@ def test_a_step_is_compared_with_its_own_box_and_the_last_box_is_repeated():
     assert look_by_step(reflection, [right, left]) == {"dac": [False, False, True, False]}
     assert look_by_step(reflection, [left]) == {"dac": [True, False, True, False]}
     assert look_by_step(reflection, [right, right, left]) == {"dac": [False, True, True, False]}
+
+
+def test_a_reflection_that_ended_early_repeats_its_last_latent():
+    latents = {0: torch.tensor([[1.0], [2.0], [3.0]]), 4: torch.tensor([[4.0], [5.0]])}
+    assert stack_latents(latents, 3)[..., 0].tolist() == [[1, 2, 3], [4, 5, 5]]
 
 
 def test_looks_are_counted_by_step_and_the_last_one_of_each_answer():
