@@ -162,6 +162,7 @@ def difference(one, other):
 def test_a_path_differs_from_stage_1_in_its_losses_and_boxes_alone(name, model):
     losses = {"stage", "lambda_bcm", "lambda_dac", "lambda_feat", "lambda_attn", "attention_target", "latent_feedback"}
     tiny = {
+        "dataset_options",
         "eval_datasets",
         "eval_strategy",
         "eval_steps",
@@ -172,6 +173,8 @@ def test_a_path_differs_from_stage_1_in_its_losses_and_boxes_alone(name, model):
     assert difference(name, model) == {*losses, "output_dir", *(tiny if name == "path_tiny" else {"datasets"})}
     if name in PATH_LARGE:
         assert [source["paths"] for source in read(name)["datasets"]] == [True]
+    else:
+        assert read(model)["dataset_options"] == read(name)["dataset_options"] | {"paths": False}
 
 
 def test_the_runs_of_the_paper_differ_in_what_they_say_only():

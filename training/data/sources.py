@@ -133,6 +133,8 @@ def _parse(source: dict[str, Any], number: int) -> Source:
     parsed = Source(source.get("format", "messages"), source.get("path"), source.get("image_folder"), options)
     if parsed.format not in SOURCE_FORMATS:
         raise ValueError(f"{where}: `format` must be one of {', '.join(SOURCE_FORMATS)}, got {parsed.format!r}.")
+    if not isinstance(options.get("paths", False), bool):
+        raise ValueError(f"{where}: `paths` must be true or false, got {options['paths']!r}.")
     if parsed.format in GLYPHSEARCH:
         if parsed.path is not None or parsed.image_folder is not None:
             raise ValueError(f"{where}: {parsed.format} generates its pictures: leave `path` and `image_folder` out.")
@@ -149,10 +151,8 @@ def _parse(source: dict[str, Any], number: int) -> Source:
         raise NotADirectoryError(f"{where}: there is no `image_folder` {parsed.image_folder}.")
     if "paths" in options and parsed.format != "visual_cot":
         raise ValueError(
-            f"{where}: `paths` is for 'visual_cot', not for {parsed.format!r}, whose rows say it themselves."
+            f"{where}: `paths` is for 'visual_cot' and 'glyphsearch', not for {parsed.format!r}, whose rows say it themselves."
         )
-    if not isinstance(options.get("paths", False), bool):
-        raise ValueError(f"{where}: `paths` must be true or false, got {options['paths']!r}.")
     if parsed.format != "messages" or _is_json(parsed.path):
         if unknown := [name for name in options if name != "paths"]:
             raise ValueError(f"{where}: a file read as {parsed.format!r} takes no {', '.join(map(repr, unknown))}.")
