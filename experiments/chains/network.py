@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from modeling_vreflection import VReflectionForConditionalGeneration
+from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration
 from modeling_vreflection.regions_vreflection import add_positions
 from training.losses import attention_distillation_loss, bcm_alignment_loss, feature_distillation_loss
 
@@ -27,9 +27,8 @@ MAX_LENGTH = 240
 
 def starting_model(seed: int, patch_positions: str, device: torch.device) -> VReflectionForConditionalGeneration:
     """The embedded vision encoder, the language model of `base/`, BCM and DAC as `seed` draws them; float32."""
-    model = VReflectionForConditionalGeneration.from_pretrained(
-        EMBEDDED, dtype=torch.float32, patch_positions=patch_positions
-    )
+    config = VReflectionConfig.from_pretrained(EMBEDDED, patch_positions=patch_positions)
+    model = VReflectionForConditionalGeneration.from_pretrained(EMBEDDED, config=config, dtype=torch.float32)
     model.model.language_model.load_state_dict(
         Qwen2_5_VLTextModel.from_pretrained(BASE, dtype=torch.float32).state_dict()
     )
