@@ -155,6 +155,10 @@ class ReflectionCausalLMMixin:
         kwargs.setdefault("key_mapping", cls.stock_key_mapping)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # transformers puts fields of the config that the checkpoint's generation config doesn't know there, too.
+        for name in set(kwargs) & set(vars(model.generation_config)) - set(vars(GenerationConfig())):
+            if hasattr(model.config, name):
+                delattr(model.generation_config, name)
         if model.config.latent_token_id is None:
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub)
@@ -167,6 +171,8 @@ class ReflectionCausalLMMixin:
     ) -> tuple:
         """Makes a V-Reflection model and its processor from a stock folder or Hub id of its backbone.
 
+        Looks know where they are (`patch_positions="sincos"`), unless `patch_positions="none"`, as the paper has it.
+
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): The stock checkpoint.
             latent_tokens (`tuple[str, str, str]`, *optional*): Names of the start, slot and end token.
@@ -175,6 +181,7 @@ class ReflectionCausalLMMixin:
         Returns:
             `tuple`: The model and its processor.
         """
+        kwargs.setdefault("patch_positions", "sincos")
         model = cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         processor = cls.processor_class.from_backbone(

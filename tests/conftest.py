@@ -45,10 +45,14 @@ def backbone(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_model(backbone):
-    """Makes a model, with config fields as arguments, whose BCM and DAC are far from their initial symmetry."""
+    """Makes a model, with config fields as arguments, whose BCM and DAC are far from their initial symmetry.
+
+    Unless it is asked for, they don't know where patches lie.
+    """
 
     def make(**config) -> VReflectionForConditionalGeneration:
         torch.manual_seed(0)
+        config = {"patch_positions": "none", **config}
         model, _ = VReflectionForConditionalGeneration.from_backbone(backbone, dtype=torch.float32, **config)
         for seed, module in enumerate((model.model.bcm, model.model.dac)):
             if module is not None:

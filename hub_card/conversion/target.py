@@ -105,6 +105,7 @@ def from_stock_layout(folder: Path, fields: dict, names: Collection[str]) -> tup
         tokens, first_new_id = LATENT_TOKENS, len(tokenizer)
         ids = tuple(range(first_new_id, first_new_id + 3))
         own |= {"has_bcm": False, "has_dac": False}  # nothing has trained them
+        own["patch_positions"] = "sincos"  # as `from_backbone` has it
         own["text_config"]["vocab_size"] = max(vocabulary, ids[-1] + 1)
     own |= dict(zip(("latent_start_token_id", "latent_token_id", "latent_end_token_id"), ids))
     config = VReflectionConfig(**own)

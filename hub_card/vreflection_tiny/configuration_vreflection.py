@@ -38,8 +38,8 @@ class ReflectionConfigMixin:
             What BCM sees of a box: `"patch"`, the merged patches that it overlaps (App. A.1), or `"roi_align"`, 7 x 7
             bins (Sec. 3.2).
         patch_positions (`str`, *optional*, defaults to `"none"`):
-            How BCM and DAC know where a patch lies: `"none"`, by its features alone (the paper), or `"sincos"`, by a fixed
-            sinusoid of its centre that is added to what their keys read, and to their latents under the attention.
+            How a look knows where it is: `"none"`, by the features alone (the paper), or `"sincos"`, by a fixed sinusoid of
+            each patch's centre that is added to what DAC's keys read, and to both modules' latents under the attention.
         dac_queries (`str`, *optional*, defaults to `"states"`):
             DAC's queries: the model's own `"states"` (Eq. 3), or `"static"` learned ones, or `"random"` Gaussian ones
             (the ablation, Tab. 3 d).

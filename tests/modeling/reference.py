@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor
 
+from modeling_vreflection.compression_vreflection import BoxGuidedCompression
 from vreflection_hub_card.glyphsearch import make_scene
 
 
@@ -53,10 +54,12 @@ def encode(processor, *conversations, **kwargs):
 def attend(module: nn.Module, queries: torch.Tensor, features: torch.Tensor, **kwargs):
     """`torch.nn.MultiheadAttention` and LayerNorm on the weights of BCM or DAC: latents and head-averaged attention.
 
-    `features` may be those of `with_positions`.
+    `features` may be those of `with_positions`: DAC, which has to find its way, reads them in its keys.
     """
     size = queries.shape[-1]
     content, located, places = features.split(size, -1) if features.shape[-1] > size else (features, features, None)
+    if isinstance(module, BoxGuidedCompression):
+        located = content
     attention = nn.MultiheadAttention(size, module.num_heads, batch_first=True)
     projections = (module.q_proj, module.k_proj, module.v_proj)
     with torch.no_grad():

@@ -374,7 +374,7 @@ def test_recorded_latents_replay_to_the_same_log_probabilities(model, processor,
     first, second = (values.log_softmax(-1).gather(2, tokens)[..., 0][computed] for values in (sampled, logits))
     free = first > float("-inf")
     assert free.sum() > 30
-    torch.testing.assert_close(second[free], first[free], atol=2e-6, rtol=0)
+    torch.testing.assert_close(second[free], first[free], atol=5e-6, rtol=0)
 
 
 def test_latents_replay_with_a_gradient_in_any_place(model, stock, processor):

@@ -109,6 +109,20 @@ def test_new_modules_start_as_the_paper_says(backbone):
         assert (module.norm.weight == 1).all() and not module.norm.bias.any()
 
 
+@pytest.mark.parametrize("positions", [None, "none"])
+def test_looks_know_where_they_are_unless_asked_not_to(backbone, tmp_path, positions):
+    options = {} if positions is None else {"patch_positions": positions}
+    model, _ = VReflectionForConditionalGeneration.from_backbone(backbone, **options)
+    assert model.config.patch_positions == (positions or "sincos")
+    model.save_pretrained(tmp_path)
+    # A checkpoint keeps its own, and what is asked for stands in the config alone.
+    assert VReflectionForConditionalGeneration.from_pretrained(tmp_path).config.patch_positions == model.config.patch_positions
+    other = VReflectionForConditionalGeneration.from_pretrained(tmp_path, patch_positions="sincos")
+    assert other.config.patch_positions == "sincos"
+    assert not hasattr(other.generation_config, "patch_positions")
+    assert other.generation_config.latent_feedback == "hidden"
+
+
 def test_from_backbone_takes_the_number_of_latents_and_the_dtype(backbone):
     model, processor = VReflectionForConditionalGeneration.from_backbone(
         backbone, num_latent_tokens=4, dtype=torch.bfloat16

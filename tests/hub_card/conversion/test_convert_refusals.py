@@ -208,14 +208,14 @@ def store_twice(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_ids, "<|lvr|> is 7 in config.json (lvr_id) and 387 in the tokenizer"),
+        (spoil_ids, "<|lvr|> is 7 in config.json (lvr_id) and 400 in the tokenizer"),
         (spoil_tokenizer, "the tokenizer has no token <|lvr_start|>"),
         (lose_tokenizer, "<|image_pad|> is 384 in config.json (image_token_id) and None in the tokenizer"),
         (spoil_width, "the configuration is wrong (hidden_size must be divisible by num_heads"),
         (spoil_decoding, "generation_config.json: GenerationConfig is invalid: - `temperature`"),
         (list_instead, "can't be read"),
         (spoil_type, "no Qwen2.5-VL, its model type is 'llama'"),
-        (spoil_vocabulary, "the id 389, and the embedding has only 388 rows"),
+        (spoil_vocabulary, "the id 402, and the embedding has only 388 rows"),
         (spoil_json, "can't be read"),
         (spoil_heads, "`num_latent_tokens` must be at least 1"),
         (lose_config, "it has no config.json"),
