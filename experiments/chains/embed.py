@@ -21,7 +21,6 @@ from .train import main as train
 
 FOLDER = Path("outputs/chains/embedded")
 ARM, SEED = "path", 1
-ARGUMENTS = ["--arms", ARM, "--seeds", str(SEED), "--steps", "18000", "--learning_rate", "2e-3", "--batch", "16"]
 EARLIER_RUNS = 3  # in the training facts: those that `base/` had
 
 
@@ -82,6 +81,6 @@ def write_checkpoint(weights: dict[str, torch.Tensor], result: dict, folder: Pat
 
 
 if __name__ == "__main__":
-    train([*ARGUMENTS, "--output", str(FOLDER), "--checkpoints", str(FOLDER)])
+    train(["--arms", ARM, "--seeds", str(SEED), "--output", str(FOLDER), "--checkpoints", str(FOLDER)])
     trained = load_file(FOLDER / f"{ARM}_seed{SEED}" / "weights.safetensors")
     write_checkpoint(trained, json.loads((FOLDER / f"{ARM}_seed{SEED}.json").read_text()), EMBEDDED)

@@ -252,6 +252,8 @@ def train_side_by_side(runs: list[Run], save_every: float = 60.0) -> None:
                     if run.done < steps:
                         run.advance()
                         progress.update()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # every run has its own stream
             losses = {f"{run.name} {run.seed}": float(run.log[run.done - 1, 0]) for run in runs}
             progress.set_postfix_str(", ".join(f"{value:.3f}" for value in losses.values()))
             broken = [name for name, value in losses.items() if not math.isfinite(value)]
@@ -284,9 +286,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["path"], metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=18_000)
     parser.add_argument("--batch", type=int, default=16, help="scenes a step, with seven rows each")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--scenes", type=int, default=24_000, help="for training")
     parser.add_argument("--test_scenes", type=int, default=3_000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -302,7 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
     wanted = [(arm, seed) for arm in options.arms for seed in options.seeds]
     wanted = [pair for pair in wanted if not is_finished(result_path(options, *pair))]
     if not wanted:
-        print(f"All results are in {options.output}.")
+        print(f"All results are in {options.output} already; name another --output to repeat them.")
         return
     device = torch.device(options.device)
     torch.set_float32_matmul_precision("high")

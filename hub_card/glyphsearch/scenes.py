@@ -41,6 +41,7 @@ SPLIT_SIZE = 2**40
 BACKGROUND = (236, 236, 232)
 CLUTTER = (188, 188, 184)
 INK = (16, 16, 16)
+MOST_TRIES = 10_000
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,18 @@ def make_scene(seed: int, difficulty: str | Difficulty = "default") -> Scene:
     """Draws the scene of a seed, the same every time.
 
     At least one relation question can be asked about it; or, where the difficulty has chains, the longest of each kind.
+
+    Raises:
+        ValueError: A difficulty whose scenes hardly ever hold such chains.
     """
     difficulty = get_difficulty(difficulty)
     rng = random.Random(seed)
-    cells, names = _draw_cells_and_names(difficulty, rng)
-    while not all(find_chains(kind, cells, names, hops) for kind, hops in difficulty.chains.items()):
+    for _ in range(MOST_TRIES):
         cells, names = _draw_cells_and_names(difficulty, rng)
+        if all(find_chains(kind, cells, names, hops) for kind, hops in difficulty.chains.items()):
+            break
+    else:
+        raise ValueError(f"None of {MOST_TRIES} scenes holds chains of {difficulty.chains}: ask for shorter ones.")
 
     image = Image.new("RGB", (difficulty.image_size, difficulty.image_size), BACKGROUND)
     draw = ImageDraw.Draw(image)

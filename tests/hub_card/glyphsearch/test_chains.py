@@ -11,6 +11,7 @@ from vreflection_hub_card.glyphsearch import (
     CHAIN_KINDS,
     DIFFICULTIES,
     GLYPHS,
+    Difficulty,
     chain_questions,
     choose_questions,
     draw_question,
@@ -273,3 +274,9 @@ def test_scenes_and_questions_from_before_chains_are_as_they_were(difficulty):
         digest.update(repr([(item.name, item.glyph, item.pixel_box) for item in scene.objects]).encode())
         digest.update(repr((question.text, question.answer, question.target.pixel_box)).encode())
     assert digest.hexdigest() == BEFORE[difficulty]
+
+
+def test_chains_that_no_scene_can_hold_are_refused():
+    # With nine shapes on nine cells only the middle one of a side has one neighbour on that side.
+    with pytest.raises(ValueError, match="'spatial': 3"):
+        make_scene(0, Difficulty(min_objects=9, max_objects=9, distinct_colours=False, chains={"spatial": 3}))
