@@ -1,25 +1,31 @@
-"""Renders `docs/results.md` from the committed result files: `python -m experiments.results_page`.
+"""Renders `docs/results.md` and `docs/latents.md` from the committed result files: `python -m experiments.results_page`.
 
-The page's tables stand between markers, `<!-- NAME -->` and `<!-- /NAME -->`; all else is written by hand.
+A page's tables stand between markers, `<!-- NAME -->` and `<!-- /NAME -->`; all else is written by hand.
 """
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from vreflection_hub_card.evaluation.report import glyphsearch_table
 
 from .benchmark.benchmark_tables import decoding_tables, training_tables
+from .chains.table import TABLES, read_results
+from .chains.train import RESULTS as CHAINS_RESULTS
 
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
+LATENTS_PAGE = ROOT / "docs" / "latents.md"
 EMBEDDED_RESULTS = ROOT / "hub_card" / "results"
 BENCHMARK_RESULTS = ROOT / "experiments" / "benchmark" / "results"
 STUDY_RESULTS = ROOT / "experiments" / "study" / "results" / "quick"
-RENDERERS = {
+Renderers = dict[str, tuple[Callable[..., str], Path]]
+RENDERERS: Renderers = {
     "glyphsearch default": (glyphsearch_table, EMBEDDED_RESULTS / "vreflection_tiny.json"),
     "glyphsearch mixed": (glyphsearch_table, EMBEDDED_RESULTS / "vreflection_tiny_mixed.json"),
+    "study": (str.strip, STUDY_RESULTS / "tables.md"),
     "training small": (training_tables, BENCHMARK_RESULTS / "training_small.json"),
     "decoding 7b": (decoding_tables, BENCHMARK_RESULTS / "decoding_7b_cpu.json"),
     "decoding 3b dac": (decoding_tables, BENCHMARK_RESULTS / "decoding_3b_dac_cpu.json"),
@@ -27,17 +33,26 @@ RENDERERS = {
     "decoding tiny": (decoding_tables, BENCHMARK_RESULTS / "decoding_tiny.json"),
     "decoding embedded": (decoding_tables, BENCHMARK_RESULTS / "decoding_vreflection_tiny.json"),
 }
+PAGES = {PAGE: RENDERERS, LATENTS_PAGE: {name: (render, CHAINS_RESULTS) for name, render in TABLES.items()}}
 
 
-def render_page(page: str) -> str:
-    """The page with all tables rendered anew.
+def render_page(page: str, renderers: Renderers) -> str:
+    """The page with all tables rendered anew, each from a result file, a Markdown file, or a folder of an arm's results each.
 
     Raises:
         ValueError: A page without one of the markers, or a result without all figures.
     """
-    for name, (render, path) in RENDERERS.items():
-        page = fill_block(page, name, render(json.loads(path.read_text())))
-    return fill_block(page, "study", (STUDY_RESULTS / "tables.md").read_text().strip())
+    for name, (render, path) in renderers.items():
+        page = fill_block(page, name, render(read(path)))
+    return page
+
+
+def read(path: Path) -> dict | list[dict] | str:
+    """What a table is rendered from."""
+    if path.is_dir():
+        return read_results(path)
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text) if path.suffix == ".json" else text
 
 
 def fill_block(document: str, name: str, text: str) -> str:
@@ -53,4 +68,5 @@ def fill_block(document: str, name: str, text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, renderers in PAGES.items():
+        path.write_text(render_page(path.read_text(encoding="utf-8"), renderers), encoding="utf-8")

@@ -5,17 +5,18 @@ import re
 
 import pytest
 
-from experiments.results_page import PAGE, RENDERERS, ROOT, STUDY_RESULTS, fill_block, render_page
+from experiments.results_page import PAGE, PAGES, RENDERERS, ROOT, STUDY_RESULTS, fill_block, render_page
 from experiments.study.ablation_tables import read_findings, read_results, summarise
 from experiments.study.ablations import StudyRun
 from experiments.study.arms import read_study
 from vreflection_hub_card.evaluation.report import percent
 
 
-def test_the_page_shows_the_committed_results():
-    page = PAGE.read_text()
-    assert render_page(page) == page
-    assert set(re.findall("<!-- (?!/)(.+?) -->", page)) == {*RENDERERS, "study"}
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_page_shows_the_committed_results(path):
+    page = path.read_text()
+    assert render_page(page, PAGES[path]) == page
+    assert set(re.findall("<!-- (?!/)(.+?) -->", page)) == set(PAGES[path])
 
 
 def test_the_page_quotes_the_base_that_did_not_learn():
@@ -31,8 +32,10 @@ def test_every_result_file_is_on_the_page():
     assert files == {path for _, path in RENDERERS.values() if path.parent.parent.name == "benchmark"}
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\((\.\./\S+)\)", PAGE.read_text()))
-def test_what_the_page_links_to_exists(path):
+@pytest.mark.parametrize(
+    "path", [link for page in PAGES for link in re.findall(r"\]\((\.\./\S+)\)", page.read_text())]
+)
+def test_what_a_page_links_to_exists(path):
     assert (PAGE.parent / path).is_file()
 
 
