@@ -11,27 +11,45 @@ from matplotlib.figure import Figure
 from vreflection_hub_card.glyphsearch import Question, Scene, chain_questions, make_scene, scene_seed
 from vreflection_hub_card.inference.drawing import new_figure, outline_box, save_figure, show
 
+from .arms import ARMS
 from .table import KINSHIP, by_decoding, pick, read_results, share_and_range
 from .train import RESULTS
 
 
-COLOURS = ("#3466a5", "#d1752b", "#3d8f5f", "#a03c78", "#7a6a2f", "#4aa3b5", "#8a5ac2", "#b23a3a", "#5f6b73", "#c29a2b")
+COLOURS = (
+    "#3466a5",
+    "#d1752b",
+    "#3d8f5f",
+    "#a03c78",
+    "#7a6a2f",
+    "#4aa3b5",
+    "#8a5ac2",
+    "#b23a3a",
+    "#5f6b73",
+    "#c29a2b",
+)
 GREY = "0.45"
 DPI = 110
 EXAMPLE = 4  # index of the scene in the test split
 
 
 def draw_accuracy(results: list[dict]) -> Figure:
-    """Accuracy by kinship hops, a line for each arm with a band: the seeds' range, or one seed's 95 % interval."""
-    figure = new_figure((8.2, 3.8), DPI)
+    """Accuracy by kinship hops, a line for each arm with a band: the seeds' range, or one seed's 95 % interval.
+
+    Arms with a part of the scenes are in the table alone.
+    """
+    results = [result for result in results if ARMS[result["arm"]].share_of_scenes == 1]
+    lines = list(by_decoding(results))
+    figure = new_figure((8.2, max(3.8, 0.48 * (len(lines) + 2))), DPI)
     axes = figure.add_subplot()
     hops = [hops for _, hops in KINSHIP]
-    for number, (title, seeds, said) in enumerate(by_decoding(results)):
-        colour = COLOURS[number % len(COLOURS)]
+    for number, (title, seeds, said) in enumerate(lines):
+        colour, marker = COLOURS[number % len(COLOURS)], "os"[number // len(COLOURS) % 2]
         mean, low, high = by_hops([table["accuracy"] for table in said])
         count = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+        title = title.replace("`", "")
         label = f"{title}\n({seeds[0]['options']['steps']:,} steps, {count})"
-        axes.plot(hops, mean, color=colour, marker="o", markersize=5, linewidth=2, label=label)
+        axes.plot(hops, mean, color=colour, marker=marker, markersize=5, linewidth=2, label=label)
         axes.fill_between(hops, low, high, color=colour, alpha=0.2, linewidth=0)
         if seeds[0]["arm"] == "path" and "replaced" in said[0]:
             zeroed, *_ = by_hops([table["replaced"]["zeroed"] for table in said])

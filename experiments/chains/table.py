@@ -137,7 +137,11 @@ def unseen_table(results: list[dict]) -> str:
 def accuracy_table(results: list[dict], columns: list[tuple[str, int]]) -> str:
     """Accuracy of every arm."""
     rows = [
-        [title, *run_cells(seeds), *(share_cell(pick([one["accuracy"] for one in said], *column)) for column in columns)]
+        [
+            title,
+            *run_cells(seeds),
+            *(share_cell(pick([one["accuracy"] for one in said], *column)) for column in columns),
+        ]
         for title, seeds, said in by_decoding(results)
     ]
     return captioned(f"arm | seeds | steps | {header_of(columns)}", rows, results, "Right answers in %.")
@@ -150,7 +154,9 @@ def tokens_table(results: list[dict]) -> str:
         tokens = [result["results"]["tokens of a right answer"] for result in seeds]
         lengths = [[total / count for total, count in pick(tokens, *column)] for column in KINSHIP]
         rows.append([ARMS[arm].title, *(mean_cell([length[0]]) for length in lengths)])  # the same for every seed
-    note = "Latent steps, the tokens around them and the end of the turn count. The time of an answer was not measured."
+    note = (
+        "Latent steps, the tokens around them and the end of the turn count. The time of an answer was not measured."
+    )
     return captioned(f"arm | {header_of(KINSHIP)}", rows, results, note, brackets=False)
 
 
