@@ -1,6 +1,6 @@
 """The figures of `docs/latents.md`: `python -m experiments.chains.figure`.
 
-`accuracy.png`, every arm's accuracy by kinship hops, is drawn from the result files; `scene.png` is one scene with the path
+`accuracy.png`, every arm's accuracy by kinship hops, is drawn from the result files; `question.png` is one scene with the path
 of a question.
 """
 
@@ -90,9 +90,9 @@ def draw_scene(scene: Scene, question: Question) -> Figure:
 
 
 def draw_all(results: list[dict], folder: Path) -> None:
-    """Writes `accuracy.png` and `scene.png`."""
+    """Writes `accuracy.png` and `question.png`."""
     save_figure(draw_accuracy(results), folder / "accuracy.png")
-    save_figure(draw_scene(*example_question()), folder / "scene.png")
+    save_figure(draw_scene(*example_question()), folder / "question.png")
 
 
 if __name__ == "__main__":

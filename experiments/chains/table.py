@@ -11,7 +11,7 @@ from vreflection_hub_card.glyphsearch import DIFFICULTIES
 from ..markdown_tables import markdown
 from .arms import ARMS, MAIN_ARMS
 from .rows import QUESTIONS
-from .train import RESULTS, parse_arguments
+from .train import RESULTS
 
 
 TRAINED = DIFFICULTIES["chains"].chains  # the longest chain of each kind
@@ -288,12 +288,12 @@ def captioned(header: str, rows: list[list[str]], results: list[dict], note: str
 
 def commands(results: list[dict]) -> list[str]:
     """The commands that train and evaluate these arms, one for all arms of one schedule and the same seeds."""
-    defaults, together = vars(parse_arguments([])), {}
+    together = {}
     for arm, seeds in by_arm(results):
         together.setdefault((schedule(seeds[0]), tuple(result["seed"] for result in seeds)), []).append(arm)
     lines = []
     for (values, seeds), arms in together.items():
-        options = [f"--{name} {value}" for name, value in zip(OPTIONS, values) if value != defaults[name]]
+        options = [f"--{name} {value}" for name, value in zip(OPTIONS, values)]
         line = ["python -m experiments.chains.train --arms", *arms, "--seeds", *map(str, seeds), *options]
         lines.append(" ".join(line))
     return lines

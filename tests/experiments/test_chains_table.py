@@ -171,8 +171,12 @@ def test_later_files_fill_the_tables(folder):
 
 def test_a_caption_says_how_it_was_measured(results):
     caption = TABLES["chains kinship"](results).splitlines()[-1]
-    path = "python -m experiments.chains.train --arms path --seeds 0 1 2 --steps 18000 --learning_rate 0.002"
-    assert f"`{path}`, `python -m experiments.chains.train --arms sft --seeds 0`" in caption
+    path, sft = (
+        f"`python -m experiments.chains.train --arms {arm} --steps {steps} --batch 16 --learning_rate {rate} "
+        "--scenes 24000 --test_scenes 3000`"
+        for arm, steps, rate in (("path --seeds 0 1 2", 18_000, 0.002), ("sft --seeds 0", 10_000, 0.001))
+    )
+    assert f"{path}, {sft} on 2026-11-27" in caption
     assert "3,000 unseen scenes, 70 to 94 questions of each kind and length" in caption
     assert "torch 2.0, transformers 5.0, vreflection 0.2; a machine." in caption
 
@@ -213,7 +217,7 @@ def test_the_figure_shows_the_accuracies(folder):
 
 def test_the_figures_are_drawn_from_a_folder(folder, tmp_path):
     draw_all(read_results(folder), tmp_path)
-    for name in ("accuracy.png", "scene.png"):
+    for name in ("accuracy.png", "question.png"):
         path = tmp_path / name
         assert path.stat().st_size < 150_000
         with Image.open(path) as picture:
