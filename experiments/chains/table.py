@@ -279,9 +279,9 @@ def captioned(header: str, rows: list[list[str]], results: list[dict], note: str
     lines = [
         f"{note} Seeds {', '.join(map(str, seeds))}; {' or '.join(f'{count:,}' for count in scenes)} unseen scenes, "
         f"{of_each} questions of each kind and length.",
-        f"Measured by {', '.join(f'`{command}`' for command in commands(results))} on "
-        f"{', '.join(sorted({made['date'] for made in made_with}))}; {', '.join(packages)}; "
-        f"{', '.join(sorted({made['machine'] for made in made_with}))}.",
+        f"Measured on {', '.join(sorted({made['date'] for made in made_with}))} with {', '.join(packages)}; "
+        f"{', '.join(sorted({made['machine'] for made in made_with}))}. "
+        f"To repeat: {', '.join(f'`{command}`' for command in commands(results))}.",
     ]
     return markdown(header, rows) + "\n\n" + " ".join(lines)
 

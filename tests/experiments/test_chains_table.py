@@ -176,9 +176,9 @@ def test_a_caption_says_how_it_was_measured(results):
         "--scenes 24000 --test_scenes 3000`"
         for arm, steps, rate in (("path --seeds 0 1 2", 18_000, 0.002), ("sft --seeds 0", 10_000, 0.001))
     )
-    assert f"{path}, {sft} on 2026-11-27" in caption
+    assert caption.endswith(f"To repeat: {path}, {sft}.")
     assert "3,000 unseen scenes, 70 to 94 questions of each kind and length" in caption
-    assert "torch 2.0, transformers 5.0, vreflection 0.2; a machine." in caption
+    assert "on 2026-11-27 with torch 2.0, transformers 5.0, vreflection 0.2; a machine." in caption
 
 
 def test_unfinished_runs_are_left_out(folder):
