@@ -11,7 +11,7 @@ from pathlib import Path
 from vreflection_hub_card.evaluation.report import glyphsearch_table
 
 from .benchmark.benchmark_tables import decoding_tables, training_tables
-from .chains.table import TABLES, read_results
+from .chains.table import TABLES, read_results, time_table
 from .chains.train import RESULTS as CHAINS_RESULTS
 
 
@@ -33,7 +33,11 @@ RENDERERS: Renderers = {
     "decoding tiny": (decoding_tables, BENCHMARK_RESULTS / "decoding_tiny.json"),
     "decoding embedded": (decoding_tables, BENCHMARK_RESULTS / "decoding_vreflection_tiny.json"),
 }
-PAGES = {PAGE: RENDERERS, LATENTS_PAGE: {name: (render, CHAINS_RESULTS) for name, render in TABLES.items()}}
+LATENTS: Renderers = {
+    **{name: (render, CHAINS_RESULTS) for name, render in TABLES.items()},
+    "chains time": (time_table, CHAINS_RESULTS / "answer_time.json"),
+}
+PAGES = {PAGE: RENDERERS, LATENTS_PAGE: LATENTS}
 
 
 def render_page(page: str, renderers: Renderers) -> str:

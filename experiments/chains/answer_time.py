@@ -85,7 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "made_with": versions(torch.device("cpu")),
         "median_seconds": {
-            name: {hops: round(median(times), 4) for hops, times in by_hops.items()} for name, by_hops in seconds.items()
+            name: {hops: round(median(times), 4) for hops, times in by_hops.items()}
+            for name, by_hops in seconds.items()
         },
         "ratio_to_the_first": ratios(seconds),
     }

@@ -154,10 +154,27 @@ def tokens_table(results: list[dict]) -> str:
         tokens = [result["results"]["tokens of a right answer"] for result in seeds]
         lengths = [[total / count for total, count in pick(tokens, *column)] for column in KINSHIP]
         rows.append([ARMS[arm].title, *(mean_cell([length[0]]) for length in lengths)])  # the same for every seed
-    note = (
-        "Latent steps, the tokens around them and the end of the turn count. The time of an answer was not measured."
-    )
+    note = "Latent steps, the tokens around them and the end of the turn count."
     return captioned(f"arm | {header_of(KINSHIP)}", rows, results, note, brackets=False)
+
+
+def time_table(measured: dict) -> str:
+    """The time of an answer by the length of a kinship chain, from the file that `answer_time.py` wrote."""
+    first = next(iter(measured["median_seconds"]))
+    rows = []
+    for arm, by_hops in measured["ratio_to_the_first"].items():
+        cells = [f"{ratio:.2f} ({low:.2f} to {high:.2f})" for ratio, low, high in by_hops.values()]
+        if arm == first:
+            cells = [f"{seconds:.3f} s" for seconds in measured["median_seconds"][arm].values()]
+        rows.append([ARMS[arm].title, *cells])
+    made = measured["made_with"]
+    note = (
+        f"The first line in seconds, the others as ratios to it: medians, in brackets the quartiles. Greedy, one answer at a "
+        f"time, {measured['questions_of_each_length']} questions of each length, in which the arms take turns, "
+        f"{measured['threads']} thread of a CPU. Measured on {made['date']} by `python -m experiments.chains.answer_time` with torch "
+        f"{made['torch']}, transformers {made['transformers']}, vreflection {made['vreflection']}."
+    )
+    return markdown(f"arm | {header_of(KINSHIP)}", rows) + "\n\n" + note
 
 
 def replaced_table(results: list[dict]) -> str:

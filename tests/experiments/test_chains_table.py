@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from experiments.chains import table
+from experiments.chains.answer_time import ratios
 from experiments.chains.arms import ARMS
 from experiments.chains.figure import draw_accuracy, draw_all
 from experiments.chains.table import TABLES, read_results
@@ -223,3 +224,9 @@ def test_the_figures_are_drawn_from_a_folder(folder, tmp_path):
         with Image.open(path) as picture:
             assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
             assert picture.width > 400
+
+
+def test_times_are_ratios_of_answers_to_the_same_question():
+    # The machine is twice as slow for the second question, which no ratio shows.
+    seconds = {"path": {"0": [1.0, 2.0, 1.0]}, "sft": {"0": [0.5, 1.0, 0.25]}}
+    assert ratios(seconds) == {"path": {"0": [1.0, 1.0, 1.0]}, "sft": {"0": [0.5, 0.25, 0.5]}}
