@@ -108,9 +108,10 @@ class Network:
 
     def fill(self, embeds: torch.Tensor, batch: Batch, latents: torch.Tensor) -> torch.Tensor:
         """Embeddings with latents (N, R * S, D) in the slots of the rows that have any."""
-        columns = self.columns(batch.slot)
-        kept = embeds.gather(1, columns)
-        return embeds.scatter(1, columns, torch.where(self.shown(batch), latents, kept))
+        filled = embeds.scatter(1, self.columns(batch.slot), latents)
+        # Rows without slots write elsewhere, several of a line in the same columns, where no gradient may come from.
+        in_slot = (batch.ids == self.model.config.latent_token_id)[..., None]
+        return torch.where(in_slot, filled, embeds)
 
     def at(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The states (N, R * S, D) that predict the slots."""
