@@ -26,6 +26,7 @@ RENDERERS: Renderers = {
     "glyphsearch default": (glyphsearch_table, EMBEDDED_RESULTS / "vreflection_tiny.json"),
     "glyphsearch mixed": (glyphsearch_table, EMBEDDED_RESULTS / "vreflection_tiny_mixed.json"),
     "study": (str.strip, STUDY_RESULTS / "tables.md"),
+    "glyphsearch chains": (glyphsearch_table, EMBEDDED_RESULTS / "vreflection_tiny_chains.json"),
     "training small": (training_tables, BENCHMARK_RESULTS / "training_small.json"),
     "decoding 7b": (decoding_tables, BENCHMARK_RESULTS / "decoding_7b_cpu.json"),
     "decoding 3b dac": (decoding_tables, BENCHMARK_RESULTS / "decoding_3b_dac_cpu.json"),

@@ -10,11 +10,11 @@ from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yam
 from ..errors import InputError
 from ..evaluation.benchmarks import BENCHMARKS
 from ..evaluation.provenance import sha256
-from ..glyphsearch import draw_question
+from ..glyphsearch import draw_chain
 from .card_check import CARD, EVAL_RESULTS, is_hub_id
 from .checkpoint import Checkpoint, read_checkpoint
 from .facts import NO_FACTS, data_sources, only_drawn, options_table, read_training_facts, training_table
-from .results import GLYPHSEARCH_TASK, eval_entries, model_index, read_results, results_text
+from .results import GLYPHSEARCH_TASK, eval_entries, latents_verdict, model_index, read_results, results_text
 
 
 TEMPLATE = Path(__file__).parent / "card.md"
@@ -140,7 +140,7 @@ def render_card(
         eval_results=model_index(reports) or None,
         **license_details,
     )
-    _, asked = draw_question("test", EXAMPLE_SEED)  # as `vreflection ask --seed` does
+    _, asked = draw_chain("test", EXAMPLE_SEED)  # as `vreflection ask --seed` does
     tasks = {task for report in reports for task in report["tasks"]}
     return ModelCard.from_template(
         data,
@@ -155,9 +155,9 @@ def render_card(
         seed=EXAMPLE_SEED,
         asked=asked,
         results=results_text(reports),
+        verdict=latents_verdict(reports),
         study=study,
         hashes=hashes,
-        glyphsearch=GLYPHSEARCH_TASK in tasks,
         benchmarks=bool(tasks - {GLYPHSEARCH_TASK}),
     )
 

@@ -12,7 +12,7 @@ from modeling_vreflection.decoding_vreflection import ReflectionOptions
 
 from ..errors import InputError
 from ..evaluation.benchmarks import BENCHMARKS
-from ..evaluation.interventions import INTERVENTIONS
+from ..evaluation.interventions import INTERVENTIONS, OWN
 from ..evaluation.report import glyphsearch_table, percent, with_interval
 from .checkpoint import Checkpoint
 
@@ -28,6 +28,7 @@ TABLE_TITLES = {
     "mmerealworld_lite": "MME-RealWorld-Lite",
     "glyphsearch_answers": "GlyphSearch, answers alone",
 }
+NEEDED = 30  # points of accuracy that any replacement costs where the answers need their latents
 SCORED_BY = ("strict", "exact", "authors")
 
 
@@ -174,6 +175,26 @@ def results_text(reports: list[dict]) -> str:
     tables = [glyphsearch_table(report) for report in reports if GLYPHSEARCH_TASK in report["tasks"]]
     tables += [benchmark_table(report) for report in reports if set(report["tasks"]) - {GLYPHSEARCH_TASK}]
     return "\n\n".join(tables)
+
+
+def latents_verdict(reports: list[dict]) -> str | None:
+    """Whether the answers need the latents, in words: what replacing them costs on GlyphSearch. Without such results `None`."""
+    losses = []
+    for report in reports:
+        for name, measured in report["tasks"].get(GLYPHSEARCH_TASK, {}).get("interventions", {}).items():
+            own, other = measured["usual_accuracy_of_the_same"]["overall"], measured["accuracy"]["overall"]
+            if own["count"] and name not in OWN:
+                losses.append(100 * (own["share"] - other["share"]))
+    if not losses:
+        return None
+    if min(losses) >= NEEDED:
+        verdict = "The answers need the latents."
+    elif max(losses) < NEEDED:
+        verdict = "The answers don't need the latents."
+    else:
+        verdict = "Some answers need the latents."
+    points = " to ".join(f"{loss:.1f}" for loss in dict.fromkeys((min(losses), max(losses))))
+    return f"**{verdict}** Other latents than the model's own cost {points} points of accuracy."
 
 
 def scorers_of(task: str) -> list[str]:

@@ -22,6 +22,8 @@ INTERVENTIONS = {
 }
 # Those that need another sample.
 EXCHANGED = ("shuffled", "other_picture")
+# Those that still feed latents which the model made for this question.
+OWN = ("first_look", "reversed")
 
 
 def first_latents(

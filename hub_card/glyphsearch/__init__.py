@@ -25,6 +25,7 @@ from .questions import (
     Question,
     chain_questions,
     choose_questions,
+    draw_chain,
     draw_question,
     glyphsearch_curriculum,
     glyphsearch_dataset,

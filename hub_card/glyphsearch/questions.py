@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .chains import RELATIONS, chain_text, find_chains, neighbour
+from .chains import CHAIN_KINDS, RELATIONS, chain_text, find_chains, neighbour
 from .scenes import Difficulty, Scene, SceneObject, get_difficulty, make_scene, scene_seed
 
 
@@ -139,6 +139,14 @@ def draw_question(split: str, index: int, difficulty: str | Difficulty = "defaul
     """The scene of an index and the question that [`glyphsearch_dataset`] asks about it."""
     scene, (question,) = _draw_questions(split, index, difficulty, 1)
     return scene, question
+
+
+def draw_chain(split: str, index: int) -> tuple[Scene, Question]:
+    """The scene of an index with difficulty `"chains"`, and a question of two hops, by kinship or by place."""
+    seed = scene_seed(split, index)
+    scene = make_scene(seed, "chains")
+    rng = random.Random(f"chain {seed}")
+    return scene, rng.choice(chain_questions(scene, rng.choice(CHAIN_KINDS), hops=2))
 
 
 def _draw_questions(split: str, index: int, difficulty: str | Difficulty, count: int) -> tuple[Scene, list[Question]]:

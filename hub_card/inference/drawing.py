@@ -4,6 +4,7 @@ Symbols in shapes: S latent steps, h x w merged patches of an image.
 """
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from PIL import Image
 
 from .attention_maps import Reflection
 
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions of the picture's sides
 
 TITLES = {"dac": "DAC's attention", "llm": "LLM's own attention"}
 QUERIES = {"dac": "queries: the model's states", "llm": "from latent positions to image tokens"}
@@ -37,7 +40,7 @@ def draw_heatmap(
     reflections: list[Reflection],
     question: str,
     answer: str,
-    box: tuple[float, float, float, float] | None = None,
+    path: Sequence[Box] = (),
     per_step: bool = False,
 ) -> Figure:
     """Draws each picture beside its attention maps, averaged over the latent steps or one panel a step.
@@ -50,26 +53,28 @@ def draw_heatmap(
         reflections (`list[Reflection]`): The answer's reflections, at least one, with maps of one or both sources.
         question (`str`): The question, wrapped and shortened to a few lines.
         answer (`str`): The model's answer.
-        box (`tuple[float, float, float, float]`, *optional*): The true region in the first picture, as fractions of its
-            sides; drawn as an outline.
+        path (`Sequence[tuple[float, float, float, float]]`, *optional*): Where to look in the first picture, in this
+            order: boxes, corners as fractions of its sides. Drawn as outlines, with numbers if there are several; over
+            the map of one step its own box alone, of K boxes the k-th at step k and the last one at all later steps.
         per_step (`bool`, *optional*, defaults to `False`): One panel for each latent step.
 
     Returns:
         `Figure`: Not registered with pyplot; `save_figure` writes it.
     """
     pictures = [shrink(picture) for picture in pictures]
-    rows = []  # name, picture, outline, and for each source a map of each step (S, h, w)
+    rows = []  # name, picture, outlines, and for each source a map of each step (S, h, w)
     for number, reflection in enumerate(reflections, 1):
         for index, picture in enumerate(pictures):
             name = "picture" if len(pictures) == 1 else f"picture {index + 1}"
             if len(reflections) > 1:
                 name += f", reflection {number}"
             maps = {source: of_pictures[index] for source, of_pictures in reflection.maps.items()}
-            rows.append((name, picture, box if index == 0 else None, maps))
+            rows.append((name, picture, path if index == 0 else (), maps))
     figure = _draw_steps(rows) if per_step else _draw_means(rows)
-    letters = int(figure.get_size_inches()[0] * 10)
+    size = 16 if per_step else 12  # figures of single steps are wider, and shown smaller
+    letters = int(figure.get_size_inches()[0] * 120 / size)
     title = wrap(question, letters) + "\n" + wrap(f"→ {answer or '(an empty answer)'}", letters)
-    figure.suptitle(title, fontsize=12, parse_math=False, linespacing=1.35)
+    figure.suptitle(title, fontsize=size, parse_math=False, linespacing=1.35)
     return figure
 
 
@@ -97,12 +102,12 @@ def _draw_means(rows: list[tuple]) -> Figure:
     heights = [PANEL * panel_shape(picture) + 0.65 for _, picture, *_ in rows]
     figure = new_figure((PANEL * (1 + sources) + 0.6 * sources, sum(heights) + 0.55))
     panels = figure.subplots(len(rows), 1 + sources, squeeze=False, height_ratios=heights)
-    for (first, *others), (name, picture, outline, maps) in zip(panels, rows):
-        show(first, picture, outline)
+    for (first, *others), (name, picture, path, maps) in zip(panels, rows):
+        show(first, picture, path)
         first.set_title(name, fontsize=10.5)
         for axes, (source, steps) in zip(others, maps.items()):
             mean = steps.mean(0)
-            shown = show(axes, picture, outline, mean, mean.max().item())
+            shown = show(axes, picture, path, mean, mean.max().item())
             axes.set_title(TITLES[source], fontsize=10.5, fontweight="bold")
             axes.set_xlabel(f"{_caption(source, steps)}\nmean of {len(steps)} latent steps", fontsize=8, color=CAPTION)
             colour_bar(figure, shown, axes)
@@ -112,8 +117,8 @@ def _draw_means(rows: list[tuple]) -> Figure:
 def _draw_steps(rows: list[tuple]) -> Figure:
     """Lines for each picture and source: the picture, and one map for each step."""
     lines = [
-        (name, picture, outline, source, steps, range(len(steps))[start : start + STEPS_A_LINE])
-        for name, picture, outline, maps in rows
+        (name, picture, path, source, steps, range(len(steps))[start : start + STEPS_A_LINE])
+        for name, picture, path, maps in rows
         for source, steps in maps.items()
         for start in range(0, len(steps), STEPS_A_LINE)
     ]
@@ -121,16 +126,17 @@ def _draw_steps(rows: list[tuple]) -> Figure:
     heights = [STEP_PANEL * panel_shape(picture) + 0.75 for _, picture, *_ in lines]
     figure = new_figure((STEP_PANEL * (columns + 1) + 1.3, sum(heights) + 0.55))
     grid = figure.add_gridspec(len(lines), columns + 1, height_ratios=heights)
-    for line, (name, picture, outline, source, steps, numbers) in enumerate(lines):
+    for line, (name, picture, path, source, steps, numbers) in enumerate(lines):
         axes = figure.add_subplot(grid[line, 0])
-        show(axes, picture, outline)
-        axes.set_title(name, fontsize=9.5)
-        axes.set_ylabel(TITLES[source].replace(" att", "\natt"), fontsize=10.5, fontweight="bold")
+        show(axes, picture, path)
+        axes.set_title(name, fontsize=13)
+        axes.set_ylabel(TITLES[source].replace(" att", "\natt"), fontsize=13, fontweight="bold")
         axes.set_xlabel(wrap(_caption(source, steps), 28), fontsize=7.5, color=CAPTION)
         for column, number in enumerate(numbers, 1):
             axes = figure.add_subplot(grid[line, column])
-            shown = show(axes, picture, outline, steps[number], steps.max().item())
-            axes.set_title(f"step {number + 1}", fontsize=9.5)
+            own = path[min(number, len(path) - 1) :][:1]
+            shown = show(axes, picture, own, steps[number], steps.max().item())
+            axes.set_title(f"step {number + 1}", fontsize=13)
         colour_bar(figure, shown, axes)
     return figure
 
@@ -148,8 +154,14 @@ def panel_shape(picture: Image.Image) -> float:
     return min(max(picture.height / picture.width, 0.3), 1.6)
 
 
-def show(axes: Axes, picture: Image.Image, box, attention: torch.Tensor | None = None, most: float = 1.0) -> AxesImage:
-    """Shows a picture, or its grey shadow under a map (h, w) coloured from zero to `most`."""
+def show(
+    axes: Axes,
+    picture: Image.Image,
+    path: Sequence[Box],
+    attention: torch.Tensor | None = None,
+    most: float = 1.0,
+) -> AxesImage:
+    """Shows a picture, or its grey shadow under a map (h, w) coloured from zero to `most`, with the boxes of a path."""
     width, height = picture.size
     extent = (0, width, height, 0)
     shown = axes.imshow(
@@ -160,15 +172,15 @@ def show(axes: Axes, picture: Image.Image, box, attention: torch.Tensor | None =
         shown = axes.imshow(
             percent, extent=extent, cmap=COLOUR_MAP, alpha=OPACITY, interpolation="bilinear", vmin=0, vmax=most * 100
         )
-    if box is not None:
-        outline_box(axes, picture, box)
+    for number, box in enumerate(path, 1):
+        outline_box(axes, picture, box, str(number) if len(path) > 1 else "")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     return shown
 
 
-def outline_box(axes: Axes, picture: Image.Image, box, name: str = "") -> None:
+def outline_box(axes: Axes, picture: Image.Image, box: Box, name: str = "") -> None:
     """Outlines a box, corners as fractions of the picture's sides, with its name at the upper left corner."""
     width, height = picture.size
     x0, y0, x1, y1 = box[0] * width, box[1] * height, box[2] * width, box[3] * height

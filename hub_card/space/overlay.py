@@ -35,7 +35,7 @@ class Frame:
         figure = new_figure(tuple((side + 0.1) / DPI for side in self.picture.size), DPI)
         figure.set_layout_engine("none")
         axes = figure.add_axes((0, 0, 1, 1))
-        show(axes, self.picture, None, torch.from_numpy(self.attention), self.most)
+        show(axes, self.picture, (), torch.from_numpy(self.attention), self.most)
         axes.set_aspect("auto")
         figure.canvas.draw()
         return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")

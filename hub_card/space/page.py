@@ -16,7 +16,7 @@ from modeling_vreflection import VReflectionForConditionalGeneration, VReflectio
 from modeling_vreflection.decoding_vreflection import LATENT_FEEDBACK
 
 from ..errors import InputError
-from ..glyphsearch import draw_question
+from ..glyphsearch import draw_chain
 from ..inference.attention_maps import offered_sources
 from .answering import answer_twice
 from .frames import FrameStore
@@ -31,7 +31,7 @@ from .zero_gpu import on_gpu
 STYLE = Path(__file__).with_name("style.css")
 MAX_LATENT_STEPS = 16
 MAX_QUESTION = 1000
-# Scenes of the split that no training has seen, each with one question.
+# Scenes of the split that no training has seen, each with a question for the end of a chain.
 EXAMPLE_SEEDS = (3, 7, 11, 12, 23, 40)
 # Seconds: every half hour, delete uploads and heatmaps older than an hour.
 CLEANING = (1800, 3600)
@@ -70,7 +70,7 @@ def build_page(
 def add_inputs(model: VReflectionForConditionalGeneration) -> tuple[gr.Image, gr.Button, list[gr.Component]]:
     """Adds the fields that a visitor fills in: the picture, the button, and the others in the order of `answer_twice`."""
     defaults = model.reflection_options()
-    examples = [[scene.image, asked.text] for scene, asked in (draw_question("test", seed) for seed in EXAMPLE_SEEDS)]
+    examples = [[scene.image, asked.text] for scene, asked in (draw_chain("test", seed) for seed in EXAMPLE_SEEDS)]
     picture = gr.Image(
         examples[0][0],
         label="Picture",

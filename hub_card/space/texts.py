@@ -5,8 +5,8 @@ from .overlay import Frame, colour_stops
 
 HEADER = """
 <h1>V-Reflection</h1>
-<p>A vision-language model that looks again while it thinks. Before it answers it takes a few <em>latent steps</em>, fed by its
-own hidden state instead of words. Pick a picture, ask, and see where each step looks.</p>
+<p>A vision-language model that looks again while it thinks. Before it answers it takes a few <em>latent steps</em>, which
+are fed vectors instead of words. Pick a picture, ask, and see where each step looks.</p>
 """
 
 # What the map of a source shows; the key is one of `SOURCES`.
@@ -17,17 +17,17 @@ READING = {
 }
 
 NOTES = """
-**The map** shows {reading}. It says where the model attends, not that the answer depends on it.
+**The map** shows {reading}. It says where the model attends. It doesn't say that the answer depends on it.
 
 **The plain backbone** is the same model, asked the same without any latent step.
 """
 
 # Measured in docs/results.md.
 EMBEDDED_NOTES = """
-**This checkpoint** has a few million parameters and knows nothing but scenes like the examples. Averaged over the latent
-steps, its attention nearly always peaks on the shape that the question names. Yet its answers do not depend on the latents:
-given those of another picture it answers just the same. Its plain answer is nonsense, which is no evidence for them either,
-since it has forgotten how to answer without a reflection.
+**This checkpoint** has a few million parameters and knows nothing but scenes like the examples. Each of them asks for the end of
+a chain of three shapes. The first latent step nearly always looks at the first shape, the second at the next one, and the others
+at the last. Its answers need the latents: with zeros, noise or another picture's in their place they are right by chance alone. Its
+plain answer is nonsense, which is no evidence for the latents, since it has never been trained to answer without a reflection.
 """
 
 NO_REFLECTION = (

@@ -26,8 +26,8 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "ask",
         help="ask a question about a picture and see where the model looked",
-        description="Answers a question about a picture. Without any argument: draws a GlyphSearch scene, asks about it, "
-        f"and writes {DEMO_PICTURE} and {DEMO_HEATMAP} into the current folder.",
+        description="Answers a question about a picture. Without any argument: draws a GlyphSearch scene, asks for the "
+        f"end of a chain of three shapes, and writes {DEMO_PICTURE} and {DEMO_HEATMAP} into the current folder.",
     )
     parser.add_argument("picture", nargs="?", metavar="PICTURE", help="a picture file")
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="the question about it")
@@ -54,7 +54,7 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """`vreflection ask`."""
-    from vreflection_hub_card.glyphsearch import SPLIT_SIZE, draw_question
+    from vreflection_hub_card.glyphsearch import SPLIT_SIZE, draw_chain
 
     demo = options.picture is None
     if demo:
@@ -62,8 +62,8 @@ def run(options: argparse.Namespace) -> None:
         if seed >= SPLIT_SIZE:
             raise InputError(f"--seed must be less than {SPLIT_SIZE}")
         heatmap = options.heatmap or DEMO_HEATMAP
-        scene, asked = draw_question("test", seed)
-        picture, question, box = scene.image, asked.text, asked.target.box
+        scene, asked = draw_chain("test", seed)
+        picture, question, path = scene.image, asked.text, [item.box for item in asked.path]
         check_writable(DEMO_PICTURE)
     else:
         if options.seed is not None:
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
             raise InputError('a question is missing: vreflection ask PICTURE "QUESTION"')
         if options.heatmap is None and (options.per_step or options.source):
             raise InputError("--per-step and --source say what a heatmap shows: add --heatmap FILE")
-        heatmap, question, box = options.heatmap, options.question, None
+        heatmap, question, path = options.heatmap, options.question, []
     if heatmap is not None:
         check_suffix(heatmap)
         check_writable(heatmap)
@@ -102,10 +102,10 @@ def run(options: argparse.Namespace) -> None:
     elif heatmap is not None:
         from vreflection_hub_card.inference.drawing import draw_heatmap, save_figure
 
-        figure = draw_heatmap([picture], seen.reflections, question, seen.answer, box, options.per_step)
+        figure = draw_heatmap([picture], seen.reflections, question, seen.answer, path, options.per_step)
         with writing(heatmap):
             save_figure(figure, heatmap)
-        outlined = ", with the true place outlined" if demo else ""
+        outlined = ", with the shapes of the chain outlined and numbered" if demo else ""
         print(f"Where it looked: {heatmap}{outlined}.", file=sys.stdout if demo else sys.stderr)
 
 

@@ -126,11 +126,11 @@ def draw_sample(
 
     rows = above.subplots(len(pictures), 1 + len(maps), squeeze=False, height_ratios=heights)
     for panels, (index, picture) in zip(rows, pictures.items()):
-        show(panels[0], picture, None)
+        show(panels[0], picture, ())
         panels[0].set_title("picture" if len(pictures) == 1 else f"picture {index + 1}", fontsize=10.5)
         for axes, of_pictures in zip(panels[1:], maps.values()):
             most = max(seen.mean(0).max().item() for seen in of_pictures.values())
-            colour_bar(above, show(axes, picture, None, of_pictures[index].mean(0), most), axes)
+            colour_bar(above, show(axes, picture, (), of_pictures[index].mean(0), most), axes)
         for axes in panels:
             _outline_path(axes, picture, index, path)
     where = "the box's patches" if len(path) == 1 else "the step's own box"
@@ -147,7 +147,7 @@ def draw_sample(
         for axes, step in zip(row, shown_steps):
             index, box = looks[step]
             axes.set_axis_on()
-            shown = show(axes, pictures[index], box, maps[name][index][step], most)
+            shown = show(axes, pictures[index], [box], maps[name][index][step], most)
             name_of_picture = "" if len(pictures) == 1 else f", picture {index + 1}"
             axes.set_title(f"step {step + 1}{name_of_picture}", fontsize=8.5)
         row[0].set_ylabel(name, fontsize=10.5, fontweight="bold")
