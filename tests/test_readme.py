@@ -73,7 +73,9 @@ def test_the_recipes_that_are_trained_by_name_exist():
 
 
 def test_the_results_are_those_of_the_result_file():
-    rendered = glyphsearch_table(json.loads((ROOT / "hub_card" / "results" / "vreflection_tiny_chains.json").read_text()))
+    rendered = glyphsearch_table(
+        json.loads((ROOT / "hub_card" / "results" / "vreflection_tiny_chains.json").read_text())
+    )
     rows = [line for line in section("Results").splitlines() if line.startswith("|")]
     assert len(rows) > 2 and set(rows) <= set(rendered.splitlines())
 

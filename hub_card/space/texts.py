@@ -27,7 +27,7 @@ EMBEDDED_NOTES = """
 **This checkpoint** has a few million parameters and knows nothing but scenes like the examples. Each of them asks for the end of
 a chain of three shapes. The first latent step nearly always looks at the first shape, the second at the next one, and the others
 at the last. Its answers need the latents: with zeros, noise or another picture's in their place they are right by chance alone. Its
-plain answer is nonsense, which is no evidence for the latents, since it has never been trained to answer without a reflection.
+plain answer is nonsense, which is no evidence for the latents: its last training had a reflection in every answer.
 """
 
 NO_REFLECTION = (

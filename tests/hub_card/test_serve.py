@@ -182,7 +182,7 @@ def test_a_request_sets_its_own_latent_steps(client, generate):
 
 @pytest.fixture(scope="module")
 def depending_folder(tiny_folder, ids, tmp_path_factory):
-    """A checkpoint whose answers depend on its latents, unlike the embedded one's, and always begin with a reflection."""
+    """A checkpoint whose every answer is another one with other latents, and always begins with a reflection."""
     folder = tmp_path_factory.mktemp("depending") / "checkpoint"
     shutil.copytree(tiny_folder, folder)
     start = ids[0]

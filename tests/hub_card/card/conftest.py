@@ -72,7 +72,7 @@ def write_result(tmp_path):
             "model": {"name": "tiny", "sha256": {f.name: sha256(f) for f in folder.glob("*.safetensors")}},
             "options": {
                 "latent_steps": 8,
-                "latent_feedback": "hidden",
+                "latent_feedback": "dac",
                 "reflect": None,
                 "min_pixels": 3136,
                 "max_pixels": 12845056,

@@ -18,7 +18,7 @@ from vreflection_hub_card.card import TRAINING_FACTS, check_card, read_training_
 from vreflection_hub_card.card.checkpoint import read_checkpoint
 from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.evaluation.report import glyphsearch_table
-from vreflection_hub_card.glyphsearch import draw_question
+from vreflection_hub_card.glyphsearch import draw_chain
 from vreflection_hub_card.inference.checkpoints import EMBEDDED
 from vreflection_training.cli import build_parser, main
 
@@ -38,7 +38,7 @@ def load(path: Path) -> ModelCard:
 @pytest.mark.slow
 def test_the_snippets_run(folder, results, tmp_path, monkeypatch, capsys):
     card = load(write_card(folder, "someone/tiny", results))
-    scene, asked = draw_question("test", 3)
+    scene, asked = draw_chain("test", 3)
     scene.image.save(tmp_path / "scene.png")
     code = "\n".join(blocks(card, "python"))
     assert code.count('"someone/tiny"') == 3
@@ -113,7 +113,7 @@ def test_results_are_quoted_and_without_a_file_there_is_no_number(folder, result
             values[difficulty, "accuracy with another sample's latents"]
             == task["interventions"]["shuffled"]["accuracy"]["overall"]["share"]
         )
-    assert len(values) == 14
+    assert len(values) == sum(2 + len(report["tasks"]["glyphsearch"]["interventions"]) for report in reports) == 27
 
 
 def test_a_study_is_quoted_as_what_it_is(folder, tmp_path):

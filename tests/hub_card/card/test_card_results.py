@@ -28,8 +28,8 @@ def test_a_benchmark_gets_into_the_text_the_model_index_and_eval_results(folder,
     assert "8 latent steps" in entry.notes and f"{round(AUTHORS, 4)}" in entry.notes
     values = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert values == {
-        "accuracy, scored by `strict`, 8 latent steps, `hidden` fed back": pytest.approx(STRICT, abs=1e-4),
-        "accuracy, scored by `authors`, 8 latent steps, `hidden` fed back": pytest.approx(AUTHORS, abs=1e-4),
+        "accuracy, scored by `strict`, 8 latent steps, `dac` fed back": pytest.approx(STRICT, abs=1e-4),
+        "accuracy, scored by `authors`, 8 latent steps, `dac` fed back": pytest.approx(AUTHORS, abs=1e-4),
     }
     line = next(line for line in card.text.splitlines() if line.startswith("| V* |"))
     cells = [cell.strip() for cell in line.split("|")]
@@ -110,3 +110,36 @@ def test_drawn_items_have_one_score_and_stay_out_of_eval_results(folder, write_r
     line = next(line for line in card.text.splitlines() if line.startswith("| GlyphSearch, answers alone |"))
     assert line.count("|") == 7
     assert not (folder / ".eval_results").exists()
+
+
+@pytest.mark.parametrize(
+    "zeroed, noise, sentence",
+    [
+        (10, 60, "**The answers need the latents.** Other latents than the model's own cost 30.0 to 80.0 points of accuracy."),
+        (10, 61, "**Some answers need the latents.** Other latents than the model's own cost 29.0 to 80.0 points of accuracy."),
+        (90, 61, "**The answers don't need the latents.** Other latents than the model's own cost 0.0 to 29.0 points of accuracy."),
+        (50, 50, "**The answers need the latents.** Other latents than the model's own cost 40.0 points of accuracy."),
+    ],
+)  # fmt: skip
+def test_whether_the_answers_need_the_latents_follows_from_what_replacing_them_costs(
+    folder, results, tmp_path, zeroed, noise, sentence
+):
+    """Of 90 right answers of 100; the model's own latents in another order don't count."""
+    report = json.loads(results[0].read_text())
+
+    def overall(right):
+        return {"overall": {"successes": right, "count": 100, "share": right / 100, "low": 0, "high": 1}}
+
+    report["tasks"]["glyphsearch"]["interventions"] = {
+        name: {"accuracy": overall(right), "usual_accuracy_of_the_same": overall(90)}
+        for name, right in {"zeroed": zeroed, "noise": noise, "reversed": 89}.items()
+    }
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(report))
+    assert f"\n{sentence}\n" in write_card(folder, results=[path]).read_text()
+    del (
+        report["tasks"]["glyphsearch"]["interventions"]["zeroed"],
+        report["tasks"]["glyphsearch"]["interventions"]["noise"],
+    )
+    path.write_text(json.dumps(report))
+    assert "need the latents" not in write_card(folder, results=[path]).read_text()

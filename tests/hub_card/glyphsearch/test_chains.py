@@ -14,6 +14,7 @@ from vreflection_hub_card.glyphsearch import (
     Difficulty,
     chain_questions,
     choose_questions,
+    draw_chain,
     draw_question,
     get_difficulty,
     glyphsearch_dataset,
@@ -280,3 +281,12 @@ def test_chains_that_no_scene_can_hold_are_refused():
     # With nine shapes on nine cells only the middle one of a side has one neighbour on that side.
     with pytest.raises(ValueError, match="'spatial': 3"):
         make_scene(0, Difficulty(min_objects=9, max_objects=9, distinct_colours=False, chains={"spatial": 3}))
+
+
+def test_a_drawn_chain_has_two_hops_of_either_kind_and_is_the_same_each_time():
+    drawn = [draw_chain("test", index) for index in range(40)]
+    assert {question.kind for _, question in drawn} == {"kinship", "spatial"}
+    for index, (scene, question) in enumerate(drawn):
+        assert question.hops == 2 and question.path == tuple(follow(scene, question.text))
+        assert scene.image.tobytes() == make_scene(scene_seed("test", index), "chains").image.tobytes()
+    assert [question for _, question in drawn] == [draw_chain("test", index)[1] for index in range(40)]

@@ -71,7 +71,7 @@ def test_without_arguments_a_scene_is_drawn(ask, capsys, tmp_path):
     assert "--seed 5" in out and "Which glyph" in out and "scene.png" in out and "heatmap.png" in out
     assert "(right)" in out or "(wrong, it is " in out
     drawn = Image.open(tmp_path / "scene.png").convert("RGB")
-    assert drawn.tobytes() == make_scene(scene_seed("test", 5)).image.tobytes()
+    assert drawn.tobytes() == make_scene(scene_seed("test", 5), "chains").image.tobytes()
     assert Image.open(tmp_path / "heatmap.png").width > 300
 
 
@@ -214,9 +214,12 @@ def test_randomness_is_left_alone(ask, picture_file):
 def test_the_embedded_checkpoint_answers_and_looks(capsys, tmp_path):
     assert EMBEDDED.is_dir(), f"the embedded checkpoint is missing: {EMBEDDED}"
     assert main(["ask", "--seed", "7"]) == 0
-    assert "Which glyph" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count("the shape ") == 2 and "(right)" in out  # a chain of two hops
     assert (tmp_path / "heatmap.png").exists(), "it answered without a reflection"
     assert main(["evaluate", "--limit", "50", "--split", "validation"]) == 0
     result = json.loads((tmp_path / "glyphsearch.json").read_text())["tasks"]["glyphsearch"]
-    assert result["accuracy"]["overall"]["share"] >= 0.85
+    assert result["accuracy"]["overall"]["share"] >= 0.95
+    for replaced in ("zeroed", "noise", "shuffled"):
+        assert result["interventions"][replaced]["accuracy"]["overall"]["share"] <= 0.5
     assert result["reflection_rate"]["share"] >= 0.95

@@ -25,7 +25,7 @@ def texts(figure):
 @pytest.mark.parametrize("size, grid", [((168, 168), (6, 6)), ((8000, 400), (1, 20)), ((30, 900), (30, 1))])
 def test_a_panel_for_every_map(tmp_path, per_step, panels, size, grid):
     figure = draw_heatmap(
-        [Image.new("RGB", size)], [reflection(grid)], "Where?", "There", (0.1, 0.2, 0.3, 0.9), per_step
+        [Image.new("RGB", size)], [reflection(grid)], "Where?", "There", [(0.1, 0.2, 0.3, 0.9)], per_step
     )
     shown = [axes for axes in figure.axes if axes.images]
     assert len(shown) == panels
@@ -34,6 +34,23 @@ def test_a_panel_for_every_map(tmp_path, per_step, panels, size, grid):
     assert Image.open(tmp_path / "heatmap.png").width > 800
     assert "DAC's attention" in texts(figure) and "LLM's own attention" in texts(figure)
     assert f"{grid[0]} × {grid[1]} patches" in texts(figure).replace("patches,", "patches")
+
+
+def test_the_boxes_of_a_path_are_numbered_and_each_step_has_its_own():
+    path = [(0.0, 0.0, 0.2, 0.2), (0.5, 0.0, 0.7, 0.2), (0.5, 0.5, 0.7, 0.7)]
+    drawn = draw_heatmap(
+        [Image.new("RGB", (100, 100))], [reflection((6, 6), sources=("dac",))], "Where?", "There", path
+    )
+    for axes in (axes for axes in drawn.axes if axes.images):
+        assert [box.get_xy() for box in axes.patches] == [(0, 0), (50, 0), (50, 50)]
+        assert [text.get_text() for text in axes.texts] == ["1", "2", "3"]
+    sources = {"sources": ("dac",), "steps": 4}
+    steps = draw_heatmap(
+        [Image.new("RGB", (100, 100))], [reflection((6, 6), **sources)], "Where?", "There", path, True
+    )
+    first, *others = (axes for axes in steps.axes if axes.images)
+    assert len(first.patches) == 3
+    assert [[box.get_xy() for box in axes.patches] for axes in others] == [[(0, 0)], [(50, 0)], [(50, 50)], [(50, 50)]]
 
 
 def test_several_pictures_and_reflections_get_a_line_each():

@@ -129,6 +129,8 @@ def test_files_that_are_gone_go_in_the_same_commit(hub, publish, checkpoint):
 def test_inference_only_leaves_bcm_and_dac_out(hub, publish, checkpoint, tmp_path):
     with (checkpoint / "README.md").open("a") as card:
         card.write("\nA remark.\n")
+    file = checkpoint / "generation_config.json"  # where it decodes by its hidden states
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"latent_feedback": "hidden"}))
     before = on_disk(checkpoint)
     assert publish("ann/light", "--inference-only", folder=checkpoint) == (0, "")
     assert on_disk(checkpoint) == before

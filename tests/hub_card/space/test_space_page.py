@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vreflection_hub_card.errors import InputError
-from vreflection_hub_card.glyphsearch import draw_question, make_scene, questions, scene_seed
+from vreflection_hub_card.glyphsearch import draw_chain, draw_question, make_scene, questions, scene_seed
 from vreflection_hub_card.inference.encoding import user_turn
 from vreflection_hub_card.inference.look import look
 from vreflection_hub_card.space.overlay import draw_frames
@@ -110,7 +110,7 @@ def differences(shown, frames):
 
 
 def test_upload_ask_and_slide(visitor, ask_directly, tmp_path):
-    scene, asked = draw_question("test", 100)
+    scene, asked = draw_chain("test", 100)
     scene.image.save(tmp_path / "mine.png")
     visitor.upload(tmp_path / "mine.png")
     visitor.until(lambda: visitor.all("#picture img"))
@@ -134,7 +134,7 @@ def test_upload_ask_and_slide(visitor, ask_directly, tmp_path):
 def test_the_slider_follows_the_latent_steps(visitor, ask_directly):
     visitor.one("#examples button").click()
     visitor.until(lambda: visitor.all("#picture img"))
-    scene, asked = draw_question("test", 3)
+    scene, asked = draw_chain("test", 3)
     visitor.until(lambda: visitor.text("question") == asked.text)
     visitor.one("#options button").click()
     count = visitor.one("#latent-steps input[type=number]")
@@ -234,5 +234,5 @@ def test_nothing_is_fetched_from_elsewhere(new_browser, page):
 
 def test_honest_words(visitor):
     notes = visitor.one("#notes").text
-    for phrase in ("where the model attends", "do not depend on the latents", "nonsense"):
+    for phrase in ("where the model attends", "answers need the latents", "nonsense"):
         assert phrase in " ".join(notes.split())

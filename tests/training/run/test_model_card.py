@@ -17,6 +17,7 @@ from vreflection_training.recipe import parse
 from vreflection_training.run.model_card import RunOrigin, public_source
 
 
+ROOT = Path(__file__).parents[3]
 SHORT = "--max_steps 2 --per_device_train_batch_size 2 --dataloader_num_workers 0 --use_cpu --logging_steps 1 --report_to none"
 
 
@@ -116,7 +117,7 @@ def test_the_earlier_runs_survive_where_a_run_writes_over_its_start(make_trainer
     for _ in range(2):  # saved twice, told once
         trainer.save_model()
     facts = read_training_facts(folder)
-    assert facts["from_scratch"] and [run["stage"] for run in facts["runs"]] == ["sft", "1", "2", "1"]
+    assert facts["from_scratch"] and [run["stage"] for run in facts["runs"]] == ["sft", "1", "2", "path", "1"]
 
 
 def test_damaged_facts_stop_a_run_before_it_begins(make_trainer, checkpoint, tmp_path):
@@ -170,14 +171,24 @@ def test_of_a_source_no_path_and_no_token_is_told(tmp_path, source, expected):
 
 
 def test_the_embedded_checkpoints_facts_are_its_recipes():
-    """It was trained before there were such facts: they are what the recipes say."""
+    """Its start was trained before there were such facts: they are what the recipes say. The last run's are its result file's."""
     started_from, runs = None, []
     for name in ("tiny_base", "tiny_stage1", "tiny_stage2"):
         script, _, args = parse([name, "--use_cpu"])
-        versions = {"transformers": json.loads((EMBEDDED / "config.json").read_text())["transformers_version"]}
+        versions = {"transformers": "5.23.0"}
         facts = RunOrigin(started_from, script.sources).facts(
             args, steps=args.max_steps, max_steps=args.max_steps, versions=versions
         )
         runs += facts["runs"]
         started_from = name
-    assert read_training_facts(EMBEDDED) == {"base_model": None, "from_scratch": True, "runs": runs}
+    facts = read_training_facts(EMBEDDED)
+    *earlier, last = facts.pop("runs")
+    assert facts == {"base_model": None, "from_scratch": True} and earlier == runs
+    result = json.loads((ROOT / "experiments" / "chains" / "results" / "path_seed1.json").read_text())
+    options, made_with = result["options"], result["made_with"]
+    assert (last["stage"], last["seed"], last["steps"]) == ("path", result["seed"], result["steps_done"])
+    assert last["batch"]["per_device"] == options["batch"] * result["rows"] // options["scenes"]
+    assert last["data"][0]["count"] == options["scenes"]
+    assert last["optimiser"]["learning_rate"] == options["learning_rate"]
+    assert last["machine"] == {"gpu": made_with["machine"]}
+    assert last["versions"] == {name: made_with[name] for name in ("torch", "transformers")}

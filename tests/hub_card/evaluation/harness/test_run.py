@@ -96,7 +96,7 @@ def test_the_embedded_checkpoint_answers(data, tmp_path):
     assert counts(plain["tasks"]["vstar"]["reflection_rate"]) == (0, 2)
     assert plain["options"]["max_pixels"] == report["options"]["max_pixels"]
     assert plain["command"] == (
-        "vreflection evaluate vreflection_tiny --tasks vstar --limit 2 --latent-steps 0 --latent-feedback hidden "
+        "vreflection evaluate vreflection_tiny --tasks vstar --limit 2 --latent-steps 0 --latent-feedback dac "
         "--min-pixels 784 --max-pixels 451584 --batch-size 1 --dtype float32 --attn-implementation sdpa"
     )
 
