@@ -27,6 +27,10 @@ THREE = ("exact_match", "exact_match_teacher", "exact_match_zeros")
 def talker(checkpoint, processor):
     """Random weights, whose words depend on the latents; most words end the answer, and each begins with a reflection."""
     model = VReflectionForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():  # layers so strong that what is said depends on what is fed
+        for parameter in model.model.language_model.layers.parameters():
+            if parameter.ndim == 2:
+                parameter *= 1.4
     texts = {token: processor.decode([token]) for token in range(model.config.text_config.vocab_size)}
     words = [token for token, text in texts.items() if text.strip().isalpha() and text.isascii()]
     decoding = model.generation_config
