@@ -136,6 +136,7 @@ class Run:
         if self.stream is None:
             return
         # Recording needs a few steps that really run; what they change is put back.
+        torch.cuda.synchronize()
         saved = {name: value.clone() for name, value in self.state().items()}
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
