@@ -100,7 +100,8 @@ def make_run(chains, tmp_path):
     """Makes a run of an arm on the drawn scenes, with further options of the command."""
 
     def make(arm: Arm, steps: int, name: str = "an_arm", seed: int = 0, **options) -> Run:
-        options = {"steps": steps, "batch": 1, "scenes": len(chains.examples), "device": "cpu", **options}
+        defaults = {"batch": 1, "learning_rate": 1e-3, "scenes": len(chains.examples), "device": "cpu"}
+        options = {**defaults, "steps": steps, **options}
         options |= {"output": tmp_path / "results", "checkpoints": tmp_path / "checkpoints"}
         arguments = [word for option, value in options.items() for word in (f"--{option}", str(value))]
         groups = [group[:QUESTIONS] for group in chains.examples]

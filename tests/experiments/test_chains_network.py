@@ -61,7 +61,7 @@ def test_a_row_sees_no_other_of_its_line(chains, starting):
 
 @pytest.fixture(scope="module", params=["embedded", "starting"])
 def network(request, chains, starting):
-    """The embedded checkpoint, without positions, and the model that arms start from, with them."""
+    """The embedded checkpoint, and the model that arms start from."""
     model = starting
     if request.param == "embedded":
         model = VReflectionForConditionalGeneration.from_pretrained(EMBEDDED, dtype=torch.float32)

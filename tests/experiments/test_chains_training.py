@@ -143,7 +143,7 @@ def test_learning_rates_rise_and_then_fall_to_a_twentieth():
     assert rates[-1] == pytest.approx(0.05 * 2e-3, rel=1e-3)
 
 
-COMMAND = "--steps 3 --batch 2 --scenes 8 --test_scenes 6 --device cpu --arms path names"
+COMMAND = "--steps 3 --batch 2 --learning_rate 1e-3 --scenes 8 --test_scenes 6 --device cpu --arms path names"
 
 
 def test_the_command(tmp_path, capsys):
