@@ -102,6 +102,18 @@ def test_an_arm_trains_its_own_parts(make_run, arm, moving):
     assert [name for name in names if not same(before[name], part(run, name))] == moving
 
 
+def test_a_step_is_one_of_adamw_with_clipped_gradients(make_run):
+    """The first one in closed form: weight decay, and each weight moved by the rate against its gradient's sign."""
+    run = make_run(ARMS["path"], 1, learning_rate=10.0)  # a hundredth of that, as in warm-up
+    before = {name: value.detach().clone() for name, value in run.parameters.items()}
+    run.advance()
+    gradients = {name: value.grad for name, value in run.parameters.items()}
+    assert sum(gradient.square().sum() for gradient in gradients.values()).sqrt() == pytest.approx(1.0, rel=1e-4)
+    for name, gradient in gradients.items():
+        expected = before[name] * (1 - 0.1 * 0.05) - 0.1 * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(run.parameters[name].detach(), expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_runs_side_by_side_are_runs_alone(make_run):
     arms = [("path", 0), ("path", 1), ("sft", 0)]
     together = [make_run(ARMS[arm], 3, arm, seed) for arm, seed in arms]
