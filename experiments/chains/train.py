@@ -178,13 +178,12 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "state.safetensors"
         tensors = {name: value.contiguous().cpu() for name, value in self.state().items()}
-        save_file(tensors, path.with_suffix(".new"), {"options": self.fingerprint(), "seconds": str(self.seconds)})
+        save_file(
+            tensors,
+            path.with_suffix(".new"),
+            {"options": fingerprint(self.arm, self.options), "seconds": str(self.seconds)},
+        )
         path.with_suffix(".new").replace(path)
-
-    def fingerprint(self) -> str:
-        """What a resumed run must agree in."""
-        names = ("steps", "batch", "learning_rate", "scenes")
-        return json.dumps({"arm": asdict(self.arm), **{name: getattr(self.options, name) for name in names}})
 
     def resume(self) -> None:
         """Goes on from the last saved state, if there is one.
@@ -196,7 +195,7 @@ class Run:
         if not path.exists():
             return
         with safe_open(path, "pt") as saved:
-            if saved.metadata()["options"] != self.fingerprint():
+            if saved.metadata()["options"] != fingerprint(self.arm, self.options):
                 raise ValueError(
                     f"{path} is of other options ({saved.metadata()['options']}): name another --checkpoints folder, or "
                     "delete it."
@@ -212,7 +211,7 @@ class Run:
         return {
             "arm": self.name,
             "seed": self.seed,
-            "options": json.loads(self.fingerprint()),
+            "options": json.loads(fingerprint(self.arm, self.options)),
             "rows": (int(self.order.max()) + 1) * self.rows.slot.shape[1],
             "steps_done": self.done,
             "seconds_beside_other_arms": round(self.seconds, 1),
@@ -222,6 +221,12 @@ class Run:
                 **{name: [round(float(log[step, place]), 5) for step in every] for place, name in enumerate(LOGGED)},
             },
         }
+
+
+def fingerprint(arm: Arm, options: argparse.Namespace) -> str:
+    """What a resumed run, and a finished result, must agree in."""
+    names = ("steps", "batch", "learning_rate", "scenes")
+    return json.dumps({"arm": asdict(arm), **{name: getattr(options, name) for name in names}})
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -303,7 +308,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     wanted = [(arm, seed) for arm in options.arms for seed in options.seeds]
-    wanted = [pair for pair in wanted if not is_finished(result_path(options, *pair))]
+    wanted = [pair for pair in wanted if not is_finished(options, *pair)]
     if not wanted:
         print(f"All results are in {options.output} already; name another --output to repeat them.")
         return
@@ -335,9 +340,19 @@ def main(arguments: list[str] | None = None) -> None:
             save_file({k: v for k, v in weights.items() if k in run.parameters}, run.folder / "weights.safetensors")
 
 
-def is_finished(path: Path) -> bool:
-    """Whether a result file holds its results."""
-    return path.exists() and "results" in json.loads(path.read_text())
+def is_finished(options: argparse.Namespace, arm: str, seed: int) -> bool:
+    """Whether the result file of an arm and seed holds its results.
+
+    Raises:
+        ValueError: Results of other options.
+    """
+    path = result_path(options, arm, seed)
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if "results" in result and result["options"] != json.loads(fingerprint(ARMS[arm], options)):
+        raise ValueError(
+            f"{path} holds results of other options ({result['options']}): name another --output folder, or delete it."
+        )
+    return "results" in result
 
 
 if __name__ == "__main__":

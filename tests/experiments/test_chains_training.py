@@ -194,6 +194,8 @@ def test_the_command(tmp_path, capsys):
     capsys.readouterr()
     main(command)  # nothing is left to do
     assert "All results are in" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="path_seed0.json holds results of other options.*--output"):
+        main([*command, "--steps", "4"])
     files["names"].unlink()
     main(command)  # evaluates the trained arm again, and leaves the other
     assert files["path"].read_bytes() == kept["path"]
