@@ -149,8 +149,8 @@ def describe(form: Form, results: dict[str, dict]) -> str:
     entry = next(iter(next(iter(results.values()))["seeds"].values()))
     machine, versions = entry["machine"], entry["versions"]
     return (
-        f"Each arm: two parts of {form.part_steps} steps, 32 scenes a step, from one base: the embedded checkpoint without "
-        f"BCM and DAC, tuned for {form.base_steps} steps to answer without reflecting. {form.scenes} unseen scenes of the "
+        f"Each arm: two parts of {form.part_steps} steps, 32 scenes a step, from one base: the embedded checkpoint as it was "
+        f"before stage `path`, without BCM and DAC, tuned for {form.base_steps} steps to answer without reflecting. {form.scenes} unseen scenes of the "
         "preset `study`. Seeds differ in the training scenes, in what is drawn for new "
         "weights and in Eq. 2's draws; the base is the same. Shares are means over seeds with a 95 % Wilson interval for the scenes; differences are "
         "paired, scene by scene, with a 95 % bootstrap over scenes and seeds. With one seed, no interval holds what another "

@@ -14,14 +14,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import transformers
 from datasets import disable_progress_bars
 from tqdm import tqdm
 
+from modeling_vreflection import VReflectionProcessor
 from vreflection_hub_card.evaluation.glyphsearch_accuracy import evaluate_glyphsearch
 from vreflection_hub_card.evaluation.provenance import describe_machine, describe_versions, sha256
 from vreflection_hub_card.inference.checkpoints import EMBEDDED, load_checkpoint
 
+from ..chains.network import starting_model
 from .ablation_plots import draw_all
 from .ablation_tables import as_frame, main_tables, read_findings, read_results, summarise
 from .arms import Form, Study, StudyArm, read_study
@@ -84,11 +87,13 @@ class StudyRun:
         return start
 
     def train_base(self) -> Path:
-        """Trains what all arms start from: the embedded checkpoint without its modules, tuned to answer at once."""
+        """Trains what all arms start from: the backbone that `save_start` writes, tuned to answer at once."""
+        start = self.work / "start"
+        if not start.is_dir():
+            save_start(start)
         options = {"stage": "sft", "seed": 0, "model_options": json.dumps({"has_bcm": False, "has_dac": False})}
-        return train_once(
-            options, EMBEDDED, FIRST_SCENE - SCENES_A_SEED, self.form.base_steps, self.work / "base" / "checkpoint"
-        )
+        first = FIRST_SCENE - SCENES_A_SEED
+        return train_once(options, start, first, self.form.base_steps, self.work / "base" / "checkpoint")
 
     def evaluate(self, arm: StudyArm, checkpoint: Path) -> dict:
         """Decodes the test scenes in all ways of an arm."""
@@ -111,7 +116,6 @@ class StudyRun:
             "form": self.form.name,
             "part_steps": self.form.part_steps,
             "base_steps": self.form.base_steps,
-            "base_start": sha256(EMBEDDED / "model.safetensors"),
             "scenes": self.form.scenes,
             "parts": arm.parts,
             "model_options": arm.model_options,
@@ -138,6 +142,16 @@ class StudyRun:
         draft = path.with_suffix(".part")
         draft.write_text(json.dumps(report, indent=1) + "\n")
         draft.replace(path)
+
+
+def save_start(folder: Path) -> None:
+    """Writes the embedded checkpoint as it was before stage `path`; its modules are new, which the base does without."""
+    model = starting_model(0, "none", torch.device("cpu"))
+    model.generation_config.latent_feedback = "hidden"
+    draft = folder.with_name(folder.name + ".part")
+    model.to(torch.bfloat16).save_pretrained(draft)
+    VReflectionProcessor.from_pretrained(EMBEDDED).save_pretrained(draft)
+    draft.rename(folder)
 
 
 def train_once(options: dict, start: Path, first_scene: int, steps: int, folder: Path) -> Path:

@@ -6,7 +6,9 @@ import subprocess
 import pandas
 import pytest
 import yaml
+from safetensors.torch import load_file
 
+from experiments.chains.network import BASE
 from experiments.study import ablations
 from experiments.study.ablation_plots import draw_all
 from experiments.study.ablation_tables import (
@@ -22,6 +24,7 @@ from experiments.study.ablations import RECIPE, StudyRun
 from experiments.study.arms import ARMS_FILE, PLAIN, read_study
 from vreflection_hub_card.evaluation.provenance import sha256
 from vreflection_hub_card.evaluation.statistics import wilson_interval
+from vreflection_hub_card.inference.checkpoints import EMBEDDED
 from vreflection_training.cli import main_train
 from vreflection_training.recipe import parse
 
@@ -67,7 +70,7 @@ def done(study, tmp_path_factory):
         with pytest.raises(KeyboardInterrupt):
             run()
         kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-        assert len(kept) == 2 and run.missing() == [("two_stage", 0)]
+        assert len(kept) == 3 and run.missing() == [("two_stage", 0)]
         patch.setattr(ablations.subprocess, "run", train_here)
         run()
     assert kept.items() <= {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}.items()
@@ -103,6 +106,23 @@ def test_results_of_another_definition_or_base_are_not_mixed_in(done, make_run, 
     (tmp_path / "two_stage.json").write_text(json.dumps(result | change))
     with pytest.raises(ValueError, match=f"two_stage.json: holds results with {next(iter(change))} = "):
         make_run(tmp_path)()
+
+
+def test_arms_start_from_the_embedded_backbone_as_it_was_before_stage_path(tmp_path):
+    ablations.save_start(tmp_path / "start")
+    start, embedded, base = {}, {}, {}
+    for weights, folder in ((start, tmp_path / "start"), (embedded, EMBEDDED), (base, BASE)):
+        for file in folder.glob("*.safetensors"):
+            weights |= load_file(file)
+    assert {f"model.language_model.{name}" for name in base} == {name for name in start if "language_model" in name}
+    for name, tensor in start.items():
+        if "visual" in name:
+            assert tensor.equal(embedded[name]), name
+        elif "language_model" in name:
+            assert tensor.equal(base[name.removeprefix("model.language_model.")]), name
+    config = json.loads((tmp_path / "start" / "config.json").read_text())
+    decoding = json.loads((tmp_path / "start" / "generation_config.json").read_text())
+    assert (config["patch_positions"], decoding["latent_feedback"]) == ("none", "hidden")
 
 
 def test_a_part_that_fails_names_its_log(study, tmp_path, monkeypatch):
