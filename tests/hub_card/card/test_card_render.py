@@ -275,3 +275,19 @@ def test_the_embedded_checkpoints_card_is_up_to_date(folder, results):
     expected = write_card(folder.rename(folder.with_name(EMBEDDED.name)), results=results, study=study)
     assert EMBEDDED_CARD.read_text() == expected.read_text()
     check_card(EMBEDDED)
+
+
+@pytest.mark.parametrize(
+    "feedback, expected",
+    [
+        (
+            "dac",
+            "BCM doesn't run when the model answers; DAC runs at each latent step. A reflection costs 8 more steps",
+        ),
+        ("hidden", "With hidden feedback neither module runs when the model answers. A reflection costs 8 more steps"),
+    ],
+)
+def test_which_module_runs_when_the_model_answers(folder, feedback, expected):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"latent_feedback": feedback}))
+    assert expected in load(write_card(folder)).text
