@@ -116,7 +116,10 @@ def test_looks_know_where_they_are_unless_asked_not_to(backbone, tmp_path, posit
     assert model.config.patch_positions == (positions or "sincos")
     model.save_pretrained(tmp_path)
     # A checkpoint keeps its own, and what is asked for stands in the config alone.
-    assert VReflectionForConditionalGeneration.from_pretrained(tmp_path).config.patch_positions == model.config.patch_positions
+    assert (
+        VReflectionForConditionalGeneration.from_pretrained(tmp_path).config.patch_positions
+        == model.config.patch_positions
+    )
     other = VReflectionForConditionalGeneration.from_pretrained(tmp_path, patch_positions="sincos")
     assert other.config.patch_positions == "sincos"
     assert not hasattr(other.generation_config, "patch_positions")
