@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from vreflection_hub_card.glyphsearch import Question, Scene, chain_questions, make_scene, scene_seed
-from vreflection_hub_card.inference.drawing import new_figure, outline_box, save_figure, show
+from vreflection_hub_card.inference.drawing import new_figure, save_figure, show
 
 from .arms import ARMS
 from .table import KINSHIP, by_decoding, pick, read_results, share_and_range
@@ -82,10 +82,8 @@ def draw_scene(scene: Scene, question: Question) -> Figure:
     """The scene, and beside it the same with the boxes of the question's path, numbered by step."""
     figure = new_figure((5.4, 2.8), DPI)
     plain, path = figure.subplots(1, 2)
-    show(plain, scene.image, None)
-    show(path, scene.image, None)
-    for step, item in enumerate(question.path, 1):
-        outline_box(path, scene.image, item.box, str(step))
+    show(plain, scene.image, [])
+    show(path, scene.image, [item.box for item in question.path])
     return figure
 
 

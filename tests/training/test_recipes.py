@@ -127,7 +127,8 @@ def test_losses_of_the_paper(name):
         "latent_feedback": {"sft": None, "1": "hidden", "2": "hidden"}[stage],
         "attention_target": {"sft": None, "1": None, "2": "teacher"}[stage],
         "allow_untrained_bcm": False,
-        "model_options": None,
+        # Stage 2 takes the checkpoint's.
+        "model_options": {"patch_positions": "none"} if stage == "1" else None,
     }
     assert {key: options[key] for key in expected} == expected
 
@@ -159,8 +160,10 @@ def difference(one, other):
 
 
 @pytest.mark.parametrize("name, model", PATH.items())
-def test_a_path_differs_from_stage_1_in_its_losses_and_boxes_alone(name, model):
+def test_a_path_differs_from_stage_1_in_its_losses_boxes_and_positions_alone(name, model):
     losses = {"stage", "lambda_bcm", "lambda_dac", "lambda_feat", "lambda_attn", "attention_target", "latent_feedback"}
+    losses.add("model_options")  # looks of a path know where they are
+    assert read(name)["model_options"] is None and read(model)["model_options"] == {"patch_positions": "none"}
     tiny = {
         "dataset_options",
         "eval_datasets",
@@ -182,8 +185,8 @@ def test_the_runs_of_the_paper_differ_in_what_they_say_only():
     schedule = {"learning_rate", "max_steps", "save_steps"}
     slots, teacher = {"stage", "latent_inputs"}, {"lambda_dac", "lambda_feat", "lambda_attn", "attention_target"}
     sft, first, second = (f"qwen2_5_vl_7b_{stage}" for stage in ("sft", "stage1", "stage2"))
-    assert difference(sft, first) == {"output_dir", *slots, "lambda_bcm", "latent_feedback"}
-    assert difference(first, second) == {*names, *slots, "lambda_bcm", *teacher, *schedule}
+    assert difference(sft, first) == {"output_dir", *slots, "lambda_bcm", "latent_feedback", "model_options"}
+    assert difference(first, second) == {*names, "model_options", *slots, "lambda_bcm", *teacher, *schedule}
     for stage in ("sft", "stage1", "stage2"):
         assert difference(f"qwen2_5_vl_7b_{stage}", f"qwen2_5_vl_3b_{stage}") == names
     adapters = {"use_peft", "lora_r", "lora_alpha"}
@@ -262,6 +265,7 @@ def test_the_released_architecture_is_chosen_in_stage_1_and_kept_in_stage_2():
         "latent_tokens": ["<|lvr_start|>", "<|lvr|>", "<|lvr_end|>"],
         "query_position": "at",
         "region_pooling": "patch",
+        "patch_positions": "none",
     }
     assert read("released_code_stage2")["model_options"] is None
 
