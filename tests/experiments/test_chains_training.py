@@ -158,6 +158,7 @@ def test_learning_rates_rise_and_then_fall_to_a_twentieth():
 COMMAND = "--steps 3 --batch 2 --learning_rate 1e-3 --scenes 8 --test_scenes 6 --device cpu --arms path names"
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     command = [*COMMAND.split(), "--output", str(tmp_path / "results"), "--checkpoints", str(tmp_path / "states")]
     main(command)

@@ -75,6 +75,7 @@ def test_two_processes_say_what_one_says(tmp_path):
     assert raws[0] == raws[1] and all(raw.count("<|lvr|>") == 8 for raw in raws[0])
 
 
+@pytest.mark.slow
 def test_the_command_line_of_the_harness(tmp_path):
     command = [Path(sys.executable).parent / "lmms-eval", "eval", "--model", "vreflection"]
     command += ["--model_args", "latent_steps=0", "--batch_size", "2", "--limit", "4", "--output_path", tmp_path]
