@@ -83,7 +83,7 @@ class LatentCrossAttention(nn.Module):
 class BoxGuidedCompression(LatentCrossAttention):
     """BCM, the teacher: S learned queries compress the features of a box into latents (Eq. 1)."""
 
-    # It is told where to look: a box. With places in its keys, too, DAC learned kinship more slowly (docs/latents.md).
+    # It is told where to look: a box.
     looks_for_places = False
 
     def __init__(self, hidden_size: int, num_heads: int, num_latent_tokens: int):

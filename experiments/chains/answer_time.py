@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from hub_card.glyphsearch import chain_questions, make_scene, scene_seed
+from hub_card.inference.encoding import encode_prompts, user_turn
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
 
 from .arms import ARMS
@@ -43,14 +44,7 @@ def measure(models: dict, processor: VReflectionProcessor, questions: int) -> di
         scene = make_scene(scene_seed("validation", number), "chains")
         for hops in HOPS:
             text = chain_questions(scene, "kinship", hops, longest=max(HOPS))[0].text
-            content = [{"type": "image", "image": scene.image}, {"type": "text", "text": text}]
-            inputs = processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
+            inputs = encode_prompts(processor, user_turn([scene.image], text), "cpu")
             for name, model in models.items():
                 begun = time.perf_counter()
                 model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)

@@ -115,7 +115,11 @@ def kinship_table(results: list[dict]) -> str:
 
 def other_table(results: list[dict]) -> str:
     """Accuracy on spatial chains, attributes and relations."""
-    return accuracy_table(results, [*SPATIAL, *SINGLE])
+    columns, rows = [*SPATIAL, *SINGLE], []
+    for title, seeds, said in by_decoding(results):
+        accuracy = [table["accuracy"] for table in said]
+        rows.append([title, *run_cells(seeds), *(share_cell(pick(accuracy, *column)) for column in columns)])
+    return captioned(f"arm | seeds | steps | {header_of(columns)}", rows, results, "Right answers in %.")
 
 
 def unseen_table(results: list[dict]) -> str:
@@ -132,19 +136,6 @@ def unseen_table(results: list[dict]) -> str:
     names = header_of(columns)
     header = f"arm | seeds | steps | {names} | last look inside, {names.replace(' | ', ' | last look inside, ')}"
     return captioned(header, rows, results, "Right answers, and last looks inside the last shape's box, in %.")
-
-
-def accuracy_table(results: list[dict], columns: list[tuple[str, int]]) -> str:
-    """Accuracy of every arm."""
-    rows = [
-        [
-            title,
-            *run_cells(seeds),
-            *(share_cell(pick([one["accuracy"] for one in said], *column)) for column in columns),
-        ]
-        for title, seeds, said in by_decoding(results)
-    ]
-    return captioned(f"arm | seeds | steps | {header_of(columns)}", rows, results, "Right answers in %.")
 
 
 def tokens_table(results: list[dict]) -> str:

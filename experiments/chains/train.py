@@ -185,6 +185,11 @@ class Run:
         )
         path.with_suffix(".new").replace(path)
 
+    def save_weights(self) -> None:
+        """Writes the trained weights, float32, by their names in the model."""
+        weights = {name: value.detach().contiguous().cpu() for name, value in self.parameters.items()}
+        save_file(weights, self.folder / "weights.safetensors")
+
     def resume(self) -> None:
         """Goes on from the last saved state, if there is one.
 
@@ -333,11 +338,9 @@ def main(arguments: list[str] | None = None) -> None:
     for together in [runs] if device.type == "cuda" else [[run] for run in runs]:
         train_side_by_side(together)
         for run in together:
-            network = run.network
-            evaluation = Evaluation(network, tokens, test_scenes[0.0], test)
+            run.save_weights()
+            evaluation = Evaluation(run.network, tokens, test_scenes[0.0], test)
             write_result(run, {"scenes": len(test_scenes[0.0].features), "results": evaluation.run(run.arm)})
-            weights = {name: value.contiguous().cpu() for name, value in network.model.state_dict().items()}
-            save_file({k: v for k, v in weights.items() if k in run.parameters}, run.folder / "weights.safetensors")
 
 
 def is_finished(options: argparse.Namespace, arm: str, seed: int) -> bool:

@@ -230,3 +230,32 @@ def test_times_are_ratios_of_answers_to_the_same_question():
     # The machine is twice as slow for the second question, which no ratio shows.
     seconds = {"path": {"0": [1.0, 2.0, 1.0]}, "sft": {"0": [0.5, 1.0, 0.25]}}
     assert ratios(seconds) == {"path": {"0": [1.0, 1.0, 1.0]}, "sft": {"0": [0.5, 0.25, 0.5]}}
+
+
+def test_the_prose_says_what_the_result_files_say():
+    files = {path.stem: json.loads(path.read_text())["results"] for path in RESULTS.glob("*_seed*.json")}
+    paths = [files[f"path_seed{seed}"]["dac"] for seed in range(3)]
+
+    def share(table, kind, hops):
+        total, count = table[kind][str(hops)]
+        return 100 * total / count
+
+    kinship = [[share(one["accuracy"], "kinship", hops) for one in paths] for hops in range(4)]
+    lost = [
+        share(one["accuracy"], kind, hops) - share(one["replaced"][name], kind, hops)
+        for one in paths
+        for name in ("zeroed", "noise", "shuffled")
+        for kind, longest in (("kinship", 3), ("spatial", 2))
+        for hops in range(longest + 1)
+    ]
+    losses = f"{min(lost):.0f} to {max(lost):.0f} points"
+    root = RESULTS.parents[2]
+    readme, page = ((root / name).read_text(encoding="utf-8") for name in ("README.md", "docs/latents.md"))
+    means = [f"{sum(seeds) / 3:.1f}" for seeds in kinship]
+    seeds = f"three seeds, {min(kinship[3]):.1f} to {max(kinship[3]):.1f} at three hops"
+    assert f"answers {', '.join(means[:-1])} and {means[-1]} % ({seeds})" in readme
+    words = [share(files[f"{arm}_seed0"]["text"]["accuracy"], "kinship", 3) for arm in ("sft", "names")]
+    assert f"SFT has {words[0]:.1f} % at three hops, words that name each shape {words[1]:.1f} %" in readme
+    assert f"The seeds of the path differ by {max(kinship[3]) - min(kinship[3]):.0f} points" in page
+    assert losses in readme and losses in page
+    assert min(map(min, kinship)) > 88 and "more than 88 %" in page
