@@ -11,7 +11,7 @@ from modeling_vreflection.parts_vreflection import rendered_reflections
 
 
 # One schema for all sources, so that they can be mixed. Pictures stay paths or encoded bytes until they are loaded. `error` says
-# what is wrong with a row that its reader couldn't make sense of.
+# what is wrong with a row that its reader couldn't make sense of, `no_reflection` why it left the reflection of a good row out.
 FEATURES = Features(
     {
         "id": Value("string"),
@@ -34,6 +34,7 @@ FEATURES = Features(
             }
         ),
         "error": Value("string"),
+        "no_reflection": Value("string"),
     }
 )
 
@@ -103,12 +104,17 @@ def check_past_reflections(messages: list[dict[str, Any]], row: dict[str, Any]):
 
 def make_row(row_id: str, dataset: str, images: Sequence[Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
     """A good row."""
-    return {"id": row_id, "dataset": dataset, "images": list(images), "messages": messages, "error": None}
+    return _row(row_id, dataset, images, messages, None)
 
 
 def make_bad_row(row_id: str, dataset: str, error: str | Exception, images: Sequence[Any] = ()) -> dict[str, Any]:
     """A row that a reader found wrong: it travels on, to be counted, named or refused where the run wants it."""
-    return {"id": row_id, "dataset": dataset, "images": list(images), "messages": [], "error": str(error)}
+    return _row(row_id, dataset, images, [], str(error))
+
+
+def _row(row_id: str, dataset: str, images: Sequence[Any], messages: list[dict[str, Any]], error: str | None) -> dict:
+    row = {"id": row_id, "dataset": dataset, "images": list(images), "messages": messages}
+    return row | {"error": error, "no_reflection": None}
 
 
 def text_part(text: str) -> dict[str, Any]:

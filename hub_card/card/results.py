@@ -26,10 +26,11 @@ TABLE_TITLES = {
     "hrbench4k": "HR-Bench 4K",
     "hrbench8k": "HR-Bench 8K",
     "mmerealworld_lite": "MME-RealWorld-Lite",
+    "gqa": "GQA",
     "glyphsearch_answers": "GlyphSearch, answers alone",
 }
 NEEDED = 30  # points of accuracy that any replacement costs where the answers need their latents
-SCORED_BY = ("strict", "exact", "authors")
+SCORED_BY = ("strict", "exact", "exact_match", "authors")
 
 
 def read_results(paths: Sequence[str | Path], hashes: dict[str, str]) -> list[dict[str, Any]]:
@@ -146,7 +147,7 @@ def named_accuracies(report: dict, task: str) -> dict[str, dict]:
 def eval_entries(reports: list[dict], checkpoint: Checkpoint) -> dict[str, EvalResultEntry]:
     """What goes into `.eval_results/TASK.yaml`: benchmarks whose items came from the Hub, decoded as the checkpoint does.
 
-    The value is the strict accuracy; the notes give the authors' scorer's.
+    The value is the accuracy by the first of `scorers_of`; the notes name it, and give the authors' scorer's if there is one.
     """
     own = astuple(checkpoint.decoding)
     entries = {}
@@ -158,14 +159,16 @@ def eval_entries(reports: list[dict], checkpoint: Checkpoint) -> dict[str, EvalR
                 raise InputError(
                     f"{TABLE_TITLES[task]} was measured at several picture sizes: give the card one of them"
                 )
+            scorer, *others = scorers_of(task)
+            authors = [f"by the authors' scorer {result[name]['accuracy']['share']}" for name in others]
+            notes = [f"{scorer} accuracy", *authors, describe_decoding(report).replace("`", "")]
             entries[task] = EvalResultEntry(
                 dataset_id=result["data"]["dataset"],
                 task_id=task,
-                value=result["strict"]["accuracy"]["share"],
+                value=result[scorer]["accuracy"]["share"],
                 dataset_revision=result["data"]["revision"],
                 date=report["date"],
-                notes=f"strict accuracy; by the authors' scorer {result['authors']['accuracy']['share']}; "
-                + describe_decoding(report).replace("`", ""),
+                notes="; ".join(notes),
             )
     return entries
 

@@ -1,6 +1,7 @@
-"""The paper's six benchmarks and GlyphSearch: where their data lies, how many items they have, how to read a row.
+"""The paper's six benchmarks, GQA and GlyphSearch: where their data lies, how many items they have, how to read a row.
 
-A revision is the data set's commit that public evaluation code pins; BLINK's is the one that the paper's authors used.
+A revision is the data set's commit that public evaluation code pins; BLINK's is the one that the paper's authors used, and
+GQA's, which nobody pins, one behind the last change of its files.
 Counts are of the whole data set, so that an item can't get lost unseen. Questions are worded as in the authors' released
 evaluation.
 """
@@ -21,6 +22,8 @@ from ..glyphsearch import GLYPHS, draw_question
 
 LETTERS = "ABCDE"
 INSTRUCTION = "\nAnswer with the option's letter from the given choices directly."
+# What follows a question of GQA, in the benchmark and in training.
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class Item:
 
     id: str  # unique in its benchmark
     question: str  # the text after the pictures with the options in it, without the benchmark's instruction
-    options: tuple[str, ...]  # their texts, without letters
-    answer: str  # the right letter; of GlyphSearch, the right glyph
+    options: tuple[str, ...]  # their texts, without letters; of GQA, the answer alone
+    answer: str  # the right letter; of GlyphSearch, the right glyph; of GQA, the right word or phrase
     images: tuple[Any, ...]  # what `open_picture` opens; their headers have been read
     groups: dict[str, str] = field(default_factory=dict)  # by kind of sub-score, the group that the item counts for
 
@@ -62,6 +65,7 @@ class Benchmark:
     config: str | None = None  # the only configuration, where it has a name that must be given
     instruction: str = INSTRUCTION  # what follows each question
     scorers: tuple[str, ...] = ("authors", "authors_table", "strict")
+    pictures: str | None = None  # a configuration of rows (id, image), which a column `imageId` of the items names
     rows: Callable[[], list[dict]] | None = None  # makes the rows of data that isn't loaded from anywhere
 
     @property
@@ -163,6 +167,16 @@ def read_mmerealworld(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def read_gqa(row: dict[str, Any]) -> dict[str, Any]:
+    """Reads a row of GQA (id, imageId, question, answer), with its picture joined as `image`."""
+    return {
+        "question": row["question"],
+        "options": (row["answer"],),
+        "answer": row["answer"],
+        "images": (read_image(row.get("image")),),
+    }
+
+
 def read_glyphsearch(row: dict[str, Any]) -> dict[str, Any]:
     """Draws a row (index): a scene of GlyphSearch's test split and the question about it."""
     scene, question = draw_question("test", row["index"])
@@ -247,6 +261,11 @@ BENCHMARKS = {
             "mmerealworld_lite", "yifanzhang114/MME-RealWorld-lite-lmms-eval",
             "f6b0dc81ba4d3c39bd9b4e544578198d365ac084", "train",
             counts={"": 1919}, id_column="index", read=read_mmerealworld
+        ),
+        Benchmark(
+            "gqa", "lmms-lab/GQA", "bfd36546a2883e0e33ed5d15aee47fd8f9a69457", "testdev",
+            counts={"testdev_balanced_instructions": 12578}, id_column="id", read=read_gqa,
+            pictures="testdev_balanced_images", instruction=SHORT_ANSWER, scorers=("exact_match",)
         ),
         Benchmark(
             "glyphsearch_answers", "GlyphSearch", None, "test",

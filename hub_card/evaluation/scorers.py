@@ -2,11 +2,12 @@
 
 `authors` and `authors_table` repeat the paper's released evaluation with its faults, for numbers that compare with the
 paper's; `strict` takes a letter only where it is given as the answer. Each scorer takes what the model wrote and the
-options' texts, and returns the letter, of GlyphSearch the glyph. An answer without a letter, `None`, is unparsed: it
+options' texts, and returns the letter, of GlyphSearch the glyph, of GQA the word or phrase. An answer without a letter, `None`, is unparsed: it
 counts as an answer, and it is wrong.
 """
 
 import re
+import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -52,6 +53,20 @@ def score_exact(text: str, options: Sequence[str]) -> str | None:
     """Takes an option's text where nothing else stands but special tokens."""
     answer = plain(text).strip()
     return answer if answer in options else None
+
+
+def score_exact_match(text: str, options: Sequence[str]) -> str | None:
+    """Takes an option, as it is written there, that the answer equals but for case and punctuation; else the answer itself.
+
+    As lmms-eval's `exact_match` with `ignore_case` and `ignore_punctuation`; special tokens and the `<answer>` tags are ignored.
+    """
+    answer = tagged(plain(text))
+    return next((option for option in options if unpunctuated(option) == unpunctuated(answer)), answer or None)
+
+
+def unpunctuated(text: str) -> str:
+    """The text in lower case, without punctuation, its words one space apart."""
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 
 def plain(text: str) -> str:
@@ -101,6 +116,7 @@ SCORERS = {
     "authors_table": score_authors_table,
     "strict": score_strict,
     "exact": score_exact,
+    "exact_match": score_exact_match,
 }
 
 

@@ -22,7 +22,7 @@ BENCHMARK_OPTIONS = (
     "latent_steps", "reflect", "min_pixels", "max_pixels", "dtype", "attn_implementation", "revision", "data"
 )  # fmt: skip
 # Of `SCORERS`; the authors' second one is in the files.
-PRINTED_SCORERS = ("authors", "strict", "exact")
+PRINTED_SCORERS = ("authors", "strict", "exact", "exact_match")
 EVAL_EXTRA = 'pip install "vreflection[eval]"'
 
 

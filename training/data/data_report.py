@@ -36,6 +36,7 @@ class DataReport:
     bad: dict[str, int] = field(default_factory=Counter)  # bad rows of each kind
     named: list[str] = field(default_factory=list)  # what is wrong with the first of them
     without_reflection: int = 0
+    no_reflection: dict[str, int] = field(default_factory=Counter)  # of those, by why their reader left it out
     lengths: list[int] = field(default_factory=list)  # tokens of each good row
     path_lengths: list[int] = field(default_factory=list)  # boxes of each of their reflections
     padding: float = 0.0  # share in batches of single samples
@@ -65,6 +66,8 @@ class DataReport:
         self.missing += row.missing
         if row.problem is None:
             self.without_reflection += row.reflections == 0
+            if row.no_reflection is not None:
+                self.no_reflection[row.no_reflection] += 1
             self.lengths.append(row.tokens)
             self.path_lengths += row.path_lengths
         else:
@@ -153,6 +156,7 @@ def _row_lines(report: DataReport) -> list[tuple[str, str]]:
     ]
     if report.reflect:
         lines.append(("without reflection", _share(report.without_reflection, report.rows)))
+        lines += _by_count(report.no_reflection)
     return lines
 
 

@@ -26,6 +26,7 @@ class Inspection:
     path_lengths: list[int] = field(default_factory=list)  # boxes of each reflection; past turns aren't rendered
     problem: str | None = None
     kind: str | None = None  # of the problem
+    no_reflection: str | None = None  # why its reader left the reflection out
 
     @property
     def reflections(self) -> int:
@@ -93,6 +94,7 @@ def inspect_row(
     """
     name = row_name(row)
     found = Inspection(None if row.get("id") is None else str(row["id"]), row.get("dataset"))
+    found.no_reflection = row.get("no_reflection")
     try:
         messages = read_messages(row, reflect)
         image_tokens = _image_tokens(pictures(messages), found, processor.image_processor, decode, name)

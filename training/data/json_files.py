@@ -4,7 +4,7 @@ import codecs
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ijson
 
@@ -17,16 +17,23 @@ def read_rows(path: str | Path, dataset: str, fill: Callable[[dict, dict], None]
     A row's id is the file's name and the number of the item; its data set is the item's, or else `dataset`.
     """
     for number, item in enumerate(read_json_rows(path)):
-        row = make_row(f"{Path(path).stem}-{number}", dataset, [], [])
-        try:
-            if isinstance(item, ValueError):
-                raise item
-            if isinstance(item.get("dataset"), str):
-                row["dataset"] = item["dataset"]
-            fill(row, item)
-        except (ValueError, TypeError, LookupError, OSError, ZeroDivisionError) as error:
-            row.update(messages=[], error=str(error) or repr(error))
-        yield row
+        yield fill_row(f"{Path(path).stem}-{number}", dataset, item, fill)
+
+
+def fill_row(
+    row_id: str, dataset: str, item: dict[str, Any] | ValueError, fill: Callable[[dict, dict], None]
+) -> dict[str, Any]:
+    """The row that `fill(row, item)` makes of an item, with `error` if it can't; the data set is the item's, or `dataset`."""
+    row = make_row(row_id, dataset, [], [])
+    try:
+        if isinstance(item, ValueError):
+            raise item
+        if isinstance(item.get("dataset"), str):
+            row["dataset"] = item["dataset"]
+        fill(row, item)
+    except (ValueError, TypeError, LookupError, OSError, ZeroDivisionError) as error:
+        row.update(messages=[], error=str(error) or repr(error))
+    return row
 
 
 def read_json_rows(path: str | Path) -> Iterator[dict[str, Any] | ValueError]:
@@ -59,17 +66,40 @@ def _read_lines(path: str | Path) -> Iterator[dict[str, Any] | ValueError]:
             yield row
 
 
+def read_json_object(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The entries of a file that is one JSON object of objects, with their names.
+
+    Raises:
+        ValueError: A file that breaks off, is something else, or has no entry.
+    """
+    count = 0
+    for name, value in _parse(path, "object of objects", lambda file: ijson.kvitems(file, "", use_float=True)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} must be a JSON object of objects; {name!r} is {value!r}.")
+        yield name, value
+        count += 1
+    if count == 0:
+        raise ValueError(f"{path} must be a JSON object of objects, and has none.")
+
+
 def _read_list(path: str | Path) -> Iterator[dict[str, Any]]:
+    rows = _parse(path, "list", lambda file: ijson.items(file, "item", use_float=True))
+    for count, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} must hold JSON objects; row {count} is {row!r}.")
+        yield row
+
+
+def _parse(path: str | Path, what: str, parse: Callable[[BinaryIO], Iterator[Any]]) -> Iterator[Any]:
+    """What a parser of ijson finds in a file; `what` is what the file should be, for the error."""
     count = 0
     with open(path, "rb") as file:
         if file.read(3) != codecs.BOM_UTF8:  # which ijson doesn't take
             file.seek(0)
         try:
-            for row in ijson.items(file, "item", use_float=True):
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path} must hold JSON objects; row {count} is {row!r}.")
-                yield row
+            for item in parse(file):
+                yield item
                 count += 1
         except ijson.JSONError as error:
-            message = f"{path} is not a complete JSON list: after {count} rows, {str(error).splitlines()[0]}."
+            message = f"{path} is not a complete JSON {what}: after {count} rows, {str(error).splitlines()[0]}."
             raise ValueError(message) from error

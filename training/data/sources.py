@@ -22,6 +22,7 @@ from datasets import (
 from vreflection_hub_card.glyphsearch import glyphsearch_curriculum, glyphsearch_dataset
 from vreflection_hub_card.rows import FEATURES, normalise_row
 
+from .gqa import check_options, gqa_rows, read_scene_graphs
 from .image_folders import ImageFolders
 from .images import is_url
 from .json_files import read_rows
@@ -39,7 +40,7 @@ def message_rows(path: str, folders: ImageFolders) -> Iterator[dict[str, Any]]:
 
 
 GLYPHSEARCH = {"glyphsearch": glyphsearch_dataset, "glyphsearch_curriculum": glyphsearch_curriculum}
-READERS = {"messages": message_rows, "visual_cot": visual_cot_rows, "released": released_rows}
+READERS = {"messages": message_rows, "visual_cot": visual_cot_rows, "gqa": gqa_rows, "released": released_rows}
 SOURCE_FORMATS = (*READERS, "released_meta", *GLYPHSEARCH)
 
 
@@ -72,16 +73,19 @@ def load_rows(
 
     Args:
         sources (`list[dict]`): For each source
-            - `format`: `"messages"` (the default), `"visual_cot"`, `"released"`, `"released_meta"`, `"glyphsearch"` or
-              `"glyphsearch_curriculum"`;
+            - `format`: `"messages"` (the default), `"visual_cot"`, `"gqa"`, `"released"`, `"released_meta"`,
+              `"glyphsearch"` or `"glyphsearch_curriculum"`;
             - `path`: for `"messages"` a Hub id, a local folder, or a `.parquet`, `.json` or `.jsonl` file; for
-              `"visual_cot"` a file of the release or the folder with its `*_cot_train.jsonl`; for `"released"` the
-              authors' formatted JSON, for `"released_meta"` their list of such files; for GlyphSearch nothing;
+              `"visual_cot"` a file of the release or the folder with its `*_cot_train.jsonl`; for `"gqa"` a file of
+              questions or a folder with several, `*questions*.json`; for `"released"` the authors' formatted JSON, for
+              `"released_meta"` their list of such files; for GlyphSearch nothing;
             - `image_folder`: where relative paths of pictures begin, by default at the file's folder; `"released_meta"`
               has its own;
             - `weight`: its share of the mixture, relative to the others';
             - `paths`: for `"visual_cot"`, whether the boxes of a question become the path of one reflection instead of a
               reflection each (`False`, if left out);
+            - `scene_graphs`, `balanced`, `answers`, `num_latent_tokens`: for `"gqa"`, the file of the scene graphs, and the
+              options of [`gqa_rows`](gqa.py);
             - for `"messages"` arguments of `datasets.load_dataset`, such as `split` (`"train"`, if left out), `name` or
               `data_files`; for GlyphSearch those of its functions.
         streaming (`bool`, *optional*, defaults to `False`): Whether to read rows as they are used. Otherwise they are read
@@ -153,8 +157,14 @@ def _parse(source: dict[str, Any], number: int) -> Source:
         raise ValueError(
             f"{where}: `paths` is for 'visual_cot' and 'glyphsearch', not for {parsed.format!r}, whose rows say it themselves."
         )
+    if parsed.format == "gqa":
+        try:
+            inspect.signature(check_options).bind(**options)
+            check_options(**options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}, gqa: {error}") from error
     if parsed.format != "messages" or _is_json(parsed.path):
-        if unknown := [name for name in options if name != "paths"]:
+        if parsed.format != "gqa" and (unknown := [name for name in options if name != "paths"]):
             raise ValueError(f"{where}: a file read as {parsed.format!r} takes no {', '.join(map(repr, unknown))}.")
         if not os.path.exists(parsed.path):
             raise FileNotFoundError(f"{where}: there is no file {parsed.path}.")
@@ -177,9 +187,10 @@ def _load(source: Source, streaming: bool) -> Dataset | IterableDataset:
     folder = folder and os.path.abspath(folder)  # what is stored must be found from any working folder
     if source.format == "messages" and not _is_json(source.path):
         return _load_messages(source, folder, streaming)
-    files = sorted(path.glob("*_cot_train.jsonl")) if path.is_dir() else [path]
+    pattern = "*questions*.json" if source.format == "gqa" else "*_cot_train.jsonl"
+    files = sorted(path.glob(pattern)) if path.is_dir() else [path]
     if not files:
-        raise FileNotFoundError(f"There are no files *_cot_train.jsonl in {path}.")
+        raise FileNotFoundError(f"There are no files {pattern} in {path}.")
     return _load_files(source.format, files, folder, streaming, source.options)
 
 
@@ -242,6 +253,9 @@ def _load_files(
     stamps = _stamps(files)
     if format != "messages":  # whose rows say themselves where their pictures are
         stamps += folders.stamp()
+    if "scene_graphs" in options:
+        options = {**options, "scene_graphs": os.path.abspath(options["scene_graphs"])}
+        stamps += _stamps([options["scene_graphs"]])
     files = tuple(map(os.path.abspath, files))
     return _generate(_file_rows, streaming, stamps, format=format, files=files, folder=folders.root, options=options)
 
@@ -256,6 +270,8 @@ def _file_rows(
     format: str, files: tuple[str, ...], folder: str, options: dict[str, Any], stamps: tuple
 ) -> Iterator[dict[str, Any]]:
     folders = ImageFolders(folder)
+    if "scene_graphs" in options:  # once for all files of questions
+        options = {**options, "scene_graphs": read_scene_graphs(options["scene_graphs"])}
     for path in files:
         yield from READERS[format](path, folders, **options)
 

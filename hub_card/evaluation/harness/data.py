@@ -28,26 +28,49 @@ def load_benchmark(benchmark: Benchmark, folder: str | None = None) -> Dataset:
             raise InputError(f"{folder}: {benchmark.name} is not loaded from files")
         return Dataset.from_list(benchmark.rows())
     if folder is not None:
-        parts = [load_folder(Path(folder) / subset, benchmark) for subset in benchmark.counts]
+        parts = [load_folder(Path(folder) / subset, benchmark) for subset in subset_names(benchmark)]
     else:
         try:
             parts = download_rows(benchmark)
         except OSError as error:
             raise InputError(f"{benchmark.name}: {benchmark.dataset} can't be downloaded ({error})") from error
-    rows = concatenate_datasets(parts)
+    if benchmark.pictures is not None:
+        *parts, pictures = parts
+        return join_pictures(keep_encoded(concatenate_datasets(parts)), keep_encoded(pictures))
+    return keep_encoded(concatenate_datasets(parts))
+
+
+def keep_encoded(rows: Dataset) -> Dataset:
+    """The same rows, with pictures left encoded."""
     for name, feature in rows.features.items():
         if isinstance(feature, Image):
             rows = rows.cast_column(name, Image(decode=False))
     return rows
 
 
+def join_pictures(rows: Dataset, pictures: Dataset) -> Dataset:
+    """Rows that get their `image` by `imageId` when they are read, since many share a picture; `None` without one."""
+    places = {name: place for place, name in enumerate(pictures["id"])}
+
+    def add_images(batch: dict[str, list]) -> dict[str, list]:
+        found = [places.get(name) for name in batch["imageId"]]
+        return batch | {"image": [None if place is None else pictures[place]["image"] for place in found]}
+
+    return rows.with_transform(add_images)
+
+
+def subset_names(benchmark: Benchmark) -> list[str]:
+    """The subsets of a benchmark, and last that of its pictures if they are rows of their own."""
+    return [*benchmark.counts, *([] if benchmark.pictures is None else [benchmark.pictures])]
+
+
 def download_rows(benchmark: Benchmark) -> list[Dataset]:
-    """Loads the subsets from the Hub."""
+    """Loads the subsets from the Hub, see `subset_names`."""
     name, split, revision = benchmark.dataset, benchmark.split, benchmark.revision
     if benchmark.name in PICTURE_FILES:
         root = snapshot_download(name, repo_type="dataset", revision=revision)
         return [load_beside_pictures(benchmark, Path(root))]
-    configs = [subset or benchmark.config for subset in benchmark.counts]
+    configs = [subset or benchmark.config for subset in subset_names(benchmark)]
     return [load_dataset(name, config, split=split, revision=revision) for config in configs]
 
 
@@ -71,7 +94,8 @@ def load_beside_pictures(benchmark: Benchmark, root: Path) -> Dataset:
 def check_rows(benchmark: Benchmark, rows: Dataset) -> None:
     """Checks before anything is asked that no item is missing or there twice, and has its pictures: else an `InputError`."""
     items = [benchmark.item(row) for row in rows]
-    found = Counter(item.groups.get("subset", "") for item in items)
+    subset = next(iter(benchmark.counts))  # of items that don't say theirs: the only one
+    found = Counter(item.groups.get("subset", subset) for item in items)
     for subset, count in benchmark.counts.items():
         if found[subset] != count:
             where = f"{benchmark.name} {subset}".strip()
