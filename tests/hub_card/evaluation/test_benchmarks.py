@@ -69,6 +69,14 @@ ROWS = {
         "l2-category": "intention",
         "bytes": base64.b64encode(RED).decode(),
     },
+    "gqa": {
+        "id": "201307251",
+        "imageId": "n161313",
+        "question": "Is it overcast?",
+        "answer": "no",
+        "fullAnswer": "No, it is clear.",
+        "image": {"bytes": RED, "path": None},
+    },
 }
 ROWS["hrbench8k"] = ROWS["hrbench4k"]
 QUESTIONS = {
@@ -80,7 +88,8 @@ QUESTIONS = {
     "hrbench8k": "How many?\nOptions:\nA. 1\nB. 2\nC. 3\nD. 4",
     "mmerealworld_lite": "Where?\nOptions:\n(A) here\n(B) there\n(C) left\n(D) right\n(E) not in the picture",
 }
-PAPERS = [name for name, benchmark in BENCHMARKS.items() if benchmark.rows is None]
+LOADED = [name for name, benchmark in BENCHMARKS.items() if benchmark.rows is None]
+PAPERS = [name for name in LOADED if name != "gqa"]
 IMAGES = {"blink": [(255, 0, 0), (0, 255, 0), (0, 0, 255)]}
 OPTIONS = {
     "mmvp": ("Open", "Closed"),
@@ -90,7 +99,7 @@ OPTIONS = {
     "hrbench8k": ("1", "2", "3", "4"),
     "mmerealworld_lite": ("here", "there", "left", "right", "not in the picture"),
 }
-IDS = {"mmvp": "18", "vstar": "7", "blink": "val_Jigsaw_3", "hrbench4k": "5", "hrbench8k": "5"}
+IDS = {"mmvp": "18", "vstar": "7", "blink": "val_Jigsaw_3", "hrbench4k": "5", "hrbench8k": "5", "gqa": "201307251"}
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -104,7 +113,15 @@ def test_a_row_becomes_an_item(name):
     assert [image.getpixel((0, 0)) for image in item.pictures()] == IMAGES.get(name, [(255, 0, 0)])
 
 
-@pytest.mark.parametrize("name", PAPERS)
+def test_a_question_of_gqa_asks_for_a_word_or_phrase():
+    item = BENCHMARKS["gqa"].item(ROWS["gqa"])
+    asked = item.question + BENCHMARKS["gqa"].instruction
+    assert asked == "Is it overcast?\nAnswer the question using a single word or phrase."
+    assert (item.id, item.answer, item.options) == ("201307251", "no", ("no",))
+    assert item.pictures()[0].getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("name", LOADED)
 @pytest.mark.parametrize("missing", ["absent", "none", "no file", "broken", "damaged"])
 def test_a_picture_that_is_not_there_is_named_by_its_item(name, missing, tmp_path):
     column = {"blink": "image_1", "mmerealworld_lite": "bytes"}.get(name, "image")
@@ -130,13 +147,14 @@ def test_a_picture_from_a_file_and_one_with_transparency(tmp_path):
     assert item.pictures()[0].getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_the_six_benchmarks_and_their_size():
+def test_the_benchmarks_and_their_size():
     sizes = {"mmvp": 300, "vstar": 191, "blink": 697, "hrbench4k": 800, "hrbench8k": 800, "mmerealworld_lite": 1919}
-    assert {name: BENCHMARKS[name].total for name in PAPERS} == sizes
-    for name in PAPERS:
+    assert {name: BENCHMARKS[name].total for name in LOADED} == sizes | {"gqa": 12578}
+    subsets = {"blink": set(BLINK_COUNTS), "gqa": {"testdev_balanced_instructions"}}
+    for name in LOADED:
         benchmark = BENCHMARKS[name]
         assert benchmark.name == name
-        assert set(benchmark.counts) == (set(BLINK_COUNTS) if name == "blink" else {""})
+        assert set(benchmark.counts) == subsets.get(name, {""})
         assert re.fullmatch("[0-9a-f]{40}", benchmark.revision)
 
 

@@ -4,6 +4,7 @@ from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS
 from vreflection_hub_card.evaluation.scorers import (
     SCORERS,
     score_exact,
+    score_exact_match,
     score_strict,
     summarise_verdicts,
     tagged,
@@ -202,3 +203,20 @@ def test_scores_over_items_that_cannot_be_right():
         summarise("mmvp", run(pairs, 300 * [1]))
     whole = summarise("mmvp", run([{"pair": str(index // 2)} for index in range(300)], 300 * [1]))
     assert whole["pair"] == proportion(150 * [True])
+
+
+@pytest.mark.parametrize(
+    "text, read",
+    [
+        ("t-shirt", "t-shirt"),
+        (" T-Shirt.\n", "t-shirt"),
+        ("tshirt", "t-shirt"),  # lmms-eval ignores punctuation, the hyphen too
+        (REFLECTION + "<answer> T-shirt </answer>", "t-shirt"),
+        ("t shirt", "t shirt"),
+        ("The t-shirt", "The t-shirt"),
+        ("", None),
+        (REFLECTION, None),
+    ],
+)
+def test_exact_match_ignores_case_and_punctuation_alone(text, read):
+    assert score_exact_match(text, ("t-shirt",)) == read

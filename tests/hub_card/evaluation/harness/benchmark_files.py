@@ -96,6 +96,27 @@ def mmerealworld_rows():
         }
 
 
+GQA_PICTURES = "testdev_balanced_images"
+
+
+def gqa_rows():
+    """Three questions about two pictures."""
+    for index, (image, answer) in enumerate([("1", "t-shirt"), ("n2", "yes"), ("1", "brown dog")]):
+        yield {
+            "id": f"2013{index}",
+            "imageId": image,
+            "question": f"What is thing {index}?",
+            "answer": answer,
+            "fullAnswer": f"It is {answer}.",
+            "isBalanced": True,
+        }
+
+
+def gqa_pictures():
+    for name, side in (("n2", 84), ("1", 56)):
+        yield {"id": name, "image": picture(1, side)}
+
+
 ROWS = {
     "mmvp": ("train", {"": mmvp_rows}),
     "vstar": ("test", {"": vstar_rows}),
@@ -103,12 +124,13 @@ ROWS = {
     "hrbench4k": ("hrbench_4k", {"": hrbench_rows}),
     "hrbench8k": ("hrbench_8k", {"": hrbench_rows}),
     "mmerealworld_lite": ("train", {"": mmerealworld_rows}),
+    "gqa": ("testdev", {"testdev_balanced_instructions": gqa_rows}),
 }
 IMAGES = ("image", "image_1", "image_2", "image_3", "image_4")
 
 
 def rows_of(name, subset):
-    return [row for row in ROWS[name][1][subset]() if not subset or row["sub_task"] == subset]
+    return [row for row in ROWS[name][1][subset]() if row.get("sub_task", subset) == subset]
 
 
 def shrink(patch):
@@ -121,8 +143,11 @@ def shrink(patch):
 def write_files(folder, name, change=lambda row: row):
     """Writes a benchmark's files and returns the folder; `change` alters rows, or drops one by `None`."""
     split, subsets = ROWS[name]
-    for subset in subsets:
-        rows = [row for row in map(change, rows_of(name, subset)) if row is not None]
+    files = {subset: rows_of(name, subset) for subset in subsets}
+    if name == "gqa":
+        files[GQA_PICTURES] = [*gqa_pictures()]
+    for subset, rows in files.items():
+        rows = [row for row in map(change, rows) if row is not None]
         features = Dataset.from_list([{k: v for k, v in rows[0].items() if k not in IMAGES}]).features
         pictures = {key: Image() for key in rows[0] if key in IMAGES and not isinstance(rows[0][key], str)}
         features = Features({key: pictures.get(key, features.get(key, TEXT)) for key in rows[0]})

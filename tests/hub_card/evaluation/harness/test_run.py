@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,9 @@ import pytest
 from benchmark_files import ROWS, write_files
 
 from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.evaluation.benchmarks import SHORT_ANSWER
 from vreflection_hub_card.evaluation.harness.run import evaluate
+from vreflection_hub_card.inference.checkpoints import EMBEDDED, load_checkpoint
 
 
 def counts(proportion):
@@ -30,6 +34,9 @@ def say(prompt):
         return next(letter for letter in "ABCD" if f"{letter}. red" in prompt)
     if "sign is number 3" in prompt:
         return "no idea"  # the authors' scorer reads a D, which is right
+    if "thing" in prompt:  # GQA: case, punctuation and tags don't count, other words do
+        said = ("<answer>T-Shirt.</answer>", "Yes", "dog")
+        return next(answer for index, answer in enumerate(said) if f"thing {index}" in prompt)
     return "A"
 
 
@@ -46,6 +53,7 @@ EXPECTED = {
     ("mmerealworld_lite", "strict", "category", "Perception"): (1, 2),
     ("mmerealworld_lite", "strict", "category", "Reasoning"): (0, 2),
     ("mmerealworld_lite", "authors", "category", "Reasoning"): (1, 2),
+    ("gqa", "exact_match", "accuracy"): (2, 3),
 }
 for size in ("hrbench4k", "hrbench8k"):
     EXPECTED |= {
@@ -61,7 +69,7 @@ def test_every_task_from_its_files_to_its_scores(data, scripted, tmp_path):
     asked = scripted(say)
     report = evaluate(None, list(ROWS), tmp_path, data, batch_size=3)
     assert report == json.loads((tmp_path / "results.json").read_text())
-    assert len(asked) == 4 + 3 + 10 + 8 + 8 + 4
+    assert len(asked) == 4 + 3 + 10 + 8 + 8 + 4 + 3
     found = {}
     for path in EXPECTED:
         value = report["tasks"]
@@ -69,7 +77,8 @@ def test_every_task_from_its_files_to_its_scores(data, scripted, tmp_path):
             value = value[key]
         found[path] = counts(value)
     assert found == EXPECTED
-    unparsed = {name: task["strict"]["unparsed"] for name, task in report["tasks"].items()}
+    scorers = {name: "exact_match" if name == "gqa" else "strict" for name in ROWS}
+    unparsed = {name: report["tasks"][name][scorer]["unparsed"] for name, scorer in scorers.items()}
     assert unparsed == dict.fromkeys(ROWS, 0) | {"mmerealworld_lite": 1}
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == len(asked)
@@ -83,6 +92,35 @@ def test_pictures_reach_the_model(data, scripted, tmp_path):
     evaluate(None, ["blink"], tmp_path, data, batch_size=4)
     # 56 x 56 pixels are 2 x 2 merged patches, 84 x 84 are 3 x 3.
     assert sorted(prompt.count("<|image_pad|>") for prompt in asked) == [4] * 5 + [4 + 9] * 5
+
+
+def test_questions_of_gqa_find_their_pictures_and_ask_as_in_training(data, scripted, tmp_path):
+    asked = scripted(lambda prompt: "yes")
+    report = evaluate(None, ["gqa"], tmp_path, data, batch_size=2)
+    assert report["tasks"]["gqa"]["data"] == {"folder": "gqa"}
+    assert sorted((prompt.count("<|image_pad|>"), re.search(r"thing \d", prompt)[0]) for prompt in asked) == [
+        (4, "thing 0"),
+        (4, "thing 2"),
+        (9, "thing 1"),
+    ]
+    # The row of GQA's reader, rendered up to its answer.
+    question = [{"type": "image"}, {"type": "text", "text": f"What is thing 1?{SHORT_ANSWER}"}]
+    processor = load_checkpoint(EMBEDDED, "cpu")[1]
+    trained = processor.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+    )
+    assert trained in [re.sub(r"(<\|image_pad\|>)+", r"\1", prompt) for prompt in asked]
+
+
+def test_a_question_of_gqa_without_its_picture_ends_the_run_before_it_begins(small, scripted, tmp_path):
+    asked = scripted(lambda prompt: "A")
+    write_files(tmp_path, "gqa", lambda row: None if row["id"] == "n2" else row)
+    with pytest.raises(InputError, match="item gqa 20131: its image is missing"):
+        evaluate(None, ["gqa"], tmp_path / "run", tmp_path)
+    shutil.rmtree(tmp_path / "gqa/testdev_balanced_images")
+    with pytest.raises(InputError, match=r"gqa/testdev_balanced_images: no files testdev\*\.parquet"):
+        evaluate(None, ["gqa"], tmp_path / "run", tmp_path)
+    assert asked == []
 
 
 def test_the_embedded_checkpoint_answers(data, tmp_path):
