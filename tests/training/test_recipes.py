@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import get_scheduler
 
 from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_training import VReflectionSFTConfig
+from vreflection_training.data.sources import load_rows
 from vreflection_training.recipe import build_trainer, parse
 from vreflection_training.recipe_files import ACCELERATE_CONFIGS, RECIPES
 from vreflection_training.tiny import save_tiny_backbone
@@ -65,7 +67,7 @@ def test_the_head_says_how_to_run_it(name):
     assert recipe == name and (ACCELERATE_CONFIGS / f"{engine}.yaml").is_file()
     assert "# Hardware: " in head and f"`vreflection check {name}`" in head
     for source in yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["datasets"]:
-        assert source["path"] in head and source.get("image_folder", "") in head
+        assert all(source.get(key, "") in head for key in ("path", "image_folder", "scene_graphs"))
 
 
 # Section 4.1 of the paper.
@@ -175,7 +177,9 @@ def test_a_path_differs_from_stage_1_in_its_losses_boxes_and_positions_alone(nam
     }
     assert difference(name, model) == {*losses, "output_dir", *(tiny if name == "path_tiny" else {"datasets"})}
     if name in PATH_LARGE:
-        assert [source["paths"] for source in read(name)["datasets"]] == [True]
+        formats = {source["format"]: source for source in read(name)["datasets"]}
+        assert formats["visual_cot"]["paths"] is True
+        assert set(formats) == ({"visual_cot"} if name == "path_3b" else {"visual_cot", "gqa"})
     else:
         assert read(model)["dataset_options"] == read(name)["dataset_options"] | {"paths": False}
 
@@ -275,6 +279,7 @@ def place(tmp_path_factory):
     """A folder with data and stage 1 checkpoints where the large recipes look for them."""
     place = tmp_path_factory.mktemp("place")
     write_visual_cot(place / "data")
+    write_gqa(place / "data")
     stock = save_tiny_backbone(place / "stock")
     architecture = read("released_code")["model_options"]
     starts = {read(name)["model_name_or_path"]: {} for name in ("qwen2_5_vl_7b_stage2", "qwen2_5_vl_3b_stage2")}
@@ -318,6 +323,41 @@ def write_visual_cot(folder: Path):
         }
     ]
     (folder / "meta_data_lvr_sft_stage1.json").write_text(json.dumps(meta))
+
+
+def write_gqa(folder: Path):
+    """Eight of GQA's questions about Visual CoT's pictures here, every other one about the whole scene."""
+    (folder / "gqa").mkdir()
+    (folder / "images/gqa").mkdir()
+    graphs, questions = {}, {}
+    for number in range(8):
+        name = str(number)
+        Image.open(folder / "images/coco" / f"{name}.png").save(folder / "images/gqa" / f"{name}.jpg")
+        things = {str(10 + thing): {"x": 10 * thing, "y": 5, "w": 30, "h": 40} for thing in (1, 2)}
+        graphs[name] = {"width": 84 + 28 * (number % 3), "height": 84, "objects": things}
+        program = (
+            [("select", "glyph (11)"), ("relate", "glyph,left of,s (12)")] if number % 2 else [("select", "scene")]
+        )
+        questions[name] = {
+            "imageId": name,
+            "question": "Which one is it?",
+            "answer": name,
+            "isBalanced": True,
+            "semantic": [{"operation": operation, "argument": argument} for operation, argument in program],
+        }
+    (folder / "gqa/train_balanced_questions.json").write_text(json.dumps(questions))
+    (folder / "gqa/train_sceneGraphs.json").write_text(json.dumps(graphs))
+
+
+@pytest.mark.parametrize("name", ["path_7b", "path_7b_lora"])
+def test_half_of_the_rows_of_a_path_at_7b_are_gqas_and_some_have_no_reflection(place, monkeypatch, name):
+    monkeypatch.chdir(place)
+    script, _, args = parse([name, "--use_cpu", "true"])
+    rows = load_rows(script.sources, seed=args.seed).to_list()
+    assert {row["error"] for row in rows} == {None}
+    shares = Counter(row["dataset"] for row in rows)
+    assert len({row["id"] for row in rows}) == 16 and min(shares.values()) > 0.2 * len(rows)
+    assert {row["no_reflection"] for row in rows} == {None, "program of scene"}
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def write_result(tmp_path):
     def write(folder, name="results.json", task="vstar", options=(), data=None, **report):
         benchmark = BENCHMARKS[task]
         groups = [{"category": "direct_attributes"}] * 115 + [{"category": "relative_position"}] * 76
-        wrong_every = {"strict": 4, "authors": 5, "authors_table": 6, "exact": 4}
+        wrong_every = {"strict": 4, "authors": 5, "authors_table": 6, "exact": 4, "exact_match": 4}
         samples = []
         for index, group in enumerate(groups):
             verdicts = {name: {"letter": "A", "correct": index % every != 0} for name, every in wrong_every.items()}

@@ -112,6 +112,13 @@ def test_drawn_items_have_one_score_and_stay_out_of_eval_results(folder, write_r
     assert not (folder / ".eval_results").exists()
 
 
+def test_gqa_has_one_score_which_gets_into_eval_results(folder, write_result):
+    write_card(folder, results=[write_result(folder, task="gqa")])
+    (entry,) = entries(folder, "gqa")
+    assert entry.dataset_id == "lmms-lab/GQA" and entry.value == pytest.approx(STRICT, abs=1e-4)
+    assert entry.notes == "exact_match accuracy; 8 latent steps, dac fed back"
+
+
 @pytest.mark.parametrize(
     "zeroed, noise, sentence",
     [
