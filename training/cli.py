@@ -7,6 +7,7 @@ import sys
 from vreflection_hub_card.errors import InputError
 
 from .commands import ask, card, check, convert, evaluate, merge, publish, space, train
+from .commands.arguments import INTERRUPTED
 
 
 COMMANDS = (ask, train, check, merge, evaluate, convert, card, publish, space)
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         return fail(where + (error.strerror or str(error)))
     except KeyboardInterrupt:
         print("vreflection: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def main_train(argv: list[str] | None = None) -> int:

@@ -15,6 +15,9 @@ from .script_arguments import VReflectionScriptArguments
 from .sft_config import VReflectionSFTConfig
 
 
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
+
+
 def read_recipe(arguments: list[str], **kwargs) -> tuple:
     """What trl's parser makes of a recipe and the options after it.
 
@@ -44,6 +47,8 @@ def parse(arguments: list[str]) -> tuple[VReflectionScriptArguments, ModelConfig
             "An evaluation needs both, when and on what: set `eval_strategy` and `eval_datasets`, or neither of them; got "
             f"{args.eval_strategy.value!r} and {script.eval_datasets!r}."
         )
+    if script.save_dtype not in (None, *SAVE_DTYPES):
+        raise InputError(f"`save_dtype` must be one of {', '.join(SAVE_DTYPES)}, got {script.save_dtype!r}.")
     if script.save_dtype is not None and (launched > 1 or model_args.load_in_4bit or model_args.load_in_8bit):
         raise InputError("`save_dtype` converts in one process, and no quantized model: leave it out.")
     return script, model_args, args
@@ -106,7 +111,7 @@ def train(trainer, script: VReflectionScriptArguments) -> bool:
     """Runs one stage and saves the checkpoint in the trainer's `output_dir`; false if the run was ended before its time."""
     args = trainer.args
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if trainer.preemption.requested:
+    if trainer.preemption.requested is not None:
         return False
     if script.save_dtype is not None:
         trainer.model.to(getattr(torch, script.save_dtype))

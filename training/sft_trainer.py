@@ -127,13 +127,30 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Counts the segments of the whole optimiser step, by which Eq. 2 and 5 are divided, as CE is by its tokens."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and num_items is not None and int(num_items) == 0:
+            self.progress.skip([message for batch in batches for message in batch["skipped"]])
+            batch = self._next_good_batch(epoch_iterator)
+            batches, num_items = super().get_batch_samples(iter([batch]), 1, device)
         segments = torch.tensor(sum(sum(batch["reflections"]) for batch in batches), device=device)
         if self.args.average_tokens_across_devices:
             segments = self.accelerator.gather(segments).sum()
         self._segments_in_step = segments.clamp(min=1)
-        if batches and num_items is not None and int(num_items) == 0:
-            raise BadRow("No row of this step can be trained on: `vreflection check RECIPE` lists the reasons.")
         return batches, num_items
+
+    def _next_good_batch(self, epoch_iterator):
+        """A batch for a step of which no row can be trained on; of rows with numbers its place depends on the step alone, so
+        that a resumed run takes the same."""
+        rows = self.train_dataset
+        if hasattr(rows, "__len__"):
+            first = self.state.global_step * self.args.world_size + self.args.process_index
+            others = (self.data_collator([rows[(first + number) % len(rows)]]) for number in range(len(rows)))
+        else:
+            others = epoch_iterator
+        for batch in others:
+            if batch["sample_ids"]:
+                return batch
+            self.progress.skip(batch["skipped"])
+        raise BadRow("No row can be trained on: `vreflection check RECIPE` lists the reasons.")
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -11,6 +11,7 @@ from vreflection_hub_card.errors import InputError
 # The model's own names, here without importing the model: the command line must parse quickly.
 LATENT_FEEDBACK = ("hidden", "dac")
 ATTENTION_SOURCES = ("dac", "llm")
+INTERRUPTED = 130  # exit code after Ctrl+C, as shells have it
 
 
 def quiet_transformers() -> None:

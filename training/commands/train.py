@@ -6,6 +6,7 @@ import sys
 from vreflection_hub_card.errors import InputError
 
 from ..recipe_files import ACCELERATE_CONFIGS, RECIPES, find_file, shipped
+from .arguments import INTERRUPTED
 
 
 def add_parser(commands) -> None:
@@ -42,19 +43,24 @@ def run(options: argparse.Namespace) -> int:
         trainer = build_trainer(script, model_args, args)
     except (ValueError, ImportError) as error:  # a model, data set or engine that can't be used
         raise InputError(str(error)) from error
+    code = 0
     try:
         finished = train(trainer, script)
+    except KeyboardInterrupt:
+        if trainer.preemption.requested is None:
+            raise
+        finished, code = False, INTERRUPTED
     except (BadRow, CheckpointError, FloatingPointError, OSError) as error:
         # From a worker of the data loader an error comes with its traceback as the message; its last line is the error.
         print(f"vreflection: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 1
     if not finished and trainer.is_world_process_zero():
         print(
-            f"vreflection: ended by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}, with a "
+            f"vreflection: ended by {trainer.preemption.requested.name} after step {trainer.state.global_step} of {trainer.state.max_steps}, with a "
             "checkpoint; continue with --resume_from_checkpoint true",
             file=sys.stderr,
         )
-    return 0
+    return code
 
 
 def launch(arguments: list[str]) -> int:

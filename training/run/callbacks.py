@@ -14,19 +14,21 @@ from .meters import sum_over_ranks
 
 
 NAMED_ROWS = 10
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class RunProgress(TrainerCallback, ExportableState):
-    """Kept in each checkpoint's trainer_state.json: the stage, the tokens seen, the rows that were skipped."""
+    """Kept in each checkpoint's trainer_state.json: stage and settings, the tokens seen, the rows that were skipped."""
 
-    def __init__(self, stage: str):
+    def __init__(self, stage: str, settings: dict | None = None):
         self.stage = stage
+        self.settings = settings
         self.num_tokens = 0
         self.skipped: list[str] = []
 
     def state(self) -> dict:
         attributes = {"num_tokens": self.num_tokens, "skipped": self.skipped}
-        return {"args": {"stage": self.stage}, "attributes": attributes}
+        return {"args": {"stage": self.stage, "settings": self.settings}, "attributes": attributes}
 
     def restore(self, state: dict):
         self.num_tokens = state["attributes"]["num_tokens"]
@@ -49,45 +51,51 @@ class RunProgress(TrainerCallback, ExportableState):
 
 
 class PreemptionCallback(TrainerCallback):
-    """On SIGTERM, which schedulers send before they take a machine, the run writes a checkpoint and ends.
+    """On SIGTERM, which schedulers send before they take a machine, and on Ctrl+C the run writes a checkpoint and ends.
 
-    All ranks stop after the same step, whichever of them got the signal.
+    All ranks stop after the same step, whichever of them got the signal. A second Ctrl+C ends the run at once.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.requested = False
-        self._previous = None
+        self.requested: signal.Signals | None = None
+        self._previous = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.requested = False
+        self.requested = None
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._previous = signal.signal(signal.SIGTERM, self._request)
+            self._previous = {number: signal.signal(number, self._request) for number in ENDING_SIGNALS}
 
     def on_step_end(self, args, state, control, **kwargs):
-        if sum_over_ranks(torch.tensor(float(self.requested)), self.accelerator):
-            self.requested = True
+        number = int(sum_over_ranks(torch.tensor(float(self.requested or 0)), self.accelerator))
+        if number:
+            # Where several ranks got one, the sum is none of them.
+            self.requested = self.requested or (signal.Signals(number) if number in ENDING_SIGNALS else signal.SIGTERM)
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+    def restore_handlers(self):
+        """Gives the signals back to whom they belonged before the run."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        self._previous = {}
 
     def _request(self, signum, frame):
-        self.requested = True
+        self.requested = signal.Signals(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one is heard at once
 
 
-def outlive_sigterm(worker_id: int, running: torch.Tensor, then: Callable[[int], None] | None = None):
-    """`worker_init_fn` of a data loader: its workers ignore SIGTERM while `running`, in shared memory, is true.
+def outlive_signals(worker_id: int, running: torch.Tensor, then: Callable[[int], None] | None = None):
+    """`worker_init_fn` of a data loader: its workers ignore SIGTERM and Ctrl+C while `running`, in shared memory, is true.
 
-    After a run that failed, Python ends workers by this very signal, and waits for them. `then` is called next.
+    After a run that failed, Python ends workers by SIGTERM, and waits for them. `then` is called next.
     """
 
     def ignore_while_running(signum, frame):
         if not running:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGTERM)
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
 
-    signal.signal(signal.SIGTERM, ignore_while_running)
+    for number in ENDING_SIGNALS:
+        signal.signal(number, ignore_while_running)
     if then is not None:
         then(worker_id)

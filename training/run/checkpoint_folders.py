@@ -1,17 +1,33 @@
 """Checkpoints that survive a killed run: which are complete, and whether a run can resume from them."""
 
+import json
+import os
 import shutil
+import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 # transformers' own names.
 MARKER = "checkpoint-is-incomplete.txt"
 TRAINER_STATE_NAME = "trainer_state.json"
+# What a checkpoint needs besides weights, by the names that the engines give it: without one, transformers would begin it anew.
+STATES = {
+    "weights": ("*.safetensors", "pytorch_model_fsdp_*", "global_step*"),
+    "optimiser state": ("optimizer.*", "optimizer_*", "global_step*"),
+    "scheduler state": ("scheduler.pt", "global_step*"),
+    "random state": ("rng_state*.pth",),
+}
 
 
 class CheckpointError(ValueError):
@@ -20,13 +36,23 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def marked_incomplete(folder: str | Path, main_process: bool = True) -> Iterator[None]:
-    """Marks a checkpoint as incomplete while it is written. One that fails is removed, to free its space: `OSError`."""
+    """Marks a checkpoint as incomplete until all of it is on the disk, so that it also survives a power cut.
+
+    One that can't be written is removed, to free its space: `OSError`. A `FloatingPointError` removes it, too.
+    """
     folder = Path(folder)
     if main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARKER).touch()
+        sync(folder)
     try:
         yield
+        if main_process:
+            sync(folder)
+    except FloatingPointError:
+        if main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     except Exception as error:
         if main_process:
             shutil.rmtree(folder, ignore_errors=True)
@@ -36,6 +62,20 @@ def marked_incomplete(folder: str | Path, main_process: bool = True) -> Iterator
         raise OSError(f"{folder} couldn't be written ({error}); {free:.1f} GiB are free there. {advice}") from error
     if main_process:
         (folder / MARKER).unlink()
+        sync(folder)
+
+
+def sync(folder: Path, recursive: bool = True):
+    """Waits until a folder, its name and its files are on the disk. Windows has no such call for folders."""
+    if os.name == "nt":
+        return
+    inside = folder.rglob("*") if recursive else filter(Path.is_file, folder.iterdir())
+    for path in [*inside, folder, folder.parent]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def whole_checkpoints(output_dir: str | Path) -> list[str]:
@@ -54,30 +94,64 @@ def remove_incomplete(output_dir: str | Path):
 
 
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) -> str | None:
-    """The checkpoint that a run is to resume from: `True` means the last whole one of its output folder.
+    """The checkpoint that a run is to resume from: `True` means the last one of its output folder that can be used.
 
-    `CheckpointError` if there is none, or the one that was named was never written to the end.
+    A newer one that is damaged is named in the log. `CheckpointError` if there is none, or the one that was named was never
+    written to the end or is damaged.
     """
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint is True:
-        found = whole_checkpoints(output_dir)
-        if not found:
-            raise CheckpointError(f"No whole checkpoint to resume from in {output_dir}.")
-        return found[-1]
+        damages = []
+        for folder in reversed(whole_checkpoints(output_dir)):
+            damage = find_damage(folder)
+            if damage is None:
+                for line in damages:
+                    logger.warning(f"{line}: the run resumes from {folder}.")
+                return folder
+            damages.append(damage)
+        raise CheckpointError(". ".join([f"No whole checkpoint to resume from in {output_dir}", *damages]) + ".")
     if Path(resume_from_checkpoint, MARKER).exists():
         raise CheckpointError(
             f"{resume_from_checkpoint} was being written when its run ended: resume from an earlier checkpoint, or from "
             "the last whole one with `resume_from_checkpoint=True`."
         )
+    if (damage := find_damage(resume_from_checkpoint)) is not None:
+        raise CheckpointError(
+            f"{damage}: resume from another checkpoint, or begin a new run from its weights, without "
+            f"`resume_from_checkpoint`, by `--model_name_or_path {resume_from_checkpoint}`."
+        )
     return str(resume_from_checkpoint)
 
 
+def find_damage(checkpoint: str | Path) -> str | None:
+    """What is wrong with a checkpoint's files: a line, or `None`. Of large files only their structure is looked at."""
+    folder = Path(checkpoint)
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        return f"{folder} is no checkpoint of a run: it has no {TRAINER_STATE_NAME}"
+    for what, patterns in STATES.items():
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            return f"{folder} holds no {what} ({patterns[0]})"
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.suffix == ".json":
+                content = json.loads(path.read_text())
+                for shard in set(content.get("weight_map", {}).values()) if path.name.endswith(".index.json") else ():
+                    if not (folder / shard).is_file():
+                        return f"{folder} lacks {shard}, which {path.name} names"
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+                return f"{path} is damaged (cut off, or no file of torch)"
+        except (OSError, ValueError, AttributeError, SafetensorError) as error:
+            return f"{path} is damaged ({error})"
+    return None
+
+
 def load_progress(checkpoint: str, key: str) -> dict:
-    """What a callback named `key` stored in a checkpoint; `CheckpointError` if the folder isn't one of a run."""
+    """What a callback named `key` stored in a checkpoint; `CheckpointError` if it stored nothing."""
     path = Path(checkpoint) / TRAINER_STATE_NAME
-    if not path.is_file():
-        raise CheckpointError(f"{checkpoint} is no checkpoint of a run: it has no trainer_state.json.")
     stored = TrainerState.load_from_json(str(path)).stateful_callbacks.get(key)
     if stored is None:
         raise CheckpointError(f"{checkpoint} is no checkpoint of this trainer: its trainer_state.json has no {key}.")
@@ -99,3 +173,28 @@ def check_same_stage(checkpoint: str, stored: str, stage: str):
         f"{checkpoint} belongs to stage {stored!r}, and this run is stage {stage!r}: optimiser, schedule and data begin anew "
         f"with a stage. Leave `resume_from_checkpoint` out and start from its weights: {how}."
     )
+
+
+def check_same_settings(checkpoint: str, stored: dict | None, settings: dict):
+    """`CheckpointError` for a checkpoint of other settings or data: with its optimiser and schedule they would be ignored, or
+    the run would be neither the one nor the other. Checkpoints from before settings were kept pass."""
+    changed = [name for name, value in settings.items() if stored and name in stored and stored[name] != value]
+    if changed:
+        changes = ", ".join(f"`{name}` was {stored[name]!r} and is {settings[name]!r}" for name in changed)
+        raise CheckpointError(
+            f"{checkpoint} belongs to a run of other settings: {changes}. Set them back to resume, or begin a new run from "
+            f"its weights: leave `resume_from_checkpoint` out and set --model_name_or_path {checkpoint}."
+        )
+
+
+def check_space(output_dir: str | Path, needed: int):
+    """Raises an `OSError` where a folder can't be written, or has less room than the bytes that are needed."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder} has no room for a checkpoint: about {needed / 2**30:.1f} GiB are needed, and {free / 2**30:.1f} GiB free."
+        )

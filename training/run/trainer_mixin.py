@@ -1,6 +1,8 @@
 """What every trainer of this project shares: saving, resuming, signals, metrics, sample pictures, cards."""
 
+import math
 import shutil
+import signal
 import time
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -16,12 +18,22 @@ from vreflection_hub_card.card import save_card, write_training_facts
 
 from ..losses import latent_distance
 from ..stages import STAGES
-from .callbacks import PreemptionCallback, RunProgress, outlive_sigterm
-from .checkpoint_folders import check_same_stage, find_checkpoint, load_progress, marked_incomplete, remove_incomplete
+from .callbacks import PreemptionCallback, RunProgress, outlive_signals
+from .checkpoint_folders import (
+    check_same_settings,
+    check_same_stage,
+    check_space,
+    find_checkpoint,
+    load_progress,
+    marked_incomplete,
+    remove_incomplete,
+    sync,
+)
 from .latent_metrics import LatentSpread, attention_inside, collapse_message
 from .meters import Meters, sum_over_ranks
 from .model_card import RunOrigin, trainer_card, trainer_facts
 from .sample_pictures import save_sample
+from .settings import run_settings
 
 
 logger = logging.get_logger(__name__)
@@ -73,13 +85,20 @@ class RunMixin:
         """[`~transformers.Trainer.train`], which never resumes from a checkpoint that wasn't written to the end.
 
         Raises:
-            CheckpointError: No whole checkpoint where one is asked for; a checkpoint of another stage.
+            CheckpointError: No whole checkpoint where one is asked for; one of another stage, or of other settings or data.
+            OSError: An output folder that can't be written, or has no room for a checkpoint.
+            FloatingPointError: A gradient or weight that is not finite: nothing of it is saved.
+            KeyboardInterrupt: Ctrl+C, after a checkpoint is written.
         """
         checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        self.progress.settings = run_settings(self)
         if checkpoint is not None:
             stored = load_progress(checkpoint, type(self.progress).__name__)
             check_same_stage(checkpoint, stored["args"]["stage"], self.args.stage)
+            check_same_settings(checkpoint, stored["args"].get("settings"), self.progress.settings)
             self.progress.restore(stored)
+        if self.args.should_save:
+            check_space(self.args.output_dir, self._checkpoint_bytes())
         self.accelerator.wait_for_everyone()  # all have chosen
         if self.is_world_process_zero():
             remove_incomplete(self.args.output_dir)
@@ -90,20 +109,50 @@ class RunMixin:
             result = super().train(checkpoint, **kwargs)
         finally:
             self._running.fill_(False)
+            self.preemption.restore_handlers()
         self.progress.gather_skipped()
         if self.is_world_process_zero() and (report := self.progress.report()):
             logger.warning(report)
+        if self.preemption.requested == signal.SIGINT:
+            raise KeyboardInterrupt
         return result
+
+    def _checkpoint_bytes(self) -> int:
+        """Bytes of the weights; of a checkpoint, where the run writes some, also of AdamW's two moments."""
+        parameters = list(self.model.parameters())
+        if is_peft_model(self.model):
+            parameters = [one for one in parameters if one.requires_grad]
+        weights = sum(one.numel() * one.element_size() for one in parameters)
+        moments = sum(2 * one.numel() * one.element_size() for one in parameters if one.requires_grad)
+        return weights + (moments if self.args.save_strategy != "no" and not self.args.save_only_model else 0)
+
+    def _run_epoch(self, **kwargs):
+        # A finished run that is resumed would train one step more.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        # A scaler, as of fp16, skips such steps itself.
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
+            raise FloatingPointError(
+                f"The gradient of step {self.state.global_step + 1} is not finite (norm {float(norm)}): nothing of this step "
+                "is saved. A smaller `learning_rate` or `max_grad_norm`, or float32 instead of bfloat16, may help."
+            )
+        return norm
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)
-        inner.worker_init_fn = partial(outlive_sigterm, running=self._running, then=inner.worker_init_fn)
+        inner.worker_init_fn = partial(outlive_signals, running=self._running, then=inner.worker_init_fn)
         return loader
 
     def _save(self, output_dir=None, state_dict=None):
         if self.is_fsdp_enabled and self.model.config.tie_word_embeddings:
             state_dict = {name: value for name, value in state_dict.items() if name != "lm_head.weight"}
+        check_finite_weights(self.model.state_dict() if state_dict is None else state_dict)
         with self._plain_model() if self.is_fsdp_enabled else nullcontext():
             super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
@@ -114,6 +163,7 @@ class RunMixin:
         write_training_facts(folder, trainer_facts(self))
         if folder == Path(self.args.output_dir):
             self.create_model_card()
+            sync(folder, recursive=False)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         if self.is_world_process_zero():
@@ -219,3 +269,10 @@ class RunMixin:
         self.progress.gather_skipped()
         if self.progress.skipped:
             logs["skipped_rows"] = len(self.progress.skipped)
+
+
+def check_finite_weights(weights: dict[str, torch.Tensor]):
+    """Raises a `FloatingPointError` for weights that aren't finite."""
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise FloatingPointError(f"The weight {name} is not finite: nothing is saved.")

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from transformers import TrainerCallback
 
 from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
+from vreflection_training import VReflectionSFTConfig, VReflectionSFTTrainer
 from vreflection_training.cli import main_train
 from vreflection_training.run.checkpoint_folders import MARKER, find_checkpoint, whole_checkpoints
 
@@ -205,29 +208,163 @@ def test_a_stage_is_not_resumed_from_another(make_trainer, tmp_path):
     message = "belongs to stage '1', and this run is stage '2'.*--model_name_or_path .*checkpoint-4"
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
-    (tmp_path / "one" / "checkpoint-4" / "adapter_config.json").touch()
+    (tmp_path / "one" / "checkpoint-4" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="vreflection merge .*checkpoint-4 MERGED`, and start with"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"learning_rate": 1e-4}, "`learning_rate` was 0.001 and is 0.0001"),
+        ({"weight_decay": 0.1}, "`weight_decay` was 0.0 and is 0.1"),
+        ({"per_device_train_batch_size": 1}, "`samples a step` was 2 and is 1"),
+        ({"seed": 7}, "`seed` was 42 and is 7"),
+        ({"alignment": "symmetric"}, "`alignment` was 'stochastic' and is 'symmetric'"),
+        ({"dataset": Rows(SCENES[:8])}, "`training rows` was '8 rows, .*' and is '8 rows"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings_or_rows(make_trainer, finished_run, change, message):
+    with pytest.raises(ValueError, match=message + ".*Set them back to resume, or begin a new run from its weights"):
+        make_trainer(**{**saving(finished_run), **change}).train(resume_from_checkpoint=True)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, checkpoint, processor):
+    """The folder of a run of three steps, whose epoch has four, with checkpoints at 2 and 3."""
+    folder = tmp_path_factory.mktemp("finished")
+    options = {
+        **saving(folder, max_steps=3),
+        **{"per_device_train_batch_size": 2, "learning_rate": 1e-3, "lr_scheduler_type": "constant"},
+        **{"train_sampling_strategy": "sequential", "bf16": False, "use_cpu": True, "gradient_checkpointing": False},
+        **{"disable_tqdm": True, "dataloader_pin_memory": False, "max_grad_norm": 1e9, "report_to": "none"},
+    }
+    model = VReflectionForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    VReflectionSFTTrainer(
+        model,
+        VReflectionSFTConfig(**options),
+        processing_class=processor,
+        train_dataset=glyphsearch_dataset("train", 8),
+    ).train()
+    return folder
+
+
+def test_a_finished_run_that_is_resumed_trains_no_step_more(make_trainer, finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    trainer = make_trainer(**saving(tmp_path, max_steps=3))
+    trainer.train(resume_from_checkpoint=True)
+    last = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert trainer.state.global_step == 3
+    assert not moved(last, {name: value for name, value in trainer.model.state_dict().items() if name in last})
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("optimizer.pt", "holds no optimiser state"),
+        ("scheduler.pt", "holds no scheduler state"),
+        ("rng_state.pth", "holds no random state"),
+        ("model.safetensors", "holds no weights"),
+        ("optimizer.pt cut", "optimizer.pt is damaged"),
+        ("model.safetensors cut", "model.safetensors is damaged"),
+        ("trainer_state.json cut", "trainer_state.json is damaged"),
+        ("config.json cut", "config.json is damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(finished_run, tmp_path, caplog, name, damage):
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    name, _, cut = name.partition(" ")
+    broken = tmp_path / "checkpoint-3" / name
+    os.truncate(broken, broken.stat().st_size // 2) if cut else broken.unlink()
+    assert find_checkpoint(str(tmp_path), True) == str(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=f"{damage}.*resume from another checkpoint, or begin a new run"):
+        find_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-3"))
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=f"No whole checkpoint .*{damage}"):
+        find_checkpoint(str(tmp_path), True)
+
+
+def test_a_checkpoint_is_whole_only_when_it_is_on_the_disk(make_trainer, tmp_path, monkeypatch):
+    """Until every file of the new one is synced it is marked, and the older one stays."""
+    synced, fsync = [], os.fsync
+
+    def record(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((path, (tmp_path / "checkpoint-4" / MARKER).exists(), (tmp_path / "checkpoint-2").exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    make_trainer(**saving(tmp_path, save_total_limit=1)).train()
+    files = {path for path in (tmp_path / "checkpoint-4").rglob("*") if path.is_file()}
+    assert files <= {path for path, marked, older in synced if marked and older}
+    assert (tmp_path / "checkpoint-4", False, True) in synced  # without its marker
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_gradient_that_is_not_finite_ends_the_run_and_is_not_saved(make_trainer, model, tmp_path, step):
+    trainer = make_trainer(**saving(tmp_path, save_steps=1))
+    weight = model.lm_head.weight
+    weight.register_hook(lambda grad: grad * math.nan if trainer.state.global_step == step - 1 else grad)
+    with pytest.raises(FloatingPointError, match=f"The gradient of step {step} is not finite"):
+        trainer.train()
+    assert len(whole_checkpoints(tmp_path)) == step - 1 and torch.isfinite(weight).all()
+
+
+def test_weights_that_are_not_finite_are_not_saved(make_trainer, model, tmp_path):
+    trainer = make_trainer(**saving(tmp_path))
+    trainer.train()
+    torch.nn.init.constant_(model.model.bcm.norm.bias, math.inf)
+    with pytest.raises(FloatingPointError, match="bcm.norm.bias is not finite"):
+        trainer.save_model()
+    trainer.state.global_step = 5
+    with pytest.raises(FloatingPointError, match="bcm.norm.bias is not finite"):
+        trainer._save_checkpoint(model, None)
+    assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "checkpoint-5").exists()
+
+
+def test_ctrl_c_writes_a_checkpoint(make_trainer, tmp_path):
+    trainer = make_trainer(**saving(tmp_path))
+    trainer.add_callback(Ended(at_step=1, number=signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [Path(path).name for path in whole_checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_folder_without_room_is_found_before_the_first_step(make_trainer, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        make_trainer(**saving(tmp_path / "file")).train()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=2**20))
+    trainer = make_trainer(**saving(tmp_path / "full"))
+    with pytest.raises(
+        OSError, match=r"full has no room for a checkpoint: about 0.0 GiB are needed, and 0.0 GiB free"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_a_run_can_go_on_after_a_preemption(make_trainer, tmp_path):
     trainer = make_trainer(**saving(tmp_path))
-    trainer.add_callback(Preempted(at_step=1))
+    trainer.add_callback(Ended(at_step=1, number=signal.SIGTERM))
     trainer.train()
-    assert trainer.state.global_step == 1 and trainer.preemption.requested
+    assert trainer.state.global_step == 1 and trainer.preemption.requested == signal.SIGTERM
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4 and not trainer.preemption.requested
 
 
-class Preempted(TrainerCallback):
+class Ended(TrainerCallback):
     """Sends the signal once."""
 
-    def __init__(self, at_step):
-        self.at_step = at_step
+    def __init__(self, at_step, number):
+        self.at_step, self.number = at_step, number
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.at_step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(make_trainer, tmp_path):
@@ -290,10 +427,14 @@ def test_bad_rows_are_skipped_and_named_at_the_end(make_trainer, tmp_path, caplo
         assert "missing.png" in message
         assert trainer.progress.report().startswith("1 rows were skipped; the first of them:\n- Sample bad: ")
         assert trainer.state.log_history[-2]["skipped_rows"] == 1
+    alone = make_trainer(data, stage="1", on_bad_row="skip", per_device_train_batch_size=1, max_steps=6)
+    alone.train()
+    assert alone.state.global_step == 6 and len(alone.progress.skipped) == 1
+    assert [log["num_tokens"] for log in alone.state.log_history if "loss" in log][1] > 0
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_run_without_one_good_row_fails(make_trainer, tmp_path, packing):
     data = Rows([{**SCENES[0], "id": str(number), "images": [str(tmp_path / "missing.png")]} for number in range(4)])
-    with pytest.raises(ValueError, match="Of 4 rows none can be|No row of this step can be trained on"):
+    with pytest.raises(ValueError, match="Of 4 rows none can be|No row can be trained on"):
         make_trainer(data, stage="1", on_bad_row="skip", sample_packing=packing).train()

@@ -1,0 +1,50 @@
+"""What a resumed run must have in common with the run that wrote its checkpoint."""
+
+import hashlib
+import json
+from dataclasses import fields
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from trl import SFTConfig
+
+
+# Of the configuration's own fields, those that change no weight.
+NO_WEIGHT = ("sample_every", "predict_with_generate", "latent_feedback", "report_to", "logging_nan_inf_filter")
+# Of transformers', those that do, besides the ones that only move work between processes or steps of accumulation.
+TRAINING = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "optim_args",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed", "train_sampling_strategy",
+)  # fmt: skip
+LOOKED_AT = 16
+
+
+def run_settings(trainer) -> dict[str, Any]:
+    """The settings and data of a run, ready for JSON."""
+    args = trainer.args
+    inherited = {field.name for field in fields(SFTConfig)}
+    own = [field.name for field in fields(args) if field.name not in inherited]
+    names = [name for name in (*own, "max_length", *TRAINING) if name not in NO_WEIGHT]
+    settings = {name: getattr(args, name) for name in names}
+    settings["samples a step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    settings["adapter"] = is_peft_model(trainer.model)
+    settings["training rows"] = describe_rows(trainer.train_dataset)
+    return json.loads(json.dumps(settings, default=str))
+
+
+def describe_rows(rows) -> str | None:
+    """How many rows there are, and a hash of the texts and boxes of a few; `None` for a stream, which isn't read twice."""
+    if not hasattr(rows, "__len__") or not len(rows):
+        return None
+    chosen = sorted({len(rows) * number // LOOKED_AT for number in range(LOOKED_AT)})
+    content = json.dumps([_without_pictures(rows[index]) for index in chosen])
+    return f"{len(rows)} rows, {hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def _without_pictures(value: Any) -> Any:
+    """What JSON can hold of a row: pictures may lie elsewhere when a run goes on."""
+    if isinstance(value, dict):
+        return {key: _without_pictures(one) for key, one in value.items() if key not in ("image", "images")}
+    if isinstance(value, (list, tuple)):
+        return [_without_pictures(one) for one in value]
+    return value if isinstance(value, (str, int, float)) else None
