@@ -69,6 +69,10 @@ def row_name(row: dict[str, Any]) -> str:
 def row_images(row: dict[str, Any]) -> list[Any]:
     """The pictures of a row that its messages hold places for."""
     if row.get("images"):
+        if not _is_list(row["images"]):
+            raise BadRow(
+                f"{row_name(row)}: `images` must be a list, got {row['images']!r}; a single picture is an `image`."
+            )
         return list(row["images"])
     return [row["image"]] if row.get("image") is not None else []
 
@@ -76,11 +80,14 @@ def row_images(row: dict[str, Any]) -> list[Any]:
 def row_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages of a row with its pictures, as given, in their places, and without the keys that Arrow fills with None.
 
+    A row may hold `question`, `answer`, and `image` or `images` instead of messages: one turn, without a reflection.
+
     Raises a `BadRow` for messages that aren't any, parts with unknown keys, too many or few pictures, or what the row's reader
     found wrong.
     """
     if row.get("error") is not None:
         raise BadRow(f"{row_name(row)}: {row['error']}", "format")
+    row = spell_out(row)
     messages = row.get("messages")
     if not _is_list(messages) or len(messages) == 0:
         raise BadRow(f"{row_name(row)} has no `messages`.", "messages")
@@ -89,6 +96,24 @@ def row_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
         return prepare_multimodal_messages(cleaned, images=row_images(row))
     except ValueError as error:
         raise BadRow(f"{row_name(row)}: {error}", "images and places") from error
+
+
+def spell_out(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with `messages`; those of a row that has none are made of its `question`, `answer` and pictures."""
+    if row.get("messages") is not None or row.get("question") is None:
+        return row
+    question, answer = row["question"], row.get("answer")
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = str(answer)
+    for name, text in (("question", question), ("answer", answer)):
+        if not isinstance(text, str):
+            raise BadRow(f"{row_name(row)}: `{name}` must be a text, got {text!r}.", "messages")
+    places = [{"type": "image"} for _ in row_images(row)]
+    messages = [
+        {"role": "user", "content": [*places, text_part(question)]},
+        {"role": "assistant", "content": [text_part(answer)]},
+    ]
+    return {**row, "messages": messages}
 
 
 def check_past_reflections(messages: list[dict[str, Any]], row: dict[str, Any]):

@@ -12,7 +12,7 @@ from modeling_vreflection.decoding_vreflection import ReflectionOptions
 
 from ..errors import InputError
 from ..evaluation.benchmarks import BENCHMARKS
-from ..evaluation.interventions import INTERVENTIONS, OWN
+from ..evaluation.interventions import INTERVENTIONS, NEEDED, OWN
 from ..evaluation.report import glyphsearch_table, percent, with_interval
 from .checkpoint import Checkpoint
 
@@ -29,7 +29,6 @@ TABLE_TITLES = {
     "gqa": "GQA",
     "glyphsearch_answers": "GlyphSearch, answers alone",
 }
-NEEDED = 30  # points of accuracy that any replacement costs where the answers need their latents
 SCORED_BY = ("strict", "exact", "exact_match", "authors")
 
 

@@ -83,12 +83,11 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 def comparison_table(results: dict[str, dict], names: tuple[str, str]) -> str:
     """A Markdown table with a line for each benchmark, readable in a terminal, of what `compare` returned for each."""
-    widest = max(map(len, ["benchmark", *results]))
     header = ("items", *names, "difference", f"only {names[0]}", f"only {names[1]}", "p (McNemar)")
-    rows = [("benchmark".ljust(widest), *header)]
+    rows = [("benchmark", *header)]
     for benchmark, result in results.items():
         row = (
-            benchmark.ljust(widest),
+            benchmark,
             str(result["first"]["count"]),
             f"{result['first']['share']:.1%}",
             f"{result['second']['share']:.1%}",
@@ -98,7 +97,12 @@ def comparison_table(results: dict[str, dict], names: tuple[str, str]) -> str:
             "< 0.0001" if result["p_value"] < 1e-4 else f"{result['p_value']:.4f}",
         )
         rows.append(row)
+    return aligned_table(rows)
+
+
+def aligned_table(rows: Sequence[tuple[str, ...]]) -> str:
+    """A Markdown table, readable in a terminal; the first row is the header, and all columns but the first are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in rows]
-    rule = "|" + "-" * (widest + 2) + "|" + "".join("-" * (width + 1) + ":|" for width in widths[1:])
+    lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
+    rule = "|" + "-" * (widths[0] + 2) + "|" + "".join("-" * (width + 1) + ":|" for width in widths[1:])
     return "\n".join([lines[0], rule, *lines[1:]])

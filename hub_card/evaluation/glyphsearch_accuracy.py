@@ -15,7 +15,7 @@ from modeling_vreflection import VReflectionForConditionalGeneration, VReflectio
 from ..glyphsearch import CHAIN_KINDS, GLYPHS, Question, Scene, draw_question, scene_seed
 from ..inference.attention_maps import GREEDY, Reflection, generate_and_look, offered_sources
 from ..inference.encoding import encode_prompts, user_turn
-from .interventions import EXCHANGED, INTERVENTIONS, first_latents, replace_latents
+from .interventions import EXCHANGED, INTERVENTIONS, first_latents, fit_steps, replace_latents
 from .statistics import proportion
 
 
@@ -133,10 +133,13 @@ def answer_batch(
         tokens, latents = generate(encode(rows[1:] + rows[:1], rows), **options | {"reflect": True})
         own = stack_latents(first, options["latent_steps"])
         others = stack_latents(first_latents(latents, tokens, model.config), options["latent_steps"])
+        exchanged = {"shuffled": own.roll(1, 0), "other_picture": others}
         inputs = encode(rows, rows)
         for name in interventions:
             # Every reflection of an answer is fed the same.
-            replaced = replace_latents(name, own, model, others, generator).repeat(1, limit["max_new_tokens"], 1)
+            replaced = replace_latents(name, own, model, exchanged.get(name), generator).repeat(
+                1, limit["max_new_tokens"], 1
+            )
             tokens, _ = generate(inputs, **options, latents=replaced)
             answers[name] = {} if name in EXCHANGED and len(rows) == 1 else decode(tokens, rows)
     return [
@@ -151,8 +154,8 @@ def answer_batch(
 
 
 def stack_latents(latents: dict[int, torch.Tensor], steps: int) -> torch.Tensor:
-    """The latents of all rows (B, S, D); where `latent_tolerance` ended a reflection early, its last one is repeated."""
-    return torch.stack([torch.cat([own, own[-1:].expand(steps - len(own), -1)]) for own in latents.values()])
+    """The latents of all rows (B, S, D)."""
+    return torch.stack([fit_steps(own, steps) for own in latents.values()])
 
 
 def compare_with_box(reflection: Reflection, box: tuple[float, float, float, float]) -> dict[str, tuple[bool, float]]:

@@ -1,4 +1,4 @@
-"""`vreflection evaluate`: GlyphSearch, the paper's benchmarks, and two runs compared."""
+"""`vreflection evaluate`: GlyphSearch, the paper's benchmarks, rows of one's own, and two runs compared."""
 
 import argparse
 import datetime
@@ -9,6 +9,7 @@ from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS
 from vreflection_hub_card.glyphsearch import DIFFICULTIES
 
+from . import evaluate_rows
 from .arguments import LATENT_FEEDBACK, check_writable, natural, positive, quiet_transformers, writing
 
 
@@ -21,8 +22,9 @@ GLYPHSEARCH_OPTIONS = ("split", "difficulty")
 BENCHMARK_OPTIONS = (
     "latent_steps", "reflect", "min_pixels", "max_pixels", "dtype", "attn_implementation", "revision", "data"
 )  # fmt: skip
-# Of `SCORERS`; the authors' second one is in the files.
-PRINTED_SCORERS = ("authors", "strict", "exact", "exact_match")
+ROWS_OPTIONS = ("match", "tolerance", "replace", "max_new_tokens")
+# Of `SCORERS`, and rules by which rows of one's own match; the authors' second scorer is in the files.
+PRINTED_SCORERS = ("authors", "strict", "exact", "exact_match", "letter", "number")
 EVAL_EXTRA = 'pip install "vreflection[eval]"'
 
 
@@ -31,9 +33,10 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="measure a checkpoint",
-        description="Measures a checkpoint. GlyphSearch writes one JSON file; the paper's benchmarks, which need lmms-eval "
-        f"({EVAL_EXTRA}), write a folder a run, and a run that was killed goes on when it is called again. For several "
-        "GPUs: torchrun --standalone --nproc-per-node 8 --no-python vreflection evaluate …",
+        description="Measures a checkpoint: on GlyphSearch, which writes one JSON file; on rows of your own (--rows); or on the "
+        f"paper's benchmarks, which need lmms-eval ({EVAL_EXTRA}). Rows and benchmarks write a folder a run, and a run that was "
+        "killed goes on when it is called again. For several GPUs, benchmarks only: torchrun --standalone --nproc-per-node 8 "
+        "--no-python vreflection evaluate …",
     )
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="a folder or a Hub id (default: the embedded checkpoint)")
@@ -47,16 +50,18 @@ def add_parser(commands) -> None:
     add("--batch-size", type=positive, metavar="N", help=default)
     add("--latent-feedback", choices=LATENT_FEEDBACK, help="default: the checkpoint's")
     add("--device", help="e.g. cpu or cuda:1 (default: a GPU if there is one)")
-    default = f"default: {GLYPHSEARCH_OUTPUT}, for benchmarks the folder {BENCHMARKS_OUTPUT}"
+    default = f"default: {GLYPHSEARCH_OUTPUT}, for rows and benchmarks the folder {BENCHMARKS_OUTPUT}"
     add("--output", type=Path, metavar="PATH", help=default)
     compared = "measure nothing; compare two runs, given by their folders, item by item (McNemar's test)"
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help=compared)
 
+    evaluate_rows.add_arguments(parser, positive)
+
     add = parser.add_argument_group("glyphsearch").add_argument
-    add("--split", choices=["test", "validation"], help="default: test")
+    add("--split", help="test or validation (default: test); of a folder of rows, the name of one of its splits")
     add("--difficulty", choices=DIFFICULTIES, help="default: default")
 
-    add = parser.add_argument_group("benchmarks").add_argument
+    add = parser.add_argument_group("benchmarks and rows").add_argument
     steps = "latent steps of a reflection, 0: none; several make a run each (default: the checkpoint's)"
     add("--latent-steps", nargs="+", type=natural, metavar="S", help=steps)
     reflect = "begin with a reflection, or allow none (default: the model decides)"
@@ -80,6 +85,14 @@ def run(options: argparse.Namespace) -> None:
         if ignored:
             raise InputError(f"--compare measures nothing: leave {ignored[0]} out")
         return compare_runs(*options.compare)
+    if options.rows is not None:
+        foreign = [name for name in ("difficulty", "data") if name in given]
+        if foreign:
+            raise InputError(f"--{foreign[0]} has no meaning for --rows")
+        options.output = options.output or BENCHMARKS_OUTPUT
+        return evaluate_rows.run_rows(options)
+    if foreign := [name for name in ROWS_OPTIONS if name in given]:
+        raise InputError(f"--{foreign[0].replace('_', '-')} is for --rows FILE")
     tasks = options.tasks or ["glyphsearch"]
     benchmarks = [name for name in tasks if name in BENCHMARKS]
     if benchmarks and len(benchmarks) < len(tasks):
@@ -90,6 +103,8 @@ def run(options: argparse.Namespace) -> None:
     foreign = [name for name in (GLYPHSEARCH_OPTIONS if benchmarks else BENCHMARK_OPTIONS) if name in given]
     if foreign:
         raise InputError(f"--{foreign[0].replace('_', '-')} has no meaning for {tasks[0]}")
+    if options.split not in (None, "test", "validation"):
+        raise InputError(f"GlyphSearch's splits are test and validation, got --split {options.split}")
     (run_benchmarks if benchmarks else run_glyphsearch)(options)
 
 
@@ -130,8 +145,10 @@ def compare_runs(first: Path, second: Path) -> None:
     common = [name for name in runs[0] if name in runs[1]]
     if not common:
         raise InputError(f"{first} and {second} have no task in common")
+    if not any(runs[0][name][0]["verdicts"].keys() & runs[1][name][0]["verdicts"].keys() for name in common):
+        raise InputError(f"{first} and {second} were scored by different rules: repeat one with the other's --match")
     for scorer in PRINTED_SCORERS:
-        scored = [name for name in common if scorer in runs[0][name][0]["verdicts"]]
+        scored = [name for name in common if all(scorer in run[name][0]["verdicts"] for run in runs)]
         if not scored:
             continue
         try:

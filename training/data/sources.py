@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import (
     Dataset,
+    DatasetDict,
     Features,
     Image,
     IterableDataset,
@@ -17,6 +18,7 @@ from datasets import (
     concatenate_datasets,
     interleave_datasets,
     load_dataset,
+    load_from_disk,
 )
 
 from vreflection_hub_card.glyphsearch import glyphsearch_curriculum, glyphsearch_dataset
@@ -41,6 +43,7 @@ def message_rows(path: str, folders: ImageFolders) -> Iterator[dict[str, Any]]:
 
 GLYPHSEARCH = {"glyphsearch": glyphsearch_dataset, "glyphsearch_curriculum": glyphsearch_curriculum}
 READERS = {"messages": message_rows, "visual_cot": visual_cot_rows, "gqa": gqa_rows, "released": released_rows}
+SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
 SOURCE_FORMATS = (*READERS, "released_meta", *GLYPHSEARCH)
 
 
@@ -199,8 +202,14 @@ def _load_messages(source: Source, folder: str | None, streaming: bool) -> Datas
     options = {"split": "train", **source.options}
     if source.path.endswith(".parquet"):
         dataset = load_dataset("parquet", data_files=source.path, streaming=streaming, **options)
+    elif any(os.path.exists(os.path.join(source.path, name)) for name in SAVED):
+        dataset = load_saved(source.path, options["split"])
+        if streaming:
+            dataset = dataset.to_iterable_dataset()
     else:
         dataset = load_dataset(source.path, streaming=streaming, **options)
+    if isinstance(dataset, dict) and options["split"] is None and len(dataset) == 1:
+        (dataset,) = dataset.values()
     if isinstance(dataset, dict):
         raise ValueError(f"{source.path}: name one `split` of {', '.join(dataset)}, got {options['split']!r}.")
     name = os.path.basename(os.path.normpath(source.path))
@@ -219,6 +228,12 @@ def _load_messages(source: Source, folder: str | None, streaming: bool) -> Datas
         },
     )
     return rows.with_format(None)
+
+
+def load_saved(path: str, split: str | None) -> Dataset | DatasetDict:
+    """What `save_to_disk` wrote; of several splits the named one, where there is one of this name."""
+    dataset = load_from_disk(path)
+    return dataset.get(split, dataset) if isinstance(dataset, dict) else dataset
 
 
 def _normalise_table(
