@@ -90,7 +90,7 @@ def row_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     row = spell_out(row)
     messages = row.get("messages")
     if not _is_list(messages) or len(messages) == 0:
-        raise BadRow(f"{row_name(row)} has no `messages`.", "messages")
+        raise BadRow(f"{row_name(row)} has no `messages`, nor `question` and `answer`.", "messages")
     cleaned = [_clean_message(message, row_name(row)) for message in messages]
     try:
         return prepare_multimodal_messages(cleaned, images=row_images(row))
@@ -178,7 +178,7 @@ def normalise_row(row: dict[str, Any], row_id: str, dataset: str) -> dict[str, A
             for message in messages
         ]
     except BadRow as error:
-        return make_bad_row(row_id, dataset, str(error).removeprefix(f"Sample {row_id}: "))
+        return make_bad_row(row_id, dataset, str(error).removeprefix(f"Sample {row_id}").removeprefix(":").strip())
     return make_row(row_id, dataset, images, messages)
 
 

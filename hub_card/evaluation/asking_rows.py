@@ -7,8 +7,9 @@ from tqdm import tqdm
 
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
 
-from ..inference.attention_maps import GREEDY, Reflection, generate_and_look, offered_sources
+from ..inference.attention_maps import GREEDY, generate_and_look, offered_sources
 from ..inference.encoding import encode_prompts
+from ..inference.look_boxes import look_boxes
 from .harness.answers import AnswerLog
 from .interventions import EXCHANGED, reflection_latents, replace_reflections
 from .own_rows import OwnRow
@@ -128,20 +129,21 @@ class RowsAsker:
 
     def _decode_usually(self, batch: Sequence[int]) -> list[dict]:
         """Answers a batch, and remembers its latents."""
-        config, source = self.model.config, offered_sources(self.model.config)[:1]
-        tokens, latents, reflections = generate_and_look(self.model, self._encode(batch), source, **self.decoding)
+        config, (source, *_) = self.model.config, offered_sources(self.model.config)
+        tokens, latents, reflections = generate_and_look(self.model, self._encode(batch), (source,), **self.decoding)
+        of_rows = [[reflection.maps[source] for reflection in found] for found in reflections]
         self._remember(batch, latents, tokens)
         ends = torch.isin(tokens, torch.tensor(self.model.generation_config.eos_token_id, device=tokens.device))
         lengths = [int(end.nonzero()[0]) + 1 if end.any() else len(end) for end in ends]
         return [
             {
                 "text": text,
-                "reflected": bool(found),
+                "reflected": bool(attention),
                 "tokens": length,
                 "latent_tokens": int((row == config.latent_token_id).sum()),
-                "looks": [describe_looks(reflection, *source) for reflection in found],
+                "looks": [[look.to_dict() for look in look_boxes(maps)] for maps in attention if maps],
             }
-            for text, row, length, found in zip(self._texts(tokens), tokens, lengths, reflections)
+            for text, row, length, attention in zip(self._texts(tokens), tokens, lengths, of_rows)
         ]
 
     def _remember(self, batch: Sequence[int], latents: torch.Tensor, tokens: torch.LongTensor) -> None:
@@ -164,17 +166,3 @@ class RowsAsker:
         inputs = encode_prompts(self.processor, conversations, self.model.device)
         tokens, latents = self._generate(inputs, **self.decoding | {"reflect": True})
         return reflection_latents(latents, tokens, self.model.config)
-
-
-def describe_looks(reflection: Reflection, source: str) -> list[dict]:
-    """For each step the centre of the patch with the most attention: the `picture`, from 0 on, `x` and `y` as fractions."""
-    looks = []
-    for step in range(reflection.steps):
-        maps = [of_picture[step] for of_picture in reflection.maps[source]]
-        picture = max(range(len(maps)), key=lambda index: float(maps[index].max())) if maps else None
-        if picture is None:
-            continue
-        height, width = maps[picture].shape
-        y, x = divmod(int(maps[picture].argmax()), width)
-        looks.append({"picture": picture, "x": round((x + 0.5) / width, 4), "y": round((y + 0.5) / height, 4)})
-    return looks

@@ -140,10 +140,10 @@ def draw_dependence(result: dict) -> Figure:
         axes.axvline(shares[0], color=BASE_COLOUR, linestyle=":", linewidth=1)
     axes.set_yticks(range(len(bars)), list(bars), fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, 112)
+    axes.set_xlim(0, 116)
     axes.set_xticks(range(0, 101, 20))
     rows = result["accuracy_of_reflecting"]["count"]
     axes.set_xlabel(f"right answers in %, with 95 % intervals; {rows} rows whose answers reflect", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(wrap(result["sentence"], 82), fontsize=11, parse_math=False)
+    figure.suptitle(wrap(result["sentence"], 96), fontsize=10, parse_math=False)
     return figure

@@ -71,7 +71,7 @@ def read_own_rows(rows: Iterable[dict[str, Any]], match: Match) -> list[OwnRow]:
         except BadRow as error:
             problems.append(error)
     if problems:
-        more = f" {len(problems) - 1} more rows are bad." if len(problems) > 1 else ""
+        more = f" ({len(problems)} of {len(read) + len(problems)} rows are bad)" if len(problems) > 1 else ""
         raise BadRow(f"{problems[0]}{more}", problems[0].kind)
     if not read:
         raise BadRow("There are no rows.")

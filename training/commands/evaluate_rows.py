@@ -38,6 +38,8 @@ def read_rows(path: Path, split: str | None):
 
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
+    if path.is_file() and not path.stat().st_size:
+        raise InputError(f"{path}: the file is empty")
     json_file = path.suffix in (".json", ".jsonl")
     if split is not None and json_file:
         raise InputError(f"{path}: a JSON file has no splits: leave --split out")
