@@ -9,7 +9,7 @@ from modeling_vreflection import VReflectionForConditionalGeneration, VReflectio
 
 from ..inference.attention_maps import GREEDY, generate_and_look, offered_sources
 from ..inference.encoding import encode_prompts
-from ..inference.look_boxes import look_boxes
+from ..inference.look_boxes import LookBox, look_boxes
 from .harness.answers import AnswerLog
 from .interventions import EXCHANGED, reflection_latents, replace_reflections
 from .own_rows import OwnRow
@@ -141,7 +141,7 @@ class RowsAsker:
                 "reflected": bool(attention),
                 "tokens": length,
                 "latent_tokens": int((row == config.latent_token_id).sum()),
-                "looks": [[look.to_dict() for look in look_boxes(maps)] for maps in attention if maps],
+                "looks": [[describe_look(look) for look in look_boxes(maps)] for maps in attention if maps],
             }
             for text, row, length, attention in zip(self._texts(tokens), tokens, lengths, of_rows)
         ]
@@ -166,3 +166,9 @@ class RowsAsker:
         inputs = encode_prompts(self.processor, conversations, self.model.device)
         tokens, latents = self._generate(inputs, **self.decoding | {"reflect": True})
         return reflection_latents(latents, tokens, self.model.config)
+
+
+def describe_look(look: LookBox) -> dict:
+    """A look with four decimals: the last digits depend on what else is in the batch."""
+    rounded = {"inside": round(look.inside, 4), "outside": round(look.outside, 4)}
+    return look.to_dict() | {"box": [round(corner, 4) for corner in look.box], **rounded}
