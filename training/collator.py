@@ -119,7 +119,6 @@ class VReflectionDataCollator:
                 return_dict=True,
                 return_tensors="pt",
                 return_assistant_tokens_mask=True,
-                processor_kwargs={"do_resize": False},  # `load_image` has resized
             )
         except BadRow:
             raise

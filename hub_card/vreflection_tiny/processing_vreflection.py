@@ -1,6 +1,7 @@
 """From messages with pictures and boxes to model inputs."""
 
 import base64
+import math
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -105,6 +106,8 @@ WORD_JOINER = "\u2060"
 
 # The image processor refuses longer strips.
 MAX_ASPECT_RATIO = 200
+# Tags of a TIFF.
+BITS, PHOTOMETRIC = 258, 262
 # What Pillow's decoders raise for files that are damaged or end too early.
 DAMAGE = (OSError, SyntaxError, EOFError, ValueError, RuntimeError, LookupError, struct.error)
 
@@ -193,8 +196,7 @@ class ReflectionProcessorMixin:
         """Prepares text and images, as the backbone's processor does, and boxes.
 
         Args:
-            images: One image or (nested) lists of them: whatever `open_picture` opens, addresses that transformers
-                downloads, arrays and tensors.
+            images: One image or (nested) lists of them: whatever `open_picture` opens.
             text (`str` or `list[str]`): Rendered conversations.
             boxes (`list`, *optional*): For a text, or for each of several, a list with one item a reflection segment:
                 `[x0, y0, x1, y1]` in [0, 1], or a message's reflection part, whose `image_index` counts within the text.
@@ -284,12 +286,15 @@ def open_picture(
 ) -> Image.Image:
     """Opens a picture as plain RGB, of an animation the first frame.
 
-    EXIF's rotation is applied, transparency is laid on white, 16 bits are scaled to 8, and pictures whose values have no
-    fixed range (modes `I` and `F`) are stretched from their darkest to their brightest.
+    EXIF's rotation is applied, transparency is laid on white, and 16 bits are scaled to 8. Mode `I` is read as 8 bits where its
+    values lie in 0 to 255, as 16 bits where they lie in 0 to 65,535; other values of it, and mode `F`, have no fixed range and
+    are stretched from their darkest to their brightest.
 
     Args:
-        source (`str`, `Path`, `bytes`, `BinaryIO`, `dict` or `Image.Image`): A path, a data URL, base64, a file's content,
-            an open file, a picture of the `datasets` library (`{"path": ..., "bytes": ...}`), or a PIL image.
+        source (`str`, `Path`, `bytes`, `BinaryIO`, `dict`, `Image.Image`, `np.ndarray` or `torch.Tensor`): A path, a data URL,
+            base64, a file's content, an open file, a picture of the `datasets` library (`{"path": ..., "bytes": ...}`), a PIL
+            image, of an animation the frame where it stands, or an array (H, W), (H, W, C) or (C, H, W), `uint8` if it has
+            colours. Web addresses aren't fetched.
         name (`str`, *optional*): What errors call it; without it the path, if there is one.
         formats (`Sequence[str]`, *optional*): Pillow's names of the formats to accept; all by default.
         max_pixels (`int`, *optional*): Refuses larger pictures before any pixel is decoded.
@@ -298,8 +303,9 @@ def open_picture(
         `Image.Image`: A new picture of mode `RGB`, without metadata.
 
     Raises:
-        PictureError: A folder, a file that may not be read, is no picture, is damaged or holds values that aren't finite;
-            too many pixels; one side more than 200 times the other. A missing file is a `PictureNotFoundError`.
+        PictureError: A web address; a folder, a file that may not be read, is no picture, is damaged or holds values that
+            aren't finite; an array that is no picture; no pixels or too many; one side more than 200 times the other. A missing
+            file is a `PictureNotFoundError`.
     """
     with read_header(source, name, formats) as (file, name):
         size, millions = f"{file.width} x {file.height} pixels", file.width * file.height / 1e6
@@ -307,9 +313,13 @@ def open_picture(
             raise PictureError(
                 f"{name}: {size}, {millions:g} megapixels; at most {max_pixels / 1e6:g} are taken, so scale it down first"
             )
-        if max(file.size) > MAX_ASPECT_RATIO * min(file.size):
+        if max(file.size) > MAX_ASPECT_RATIO * min(file.size) or max(file.size) == 0:
             raise PictureError(f"{name}: {size}; one side may be at most {MAX_ASPECT_RATIO} times the other")
-        picture_orientation(file)  # before the pixels, as for the size: a tag that comes after them is ignored
+        if file.width * file.height > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise Image.DecompressionBombError  # as Pillow does for files
+        tags = getattr(file, "tag_v2", {})
+        if file.mode.startswith("I;16") and (tags.get(BITS) == (12,) or tags.get(PHOTOMETRIC) == 0):
+            raise PictureError(f"{name}: a TIFF of 12 bits, or whose white is zero, comes out dark or inverted; save it as PNG")
         file.load()
         picture = convert_to_rgb(ImageOps.exif_transpose(file), name)
     picture.info.clear()  # nobody may rotate it again
@@ -319,23 +329,30 @@ def open_picture(
 def picture_size(source: Any) -> tuple[int, int]:
     """Width and height of what `open_picture` gives; only the header is read. Raises the same errors."""
     with read_header(source) as (file, _):
-        sideways = picture_orientation(file) in (5, 6, 7, 8)
+        # Pillow's size of a TIFF is the rotated one.
+        sideways = file.format != "TIFF" and picture_orientation(file) in (5, 6, 7, 8)
         return (file.height, file.width) if sideways else file.size
 
 
 def picture_orientation(file: Image.Image) -> int:
     """EXIF's orientation, 1 where there is none."""
-    # The method of the base class: the one for PNG decodes the whole file to look for a tag behind the pixels.
-    return Image.Image.getexif(file).get(ExifTags.Base.Orientation, 1)
+    # The method of the base class: the one for PNG decodes the pixels to find a tag behind them.
+    exif = Image.Image.getexif(file)
+    if file.format == "PNG" and not exif and file.fp is not None:  # its pixels aren't read yet
+        place, exif = file.fp.tell(), Image.Exif()
+        file.fp.seek(8)
+        while len(head := file.fp.read(8)) == 8 and head[4:] != b"eXIf":
+            file.fp.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+        exif.load(file.fp.read(int.from_bytes(head[:4], "big")) if head else b"")
+        file.fp.seek(place)
+    return exif.get(ExifTags.Base.Orientation, 1)
 
 
 def open_pictures(images: Any) -> Any:
-    """Opens what a processor is given; web addresses, arrays and tensors are left to transformers."""
-    if isinstance(images, (list, tuple)):
+    """Opens what a processor is given: a picture, a batch as one array, or (nested) lists."""
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
         return [open_pictures(image) for image in images]
-    is_address = isinstance(images, str) and images.startswith(("http://", "https://"))
-    is_source = isinstance(images, (str, Path, bytes, dict, Image.Image)) or hasattr(images, "read")
-    return open_picture(images) if is_source and not is_address else images
+    return None if images is None else open_picture(images)
 
 
 @contextmanager
@@ -346,8 +363,12 @@ def read_header(
     if isinstance(source, dict):
         path, content = source.get("path"), source.get("bytes")
         name, source = name or path, path if content is None else content
-    elif isinstance(source, str) and not os.path.exists(source):
+    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
+        raise PictureError(f"{source}: pictures aren't fetched from the web; download it, and give its path")
+    if isinstance(source, str) and not os.path.exists(source):
         name, source = decode_base64(source, name)
+    elif hasattr(source, "__array__"):
+        source = picture_of_array(source, name or "the array")
     name = name or (source if isinstance(source, (str, Path)) else getattr(source, "filename", None)) or "the picture"
     if not isinstance(source, (str, Path, bytes, Image.Image)) and not hasattr(source, "read"):
         raise PictureError(f"{name}: a picture is a path, its content, a dict with `path` or `bytes`, or a PIL image")
@@ -385,6 +406,18 @@ def decode_base64(text: str, name: str | None = None) -> tuple[str | None, str |
         return name, text
 
 
+def picture_of_array(array: Any, name: str) -> Image.Image:
+    """An array as a PIL image, channels first or last."""
+    values = torch.as_tensor(array).cpu()
+    if values.ndim == 3 and values.shape[0] in (1, 3, 4) and values.shape[2] not in (1, 3, 4):
+        values = values.permute(1, 2, 0)
+    try:
+        return Image.fromarray((values[..., 0] if values.shape[2:] == (1,) else values).numpy())
+    except (TypeError, ValueError) as error:
+        kind = f"{tuple(values.shape)} of {values.dtype}"
+        raise PictureError(f"{name}: {kind} is no picture; give uint8 values from 0 to 255") from error
+
+
 def convert_to_rgb(picture: Image.Image, name: str) -> Image.Image:
     """Converts a picture of any mode; see `open_picture`."""
     if picture.mode.startswith("I;16"):
@@ -404,8 +437,11 @@ def stretch(picture: Image.Image, name: str, values_range: tuple[int, int] | Non
     if not values.isfinite().all():
         raise PictureError(f"{name}: holds values that aren't finite (NaN or infinity)")
     low, high = values_range or (values.min(), values.max())
+    if picture.mode == "I" and low >= 0 and high <= 65_535:
+        low, high = 0, 255 if high <= 255 else 65_535
     grey = ((values - low) / max(high - low, 1e-12) * 255).round().to(torch.uint8)
-    return Image.frombytes("L", picture.size, bytes(grey.tolist())).convert("RGB")
+    grey[values == picture.info.get("transparency", math.nan)] = 255
+    return Image.frombytes("L", picture.size, grey.numpy().tobytes()).convert("RGB")
 
 
 VReflectionProcessor.register_for_auto_class("AutoProcessor")

@@ -11,7 +11,7 @@ from vreflection_training.cli import main
 
 
 # What this package installs beyond a Space's requirements.txt.
-NOT_ON_A_SPACE = ("accelerate", "datasets", "qwen_vl_utils", "trl")
+NOT_ON_A_SPACE = ("accelerate", "datasets", "trl")
 
 
 def fails(capsys, arguments, *fragments):
