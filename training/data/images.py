@@ -47,5 +47,5 @@ def count_image_tokens(width: int, height: int, image_processor: Qwen2VLImagePro
 
 
 def is_url(image: RowImage) -> bool:
-    """Whether a row's picture is a data URL or a web address, which `load_image` refuses, and no path."""
+    """Whether a row's picture is a data URL or a web address, not a path."""
     return isinstance(image, str) and image.startswith(("http://", "https://", "data:"))

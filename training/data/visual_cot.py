@@ -1,5 +1,7 @@
 """Reader of the Visual CoT release: its metadata, one question a line, and its list of conversations."""
 
+import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,18 +42,22 @@ def visual_cot_rows(path: str | Path, folders: ImageFolders, paths: bool = False
     ```
 
     A question with several boxes gets one reflection for each, in the file's order, before the answer; with `paths` a single
-    one that looks at them in this order. Boxes are divided by the `width` and `height` of the file, else by those of the picture. Nothing is clipped: a box that sticks out of its
-    picture makes a bad row.
+    one that looks at them in this order. Boxes are divided by the `width` and `height` of the file, else by those of the
+    picture. A row is bad where
+
+    - its `width` and `height` have another shape than the picture after EXIF's rotation, beyond the rounding of a resize: each
+      picture's header is read for it, some 0.1 ms a row,
+    - a box is less than a pixel wide or high, or holds fractions already,
+    - a box sticks out of its picture: nothing is clipped.
     """
 
     def fill(row: dict[str, Any], item: dict[str, Any]):
         image, question, answer, boxes = (_conversation if "conversations" in item else _metadata)(item)
         image = folders.find(image, row["dataset"])
         row["images"] = [image]
-        width, height = item.get("width"), item.get("height")
-        if boxes and not (width and height):
-            width, height = image_size(image)
-        boxes = [[x0 / width, y0 / height, x1 / width, y1 / height] for x0, y0, x1, y1 in boxes]
+        if boxes:
+            width, height = _size(item, image)
+            boxes = [_fractions(box, width, height) for box in boxes]
         reflections = [path_part(boxes)] if paths and len(boxes) > 1 else [*map(reflection_part, boxes)]
         row["messages"] = [
             {"role": "user", "content": [{"type": "image"}, text_part(question)]},
@@ -59,6 +65,34 @@ def visual_cot_rows(path: str | Path, folders: ImageFolders, paths: bool = False
         ]
 
     return read_rows(path, Path(path).stem.removesuffix("_cot_train"), fill)
+
+
+def _size(item: dict[str, Any], image: str) -> tuple[float, float]:
+    """Width and height in whose pixels the boxes of an item are; a `ValueError` where the picture has another shape."""
+    width, height = size = item.get("width"), item.get("height")
+    if size == (None, None):
+        return image_size(image)
+    if not all(type(side) in (int, float) and 0 < side < math.inf for side in size):
+        raise ValueError(f"`width` and `height` must be numbers of pixels, got {width!r} and {height!r}.")
+    if os.path.exists(image):  # a missing picture is found later, and may come
+        real_width, real_height = image_size(image)
+        # Each side of a resized picture is rounded by less than a pixel.
+        if abs(width * real_height - height * real_width) > max(width + height, real_width + real_height):
+            raise ValueError(
+                f"`width` and `height` are {width} x {height}, but {image} has {real_width} x {real_height} pixels, which is "
+                "another shape: the boxes would lie elsewhere."
+            )
+    return size
+
+
+def _fractions(box: list[float], width: float, height: float) -> list[float]:
+    """A box in pixels as fractions of the sides; a `ValueError` for one that isn't in pixels, or less than one."""
+    x0, y0, x1, y1 = box
+    if all(0 <= corner <= 1 for corner in box) and max(width, height) > 1:
+        raise ValueError(f"the box {box} holds fractions; it must be in pixels, of {width} x {height}.")
+    if 0 <= x1 - x0 < 1 or 0 <= y1 - y0 < 1:
+        raise ValueError(f"the box {box} is less than a pixel wide or high, of {width} x {height}.")
+    return [x0 / width, y0 / height, x1 / width, y1 / height]
 
 
 def _metadata(item: dict[str, Any]) -> tuple[str, str, str, list[list[float]]]:
