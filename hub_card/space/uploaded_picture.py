@@ -15,6 +15,8 @@ MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 40_000_000
 # Pillow reads many more, some of them by starting other programs.
 PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+# Windows lacks the first two, and has the last: without it, line ends would be translated.
+FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 # Said of every file that isn't the visitor's, whether it exists or not.
 NO_PICTURE = "Pick a picture first: an example, or upload one here. Uploads are kept for an hour at most."
 
@@ -25,7 +27,9 @@ def open_upload(path: str, name: str) -> Image.Image:
     Raises an `InputError` for no regular file, no picture, a damaged one, or one that is too large.
     """
     try:  # neither follows a link nor waits for a pipe's other end
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        if not S_ISREG(os.lstat(path).st_mode):  # Windows has no flags for it
+            raise InputError(NO_PICTURE)
+        descriptor = os.open(path, FLAGS)
     except (OSError, ValueError) as error:  # ValueError: a null byte
         raise InputError(NO_PICTURE) from error
     with os.fdopen(descriptor, "rb") as file:

@@ -145,7 +145,7 @@ def _share(count: int, total: int) -> str:
 
 
 def _row_lines(report: DataReport) -> list[tuple[str, str]]:
-    how = "read in full" if report.decoded else "by their headers"
+    how = "read in full" if report.decoded else "by their headers; damaged pixels are found by --decode"
     lines = [
         ("rows", f"{report.rows:,}"),
         *_by_count(report.datasets if len(report.datasets) > 1 else {}),

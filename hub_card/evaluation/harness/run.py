@@ -24,6 +24,8 @@ from .task import PREFIX
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 HARNESS_PACKAGES = ("lmms-eval", "datasets", "accelerate")
 RESULTS = "results.json"
+# Where this differs from the authors' evaluation.
+PICTURES = "opened with EXIF's rotation, which the authors' evaluation ignores"
 KEPT_OF_ANSWERS = ("question", "raw", "text", "reflected", "tokens", "latent_tokens", "seconds")
 
 
@@ -86,6 +88,7 @@ def evaluate(
         "model": asked.description,
         "options": asked.options,
         "limit": limit,
+        "pictures": PICTURES,
         "versions": describe_versions() | {name: importlib.metadata.version(name) for name in HARNESS_PACKAGES},
         "machine": describe_machine(asked.device) | {"processes": asked.world_size},
         "tasks": results,

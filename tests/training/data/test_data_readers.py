@@ -65,7 +65,7 @@ def boxes(row):
 
 
 def test_metadata_becomes_a_question_and_one_reflection_a_box_in_order(tmp_path):
-    picture = save_picture(tmp_path / "docvqa" / METADATA["image"])
+    picture = save_picture(tmp_path / "docvqa" / METADATA["image"], (1638, 2196))
     (row,) = read(tmp_path, visual_cot_rows, METADATA)
     assert row["id"] == "docvqa_cot_train-0" and row["dataset"] == "docvqa" and row["error"] is None
     assert row["images"] == [picture]
@@ -81,7 +81,7 @@ def test_metadata_becomes_a_question_and_one_reflection_a_box_in_order(tmp_path)
 
 
 def test_boxes_may_become_the_path_of_one_reflection(tmp_path):
-    save_picture(tmp_path / "docvqa" / METADATA["image"])
+    save_picture(tmp_path / "docvqa" / METADATA["image"], (1638, 2196))
     path = tmp_path / "docvqa_cot_train.jsonl"
     one = {**METADATA, "bboxs": METADATA["bboxs"][:1]}
     path.write_text("\n".join(map(json.dumps, [METADATA, one, {**METADATA, "bboxs": []}])))
@@ -104,6 +104,28 @@ def test_without_width_and_height_the_header_is_asked(tmp_path):
     assert boxes(row) == [[0.25, 0.5, 0.5, 1.0]]
 
 
+@pytest.mark.parametrize(
+    ("size", "good"),
+    [((1638, 2196), True), ((819, 1098), True), ((100, 134), True), ((3277, 4392), True), ((2196, 1638), False), ((1638, 2190), False)],
+)
+def test_width_and_height_have_the_shape_of_the_picture(tmp_path, size, good):
+    save_picture(tmp_path / "docvqa" / METADATA["image"], size)
+    (row,) = read(tmp_path, visual_cot_rows, METADATA)
+    if good:
+        assert row["error"] is None and boxes(row)[0][0] == 1146 / 1638
+    else:
+        assert "1638 x 2196" in row["error"] and "{} x {} pixels".format(*size) in row["error"]
+
+
+def test_the_shape_is_that_after_the_rotation(tmp_path):
+    (tmp_path / "docvqa").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (2196, 1638)).save(tmp_path / "docvqa" / METADATA["image"], exif=exif)
+    (row,) = read(tmp_path, visual_cot_rows, METADATA)
+    assert row["error"] is None
+
+
 def test_conversations_take_the_pixels_not_the_fractions_of_a_padded_square(tmp_path):
     save_picture(tmp_path / "docvqa" / "kpfl0225_13.png", (2200, 1700))
     (row,) = read(tmp_path, visual_cot_rows, CONVERSATION, name="viscot_363k.json")
@@ -124,7 +146,12 @@ def test_conversations_take_the_pixels_not_the_fractions_of_a_padded_square(tmp_
         ({"bboxs": None}, "boxes must be a list"),
         ({"bboxs": [[1, 2, 3]]}, "a box must be"),
         ({"bboxs": [["1", "2", "3", "4"]]}, "a box must be"),
-        ({"width": "wide"}, "unsupported operand"),
+        ({"width": "wide"}, "must be numbers of pixels, got 'wide' and 2196"),
+        ({"width": None}, "must be numbers of pixels, got None"),
+        ({"height": 0}, "must be numbers of pixels, got 1638 and 0"),
+        ({"bboxs": [[0.1, 0.2, 0.5, 1]]}, "the box [0.1, 0.2, 0.5, 1.0] holds fractions; it must be in pixels, of 1638 x 2196"),
+        ({"bboxs": [[5, 6, 5.5, 90]]}, "the box [5.0, 6.0, 5.5, 90.0] is less than a pixel wide or high"),
+        ({"bboxs": [[5, 6, 90, 6]]}, "less than a pixel"),
     ],
 )
 def test_what_metadata_lacks_is_said_and_the_reader_goes_on(tmp_path, change, problem):
