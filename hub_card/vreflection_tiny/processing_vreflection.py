@@ -319,7 +319,9 @@ def open_picture(
             raise Image.DecompressionBombError  # as Pillow does for files
         tags = getattr(file, "tag_v2", {})
         if file.mode.startswith("I;16") and (tags.get(BITS) == (12,) or tags.get(PHOTOMETRIC) == 0):
-            raise PictureError(f"{name}: a TIFF of 12 bits, or whose white is zero, comes out dark or inverted; save it as PNG")
+            raise PictureError(
+                f"{name}: a TIFF of 12 bits, or whose white is zero, comes out dark or inverted; save it as PNG"
+            )
         file.load()
         picture = convert_to_rgb(ImageOps.exif_transpose(file), name)
     picture.info.clear()  # nobody may rotate it again
@@ -336,16 +338,19 @@ def picture_size(source: Any) -> tuple[int, int]:
 
 def picture_orientation(file: Image.Image) -> int:
     """EXIF's orientation, 1 where there is none."""
-    # The method of the base class: the one for PNG decodes the pixels to find a tag behind them.
-    exif = Image.Image.getexif(file)
-    if file.format == "PNG" and not exif and file.fp is not None:  # its pixels aren't read yet
-        place, exif = file.fp.tell(), Image.Exif()
+    if file.format == "PNG" and getattr(file, "fp", None) is not None:
+        # Its pixels aren't read yet, and Pillow would read them to find a tag behind them.
+        place, header = file.fp.tell(), Image.new("1", (1, 1))
+        header.info.update(file.info)
         file.fp.seek(8)
-        while len(head := file.fp.read(8)) == 8 and head[4:] != b"eXIf":
-            file.fp.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
-        exif.load(file.fp.read(int.from_bytes(head[:4], "big")) if head else b"")
+        while "exif" not in header.info and len(head := file.fp.read(8)) == 8:
+            size = int.from_bytes(head[:4], "big")
+            if head[4:] == b"eXIf":
+                header.info["exif"] = file.fp.read(size)
+            file.fp.seek(size + 4, os.SEEK_CUR)
         file.fp.seek(place)
-    return exif.get(ExifTags.Base.Orientation, 1)
+        file = header
+    return file.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def open_pictures(images: Any) -> Any:

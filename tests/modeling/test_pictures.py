@@ -3,11 +3,13 @@
 import base64
 import io
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from datasets import Image as Decoder
+from PIL import Image, ImageOps
 from reference import ask
 
 from modeling_vreflection.processing_vreflection import (
@@ -16,7 +18,11 @@ from modeling_vreflection.processing_vreflection import (
     open_picture,
     picture_size,
 )
+from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.evaluation.benchmarks import Item
+from vreflection_hub_card.space.uploaded_picture import open_upload
 from vreflection_training import VReflectionDataCollator
+from vreflection_training.commands.ask import read_picture
 
 
 WIDTH, HEIGHT = 56, 28  # whole patches, so that nothing is resized
@@ -58,13 +64,31 @@ def saved(picture: Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def rotated(orientation: int) -> bytes:
+def rotated(orientation: int, kind: str = "PNG", **options) -> bytes:
     """The scene as a camera stores it that was held in one of eight ways."""
     undone = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # by PIL's number
     picture = scene() if orientation == 1 else scene().transpose(Image.Transpose(undone[orientation]))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return saved(picture, "PNG", exif=exif)
+    return saved(picture, kind, exif=exif, **options)
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+
+def tag_behind_the_pixels() -> bytes:
+    """A PNG whose EXIF comes last."""
+    whole = rotated(6)
+    start = whole.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(whole[start : start + 4], "big")
+    return whole[:start] + whole[end:-12] + whole[start:end] + whole[-12:]
+
+
+def transparent_value() -> bytes:
+    """16 bits, black transparent by its value."""
+    whole = saved(ramp(np.uint16, 0, 65_535), "PNG")
+    return whole[:33] + chunk(b"tRNS", b"\0\0") + whole[33:]
 
 
 def on_white() -> Image.Image:
@@ -88,7 +112,17 @@ FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (WIDTH, HEIGHT), 
 # What is stored, and what is to be seen.
 KINDS = {
     **{f"EXIF {value}": (rotated(value), scene()) for value in range(1, 9)},
+    **{f"TIFF, EXIF {value}": (rotated(value, "TIFF"), scene()) for value in (1, 3, 6, 8)},
+    "WebP, EXIF 6": (rotated(6, "WEBP", lossless=True), scene()),
+    "JPEG, EXIF 6": (rotated(6, "JPEG", quality=100, subsampling=0), scene()),
+    "EXIF behind the pixels": (tag_behind_the_pixels(), scene()),
     "RGB": (saved(scene(), "BMP"), scene()),
+    "CMYK JPEG": (saved(scene().convert("CMYK"), "JPEG", quality=100, subsampling=0), scene()),
+    "16 bit, a value transparent": (transparent_value(), thirds(127).point(lambda value: value or 255)),
+    "16 bit PGM": (
+        b"P5 56 28 65535\n" + np.asarray(ramp(">u2", 1000, 40_000)).astype(">u2").tobytes(),
+        ramp(np.uint16, 1000, 40_000).convert("I").point(lambda value: value / 257 + 0.5).convert("L").convert("RGB"),
+    ),
     "RGBA": (saved(see_through("RGBA"), "PNG"), on_white()),
     "LA": (saved(see_through("LA"), "PNG"), on_white().convert("L").convert("RGB")),
     "P with transparency": (saved(palette(), "PNG", transparency=0), black_beside_white()),
@@ -114,6 +148,13 @@ def written(content: bytes, folder) -> str:
     return str(folder / "picture")
 
 
+def loaded(content: bytes) -> Image.Image:
+    picture = Image.open(io.BytesIO(content))
+    picture.load()
+    return picture
+
+
+# By these a file's content comes in, as a source of `open_picture`.
 DOORS = {
     "path": written,
     "Path": lambda content, folder: folder / "picture" if written(content, folder) else None,
@@ -122,25 +163,41 @@ DOORS = {
     "path of a dict": lambda content, folder: {"path": written(content, folder), "bytes": None},
     "bytes of a dict": lambda content, folder: {"path": "elsewhere", "bytes": content},
     "PIL": lambda content, folder: Image.open(io.BytesIO(content)),
+    "PIL, decoded": lambda content, folder: loaded(content),
+    "PIL, rotated": lambda content, folder: ImageOps.exif_transpose(loaded(content)),
+    "PIL, of `datasets`": lambda content, folder: Decoder().decode_example({"path": None, "bytes": content}),
     "data URL": lambda content, folder: data_url(content),
+    "data URL of a dict": lambda content, folder: {"path": data_url(content), "bytes": None},
     "base64": lambda content, folder: base64.b64encode(content).decode(),
 }
+# And these open a file for a command.
+COMMANDS = {
+    "ask": read_picture,
+    "evaluate": lambda path: Item("0", "", (), "A", (path,)).pictures()[0],
+    "the page": lambda path: open_upload(path, "picture"),
+}
+UPLOADED = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # the page takes no others
 
 
-@pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_is_the_same_by_each_door(tmp_path, kind, door):
+def test_each_kind_is_the_same_by_each_door(tmp_path, kind):
     content, expected = KINDS[kind]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        source = DOORS[door](content, tmp_path)
-        assert picture_size(source) == (WIDTH, HEIGHT)
-        picture = open_picture(source)
-        if hasattr(source, "close"):
-            source.close()
-    assert picture.mode == "RGB" and picture.size == expected.size
-    assert picture.tobytes() == expected.tobytes()
-    assert not picture.info and not picture.getexif()
+    lossy = 3 if "JPEG" in kind else 0
+    for door, make in DOORS.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            source = make(content, tmp_path)
+            assert picture_size(source) == (WIDTH, HEIGHT), door
+            picture = open_picture(source)
+            if hasattr(source, "close"):
+                source.close()
+        assert picture.mode == "RGB" and not picture.info and not picture.getexif(), door
+        difference = np.asarray(picture).astype(int) - np.asarray(expected)
+        assert abs(difference).max() <= lossy, door
+    path = written(content, tmp_path)
+    for command, run in COMMANDS.items():
+        if command != "the page" or Image.open(path).format in UPLOADED:
+            assert run(path).tobytes() == picture.tobytes(), command
 
 
 @pytest.fixture(scope="module")
@@ -154,14 +211,14 @@ def patches(processor, picture) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_processor_sees_what_the_opener_gives(tmp_path, processor, kind):
-    content, expected = KINDS[kind]
+    content, _ = KINDS[kind]
     path = written(content, tmp_path)
     pil = Image.open(path)
-    expected = patches(processor, expected)
+    expected = patches(processor, open_picture(path))
     for part in (
         {"image": path}, {"image": tmp_path / "picture"}, {"url": path}, {"path": path}, {"image": pil},
         {"image": {"path": None, "bytes": content}}, {"image": data_url(content)}, {"url": data_url(content)},
-        {"base64": base64.b64encode(content).decode()},
+        {"base64": base64.b64encode(content).decode()}, {"type": "image_url", "image_url": {"url": data_url(content)}},
     ):  # fmt: skip
         messages = [{"role": "user", "content": [{"type": "image", **part}]}]
         inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
@@ -173,9 +230,9 @@ def test_the_processor_sees_what_the_opener_gives(tmp_path, processor, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_collator_sees_what_the_opener_gives(tmp_path, processor, collator, kind):
-    content, expected = KINDS[kind]
+    content, _ = KINDS[kind]
     path = written(content, tmp_path)
-    pil, expected = Image.open(path), patches(processor, expected)
+    pil, expected = Image.open(path), patches(processor, open_picture(path))
     answer = [{"role": "assistant", "content": [{"type": "text", "text": "A"}]}]
     for image in (path, pil, {"path": None, "bytes": content}):
         row = {"id": "0", "images": [image], "messages": ask("What?", None) + answer}
@@ -183,16 +240,48 @@ def test_the_collator_sees_what_the_opener_gives(tmp_path, processor, collator, 
         assert torch.equal(collator([row])["pixel_values"], expected), image
 
 
-def test_web_addresses_arrays_and_tensors_are_left_to_transformers(processor, monkeypatch):
+@pytest.mark.parametrize("size", [(90, 61), (7, 30)])
+def test_training_and_decoding_resize_alike(processor, collator, size):
+    picture = Image.effect_noise(size, 80).convert("RGB")
+    row = {"id": "0", "images": [picture], "messages": ask("What?", None)}
+    row["messages"][0]["content"][0].pop("image")
+    row["messages"].append({"role": "assistant", "content": [{"type": "text", "text": "A"}]})
+    assert torch.equal(collator([row])["pixel_values"], patches(processor, picture))
+
+
+def test_arrays_and_tensors_are_pictures(processor):
     array = np.array(scene())
     text = processor.apply_chat_template(ask("What?", scene()), tokenize=False)
     expected = patches(processor, scene())
-    for image in (array, torch.tensor(array).permute(2, 0, 1)):
-        assert torch.equal(processor(images=[image], text=text, return_tensors="pt")["pixel_values"], expected)
-    asked = []
-    monkeypatch.setattr(processor.image_processor, "fetch_images", lambda images: asked.append(images) or [scene()])
-    processor(images=["https://example.com/a.png"], text=text)
-    assert asked[0] == ["https://example.com/a.png"]
+    for images in (array, array.transpose(2, 0, 1), torch.tensor(array).permute(2, 0, 1), [array], array[None]):
+        assert torch.equal(processor(images=images, text=text, return_tensors="pt")["pixel_values"], expected)
+    red = array[..., 0]
+    for grey in (red, red[..., None], red.astype(np.uint16) * 257, red.astype(np.int32)):
+        assert open_picture(grey).tobytes() == Image.fromarray(red).convert("RGB").tobytes()
+    clear = np.dstack([array, np.zeros_like(red)])
+    assert set(open_picture(clear).tobytes()) == {255}
+    for wrong in (array / 255, array.astype(np.int64), array.astype(np.uint16), array[..., :2].astype(np.float32)):
+        check_refusal(wrong, "give uint8 values", processor)
+
+
+def test_the_web_is_not_fetched_from(processor, collator):
+    address = "https://example.com/a.png"
+    for source in (address, address.upper(), {"path": address, "bytes": None}):
+        check_refusal(source, "download it, and give its path", processor)
+    for part in ({"image": address}, {"url": address}, {"type": "image_url", "image_url": {"url": address}}):
+        messages = [{"role": "user", "content": [{"type": "image", **part}]}]
+        with pytest.raises(PictureError, match="download it"):
+            processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    with pytest.raises(PictureError, match="download it"):
+        picture_size(address)
+    with pytest.raises(InputError, match="download it"):
+        read_picture(address)
+
+
+def test_an_animation_that_was_wound_on_is_seen_where_it_stands():
+    picture = Image.open(io.BytesIO(KINDS["animated GIF"][0]))
+    picture.seek(1)
+    assert open_picture(picture).getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_random_values_are_converted_as_by_numpy():
@@ -203,6 +292,7 @@ def test_random_values_are_converted_as_by_numpy():
     floats = random.normal(size=(64, 64)).astype(np.float32)
     for values, low, high in [
         (wide, 0, 65_535),
+        (wide.astype(np.int32), 0, 65_535),
         (integers, integers.min(), integers.max()),
         (floats, floats.min(), floats.max()),
     ]:
@@ -226,7 +316,7 @@ def test_a_given_picture_stays_as_it_is(processor):
 
 
 def every_door(content: bytes, folder) -> list:
-    return [make(content, folder) for name, make in DOORS.items() if name not in ("PIL", "file")]
+    return [make(content, folder) for name, make in DOORS.items() if not name.startswith(("PIL", "file"))]
 
 
 def check_refusal(source, message, processor):
@@ -314,6 +404,25 @@ def test_too_many_pixels(tmp_path, processor, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for source in every_door(content, tmp_path):
         check_refusal(source, "too many pixels", processor)
+
+
+def test_a_large_picture_in_memory_is_refused_as_a_file_is(processor, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    check_refusal(Image.new("RGB", (200, 100)), "too many pixels", processor)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5)])
+def test_no_pixels(processor, size):
+    check_refusal(Image.new("RGB", size), f"{size[0]} x {size[1]} pixels", processor)
+
+
+@pytest.mark.parametrize("tag", ["white is zero", "12 bits"])
+def test_tiffs_that_pillow_reads_wrong(processor, tag):
+    content = bytearray(saved(ramp(np.uint16, 0, 65_535), "TIFF"))
+    number, value = {"white is zero": (262, 0), "12 bits": (258, 12)}[tag]
+    place = content.index(number.to_bytes(2, "little") + b"\3\0\1\0\0\0")
+    content[place + 8 : place + 10] = value.to_bytes(2, "little")
+    check_refusal(bytes(content), "comes out dark or inverted", processor)
 
 
 def test_a_strip_that_is_too_long(processor):

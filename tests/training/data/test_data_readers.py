@@ -106,7 +106,14 @@ def test_without_width_and_height_the_header_is_asked(tmp_path):
 
 @pytest.mark.parametrize(
     ("size", "good"),
-    [((1638, 2196), True), ((819, 1098), True), ((100, 134), True), ((3277, 4392), True), ((2196, 1638), False), ((1638, 2190), False)],
+    [
+        ((1638, 2196), True),
+        ((819, 1098), True),
+        ((100, 134), True),
+        ((3277, 4392), True),
+        ((2196, 1638), False),
+        ((1638, 2190), False),
+    ],
 )
 def test_width_and_height_have_the_shape_of_the_picture(tmp_path, size, good):
     save_picture(tmp_path / "docvqa" / METADATA["image"], size)
@@ -149,7 +156,10 @@ def test_conversations_take_the_pixels_not_the_fractions_of_a_padded_square(tmp_
         ({"width": "wide"}, "must be numbers of pixels, got 'wide' and 2196"),
         ({"width": None}, "must be numbers of pixels, got None"),
         ({"height": 0}, "must be numbers of pixels, got 1638 and 0"),
-        ({"bboxs": [[0.1, 0.2, 0.5, 1]]}, "the box [0.1, 0.2, 0.5, 1.0] holds fractions; it must be in pixels, of 1638 x 2196"),
+        (
+            {"bboxs": [[0.1, 0.2, 0.5, 1]]},
+            "the box [0.1, 0.2, 0.5, 1.0] holds fractions; it must be in pixels, of 1638 x 2196",
+        ),
         ({"bboxs": [[5, 6, 5.5, 90]]}, "the box [5.0, 6.0, 5.5, 90.0] is less than a pixel wide or high"),
         ({"bboxs": [[5, 6, 90, 6]]}, "less than a pixel"),
     ],
