@@ -26,18 +26,21 @@ class ReflectionOptions:
     latent_tolerance: float | None = None
 
     def __post_init__(self):
+        if isinstance(self.latent_steps, bool) or not isinstance(self.latent_steps, int):
+            raise ValueError(f"`latent_steps` must be a whole number, got {self.latent_steps!r}.")
         if self.latent_steps < 0:
             raise ValueError(f"`latent_steps` must not be negative, got {self.latent_steps}.")
         if self.latent_feedback not in LATENT_FEEDBACK:
             raise ValueError(
                 f"`latent_feedback` must be one of {', '.join(LATENT_FEEDBACK)}, got {self.latent_feedback!r}."
             )
-        if self.reflect not in (None, True, False):
+        if not any(self.reflect is value for value in (None, True, False)):
             raise ValueError(f"`reflect` must be True, False or None, got {self.reflect!r}.")
         if self.reflect and not self.can_start:
             raise ValueError("`reflect=True` and `latent_steps=0` contradict each other: set `latent_steps` above 0.")
-        if self.latent_tolerance is not None and not 0 <= self.latent_tolerance <= 1:
-            raise ValueError(f"`latent_tolerance` must lie in [0, 1], got {self.latent_tolerance}; 0 is off.")
+        tolerance = 0 if self.latent_tolerance is None else self.latent_tolerance
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance <= 1:
+            raise ValueError(f"`latent_tolerance` must be a number in [0, 1], got {tolerance!r}; 0 is off.")
         if self.latent_tolerance and self.latent_feedback != "dac":
             raise ValueError("`latent_tolerance` compares DAC's looks: use it with `latent_feedback='dac'`.")
 
@@ -212,6 +215,37 @@ class ReflectionProgress:
         return {"latents": latents, "latent_counts": counts, "latent_attention": attention}
 
 
+def settle_forced(
+    logits: tuple[torch.Tensor, ...],
+    new_tokens: torch.LongTensor,
+    token_ids: tuple[int, int, int],
+    beam_indices: torch.LongTensor | None,
+    starts: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Gives forced tokens a log-probability of 0, so that an answer's log-probability is that of its free tokens.
+
+    Args:
+        logits (`tuple[torch.FloatTensor]`): Of each step, (rows, vocabulary).
+        new_tokens (`torch.LongTensor` of shape `(B, steps)`): What was decoded.
+        token_ids (`tuple[int, int, int]`): Ids of the start, slot and end token.
+        beam_indices (`torch.LongTensor` of shape `(B, steps)`, *optional*): With beams, the row of its step that a token
+            comes from.
+        starts (`bool`): Whether the first token was forced, too (`reflect=True`).
+    """
+    _, latent_id, end_id = token_ids
+    forced = (new_tokens == latent_id) | (new_tokens == end_id)
+    forced[:, 0] |= starts
+    if beam_indices is not None:
+        forced &= beam_indices >= 0
+    settled = list(logits)
+    for step in forced.any(0).nonzero().flatten().tolist():
+        rows = forced[:, step].nonzero().flatten()
+        sources = (rows if beam_indices is None else beam_indices[rows, step]).to(settled[step].device)
+        settled[step] = settled[step].index_fill(0, sources, float("-inf"))
+        settled[step][sources, new_tokens[rows, step].to(sources.device)] = 0.0
+    return tuple(settled)
+
+
 class ReflectionTokenBan(LogitsProcessor):
     """Bans the slot and the end token outside of reflections, and the start token where none may start.
 
@@ -293,7 +327,12 @@ class SilentReflectionStreamer(BaseStreamer):
     def put(self, value: torch.LongTensor):
         # Streamers that skip the prompt take whatever comes first for it.
         if not self.prompt_is_next and value.numel() == 1:
-            value = value[~torch.isin(value, self.token_ids)]
+            hidden = torch.isin(value, self.token_ids)
+            if hasattr(
+                self.streamer, "total_tokens"
+            ):  # the server's counts what it is given, for the usage that it reports
+                self.streamer.total_tokens += int(hidden.sum())
+            value = value[~hidden]
         if self.prompt_is_next or value.numel():
             self.streamer.put(value)
         self.prompt_is_next = False

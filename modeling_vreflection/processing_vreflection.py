@@ -232,10 +232,30 @@ class ReflectionProcessorMixin:
         refuse_other_media(**kwargs)
         refuse_other_media(**processor_kwargs)
         single = isinstance(conversation[0], dict)
+        for messages in [conversation] if single else conversation:
+            self._refuse_special_tokens(messages)
         boxes = [rendered_reflections(messages) for messages in ([conversation] if single else conversation)]
         if kwargs.get("tokenize") and any(boxes):
             processor_kwargs["boxes"] = boxes[0] if single else boxes
         return super().apply_chat_template(conversation, *args, processor_kwargs=processor_kwargs, **kwargs)
+
+    def _refuse_special_tokens(self, messages: list[dict]):
+        """Raises a `ValueError` where a message's text holds a special token's name, which the tokenizer would interpret."""
+        template = self.chat_template if isinstance(self.chat_template, str) else ""
+        names = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        names = [
+            name for name in names if f"replace('{name}'" not in template
+        ]  # the template breaks the latent ones up
+        for number, message in enumerate(messages):
+            content = message.get("content") or ""
+            if not isinstance(content, str):  # a name may be spread over parts
+                content = "".join(part.get("text") or "" for part in content if part.get("type") == "text")
+            if found := sorted((content.find(name), name) for name in names if name in content):
+                place, name = found[0]
+                raise ValueError(
+                    f"Message {number} ({message.get('role')}) holds {name} at character {place} of its text: a special token "
+                    "can't be written as text. Take it out, or break it up."
+                )
 
     @property
     def _known_arguments(self) -> set[str]:

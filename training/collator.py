@@ -54,6 +54,8 @@ class VReflectionDataCollator:
         reflect (`bool`): Whether to keep the reflections; plain fine-tuning drops them.
         align_segments (`bool`): Whether to pad so that all segments start in one column, as feeding states back needs.
         slot_ce (`bool`): Whether slots and end tokens are labelled, too.
+        closing_ce (`bool`): Whether what closes is labelled, too: end tokens, and the newline after the assistant's
+            `<|im_end|>`.
         max_length (`int`, *optional*): Longest sample in tokens.
         on_bad_row (`str`): `"error"` raises at a bad row, `"skip"` leaves it out and notes it in `skipped`.
         every_module (`bool`): Whether a batch without a reflection (or, where those are dropped, without a picture) gets a
@@ -68,6 +70,7 @@ class VReflectionDataCollator:
     reflect: bool = True
     align_segments: bool = False
     slot_ce: bool = False
+    closing_ce: bool = False
     max_length: int | None = None
     on_bad_row: str = "error"
     every_module: bool = False
@@ -128,7 +131,12 @@ class VReflectionDataCollator:
         encoded = {key: value[0] if key in texts else value for key, value in encoded.items()}
         input_ids, supervised = encoded["input_ids"], encoded.pop("assistant_masks").bool()
         if not self.slot_ce:
-            supervised &= (input_ids != self.config.latent_token_id) & (input_ids != self.config.latent_end_token_id)
+            supervised &= input_ids != self.config.latent_token_id
+            if not self.closing_ce:
+                supervised &= input_ids != self.config.latent_end_token_id
+        if self.closing_ce:  # the template's mask ends with `<|im_end|>`
+            turn_ends = supervised & (input_ids == self.processor.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+            supervised[1:] |= turn_ends[:-1]
         return {**encoded, "labels": input_ids.masked_fill(~supervised, -100)}, count
 
     def _check(self, encoded: dict[str, torch.Tensor], name: str):

@@ -66,6 +66,8 @@ class VReflectionSFTConfig(SFTConfig):
         attention_epsilon (`float`, *optional*, defaults to `1e-9`): ε of Eq. 4.
         slot_ce (`bool`, *optional*, defaults to `False`): Whether the cross-entropy also supervises the slot and end
             tokens, which decoding forces.
+        closing_ce (`bool`, *optional*, defaults to `False`): Whether the cross-entropy also supervises what closes: a
+            reflection's end token, and the newline after the answer's `<|im_end|>`, as the released code does.
         freeze_vision (`bool`, *optional*, defaults to `True`): Whether the vision encoder and its merger stay as is.
         allow_untrained_bcm (`bool`, *optional*, defaults to `False`): Whether DAC may learn from a frozen BCM that was
             never trained, or without one: the ablations of stage 2.
@@ -117,6 +119,7 @@ class VReflectionSFTConfig(SFTConfig):
     attention_temperature: float = HfArg(default=1.0, help="Temperature of Eq. 4.")
     attention_epsilon: float = HfArg(default=1e-9, help="Smoothing constant of Eq. 4.")
     slot_ce: bool = HfArg(default=False, help="Supervise the slot and end tokens as well.")
+    closing_ce: bool = HfArg(default=False, help="Supervise end tokens and the newline after an answer as well.")
     freeze_vision: bool = HfArg(default=True, help="Freeze the vision encoder and its merger.")
     allow_untrained_bcm: bool = HfArg(
         default=False, help="Let DAC learn from an untrained BCM or none: the ablations."

@@ -92,6 +92,7 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
                 # Without a teacher the states themselves fill the slots of pass 1.
                 align_segments=args.latent_inputs == "hidden" or not model.config.has_bcm,
                 slot_ce=args.slot_ce,
+                closing_ce=args.closing_ce,
                 max_length=args.max_length,
                 on_bad_row=args.on_bad_row,
                 every_module=args.world_size > 1,

@@ -37,7 +37,7 @@ class Stage:
 
 L_BCM = {"lambda_bcm": 0.1}
 L_DAC = {"lambda_dac": 0.1, "lambda_feat": 1.0, "lambda_attn": 1.0}
-SLOTS = ("latent_inputs", "latent_loss", "slot_ce")
+SLOTS = ("latent_inputs", "latent_loss", "slot_ce", "closing_ce")
 EQ_2 = ("alignment", "bernoulli_p", "bcm_receives_ce")
 EQ_4 = ("attention_target", "attention_temperature", "attention_epsilon")
 ALWAYS = ("latent_feedback", "freeze_vision")

@@ -77,7 +77,7 @@ def load_checkpoint(
         `tuple`: The model, in evaluation mode, and its processor.
 
     Raises:
-        InputError: No checkpoint, damaged or incomplete weights, no such device, dtype or attention implementation.
+        InputError: No checkpoint, damaged or incomplete weights, weights that aren't finite, no such device, dtype or attention implementation.
     """
     checkpoint_config(folder)
     device = find_device(device)
@@ -95,6 +95,11 @@ def load_checkpoint(
     mismatched = {name for name, *_ in report["mismatched_keys"]}
     if wrong := sorted(mismatched | set(report["missing_keys"])):
         raise InputError(f"{folder}: {len(wrong)} weights are missing or of another shape, {wrong[0]} first")
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise InputError(
+                f"{folder}: the weight {name} holds NaN or infinity: the checkpoint is damaged, or its training was"
+            )
     start_id = processor.tokenizer.convert_tokens_to_ids(processor.latent_start_token)
     if start_id != model.config.latent_start_token_id:
         raise InputError(

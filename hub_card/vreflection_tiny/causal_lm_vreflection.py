@@ -7,12 +7,16 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .compression_vreflection import initialise_queries
+from .decoding_vreflection import ReflectionOptions
+from .generation_vreflection import refuse_videos
 from .processing_vreflection import LATENT_TOKENS
 from .reflection_vreflection import LatentOutput
 
+
+logger = logging.get_logger(__name__)
 
 # Arguments of `from_pretrained` that say where a checkpoint lies; its tokenizer and processor lie there, too.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
@@ -101,14 +105,15 @@ class ReflectionCausalLMMixin:
         Raises:
             ValueError: Slots that nothing fills; segments of the wrong length; another number of boxes than segments;
                 a box outside its image, or in one that isn't shown before the segment; a `latent_inputs` that the model or
-                the batch doesn't allow; fewer latents than slots; both names of the cache; videos, embeddings or a cache
+                the batch doesn't allow; fewer latents than slots; both names of the cache; videos; embeddings or a cache
                 beside segments.
         """
-        videos = {
-            "pixel_values_videos": pixel_values_videos,
-            "video_grid_thw": video_grid_thw,
-            "second_per_grid_ts": second_per_grid_ts,
-        }
+        # The stock names stay in the signature, so that a video is refused and not ignored.
+        refuse_videos(
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
+            second_per_grid_ts=second_per_grid_ts,
+        )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -127,7 +132,6 @@ class ReflectionCausalLMMixin:
             latent_state=latent_state,
             past_key_values=past_key_values,
             return_dict=True,
-            **{name: value for name, value in videos.items() if value is not None},
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -163,6 +167,15 @@ class ReflectionCausalLMMixin:
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub)
             model.add_latent_tokens(len(tokenizer))
+        elif model.generation_config._from_model_config:
+            model._default_generation_config()
+            if model.config.has_dac:
+                logger.warning(
+                    f"{pretrained_model_name_or_path} has no generation_config.json, which says what it feeds back: "
+                    "`latent_feedback='hidden'` is taken; a model trained for 'dac' needs that instead."
+                )
+        # Values that decoding would refuse are refused here.
+        ReflectionOptions.resolve(model.config, model.generation_config)
         return loaded
 
     @classmethod
@@ -210,9 +223,17 @@ class ReflectionCausalLMMixin:
             for module in {self.get_input_embeddings(), self.get_output_embeddings()}:
                 module.weight[ids[0] : ids[-1] + 1] = module.weight[:first_id].float().mean(0).to(module.weight.dtype)
         self.config.latent_start_token_id, self.config.latent_token_id, self.config.latent_end_token_id = ids
+        self._default_generation_config()
+
+    def _default_generation_config(self):
+        """Writes how a reflection is decoded by default into the generation config."""
+        given = self.generation_config.to_diff_dict()
+        if given.pop("_from_model_config", False):
+            given.pop("use_cache", None)  # of the config.json, where training turns it off
         # Only an explicit generation config keeps entries that transformers doesn't know.
         self.generation_config = GenerationConfig(
-            **{**self.generation_config.to_diff_dict(), "_from_model_config": False},
+            **given,
+            _from_model_config=False,
             latent_steps=self.config.num_latent_tokens,
             latent_feedback="hidden",
         )
@@ -221,8 +242,10 @@ class ReflectionCausalLMMixin:
         """Saves the checkpoint with the code that loads it. The keys stay as they are in the model, so that resuming finds them.
 
         Raises:
-            ValueError: A checkpoint that would decode by DAC (`latent_feedback`) and has none.
+            ValueError: A generation config with values that aren't allowed, or of a checkpoint that would decode by DAC
+                (`latent_feedback`) and has none.
         """
+        ReflectionOptions.resolve(self.config, self.generation_config)
         if getattr(self.generation_config, "latent_feedback", None) == "dac" and not self.config.has_dac:
             raise ValueError(
                 "The generation config's `latent_feedback` is 'dac', which needs DAC, and `has_dac=False` leaves it out: keep "

@@ -17,9 +17,12 @@ from .decoding_vreflection import (
     ReflectionTokenBan,
     SilentReflectionStreamer,
     forced_tokens_left,
+    settle_forced,
 )
 
 
+# No native videos: nothing looks at them.
+VIDEO_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 # Arguments of `forward` that transformers would let through to it, where decoding has no use for them.
 NOT_FOR_GENERATE = ("boxes", "latent_inputs", "bcm_receives_ce", "latent_state", "skip_logits", "labels")
 # What `generate` and the language model call the key-value cache: `cache` from transformers 5.24 on.
@@ -51,7 +54,8 @@ class ReflectionGenerationMixin:
         The returned sequences hold a reflection's tokens, all special: `skip_special_tokens=True` drops them. With
         `return_dict_in_generate=True` the output also holds `latents` (B, M, D), what was fed to the slots of each sequence,
         in their order and filled up with zeros; `latent_counts` (B,), how many there are; and with `"dac"`
-        `latent_attention` (B, M, L), float32, where each looked, over the L merged patches of all images of the row.
+        `latent_attention` (B, M, L), float32, where each looked, over the L merged patches of all images of the row. In
+        `scores` and `logits` a forced token has the log-probability 0, so that an answer's is that of its free tokens.
 
         Args:
             latent_steps (`int`, *optional*): S, steps of a reflection; 0 is the plain backbone. Defaults to the
@@ -68,7 +72,7 @@ class ReflectionGenerationMixin:
 
         Raises:
             ValueError: A mode that would silently do without latents: assisted decoding, prompt lookup,
-                `use_cache=False`, continuous batching, tokens of a reflection in the prompt; no room for an answer; with
+                `use_cache=False`, continuous batching, tokens of a reflection in the prompt; no room for an answer; videos; with
                 `"dac"`, pictures that this call doesn't hold, or `reflect=True` and a row without a picture.
         """
         if self.config.latent_token_id is None:
@@ -79,6 +83,7 @@ class ReflectionGenerationMixin:
             raise ValueError(
                 f"`generate` has no use for `{given[0]}`, which is an argument of `forward`: leave it out."
             )
+        refuse_videos(**{name: kwargs.get(name) for name in VIDEO_INPUTS})
         kwargs = dict(**signature(super().generate).bind_partial(*args).arguments, **kwargs)
         given_config = kwargs.get("generation_config")
         options = self.reflection_options(latent_steps, latent_feedback, reflect, latent_tolerance, given_config)
@@ -88,8 +93,6 @@ class ReflectionGenerationMixin:
         if options.can_start:
             if kwargs.get("assistant_model") is not None:
                 raise ValueError(unsupported("assisted decoding (`assistant_model`)", "leave `assistant_model` out"))
-            if options.latent_feedback == "dac" and kwargs.get("pixel_values_videos") is not None:
-                raise ValueError("`latent_feedback='dac'` asks pictures, not videos: use `latent_feedback='hidden'`.")
         if latents is not None:
             self._check_latents(latents, prompt, options)
         if kwargs.get("streamer") is not None:
@@ -105,8 +108,11 @@ class ReflectionGenerationMixin:
                     stacklevel=3,
                 )
         if not isinstance(result, torch.Tensor):
-            embeddings = self.get_input_embeddings().weight
-            recorded = progress.recorded(result.sequences, getattr(result, "beam_indices", None), embeddings)
+            embeddings, beam_indices = self.get_input_embeddings().weight, getattr(result, "beam_indices", None)
+            if result.logits is not None and options.can_start:
+                new_tokens, ids = result.sequences[:, progress.prompt_length :], self.config.latent_token_ids
+                result.logits = settle_forced(result.logits, new_tokens, ids, beam_indices, bool(options.reflect))
+            recorded = progress.recorded(result.sequences, beam_indices, embeddings)
             for name, value in recorded.items():
                 result[name] = value
         return result
@@ -303,6 +309,12 @@ class ReflectionGenerationMixin:
             "Continuous batching (`generate_batch`, a paged cache) can't carry the latent states from step to step: call "
             "`generate` without `cache_implementation='paged'`."
         )
+
+
+def refuse_videos(**inputs) -> None:
+    """Raises a `ValueError` where any of these inputs, which only a native video has, is given."""
+    if given := [name for name, value in inputs.items() if value is not None]:
+        raise ValueError(f"V-Reflection looks at pictures, not videos: pass frames as pictures, and no `{given[0]}`.")
 
 
 def unsupported(mode: str, remedy: str) -> str:

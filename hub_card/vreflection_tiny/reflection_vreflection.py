@@ -108,6 +108,9 @@ class ReflectionModelMixin:
             if cache is not None:
                 raise ValueError("`cache` and `past_key_values` are two names of one thing: pass one of them.")
             cache = past_key_values
+        if input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+            if (input_ids == self.config.video_token_id).any():
+                raise ValueError("`input_ids` hold a video's tokens: V-Reflection looks at pictures, not videos.")
         position_ids = self._with_packed_positions(
             input_ids, position_ids, attention_mask, mm_token_type_ids, image_grid_thw, use_cache
         )
@@ -127,7 +130,7 @@ class ReflectionModelMixin:
                 raise ValueError("`latents` fill the slots: pass neither `latent_inputs` nor `boxes` with them.")
             inputs_embeds = self._replay(input_ids, inputs_embeds, latents)
         elif latent_inputs is not None:
-            segments = self._check_reflecting(input_ids, inputs_embeds, cache, boxes, latent_inputs, kwargs)
+            segments = self._check_reflecting(input_ids, inputs_embeds, cache, boxes, latent_inputs)
             if segments is not None:
                 features = self.image_features(pixel_values, image_grid_thw, mm_encoder_outputs)
                 return self._reflect(inputs, segments, features, boxes, latent_inputs, bcm_receives_ce, kwargs)
@@ -186,7 +189,7 @@ class ReflectionModelMixin:
         positions = positions - positions.gather(2, starts.expand_as(positions))
         return torch.cat([position_ids[None], positions])
 
-    def _check_reflecting(self, input_ids, inputs_embeds, cache, boxes, latent_inputs, kwargs) -> tuple | None:
+    def _check_reflecting(self, input_ids, inputs_embeds, cache, boxes, latent_inputs) -> tuple | None:
         """Checks a call with `latent_inputs`; returns its segments, see [`find_segments`], or `None` if there are none."""
         if latent_inputs not in LATENT_INPUTS:
             raise ValueError(f"`latent_inputs` must be one of {', '.join(LATENT_INPUTS)}, got {latent_inputs!r}.")
@@ -199,8 +202,6 @@ class ReflectionModelMixin:
             return None
         if cache is not None:
             raise ValueError("Slots are filled in whole sequences: pass no cache with `latent_inputs`.")
-        if kwargs.get("pixel_values_videos") is not None:
-            raise ValueError("A reflection looks at pictures: pass no `pixel_values_videos` with `latent_inputs`.")
         return segments
 
     def _check_unfilled(self, input_ids, boxes) -> None:

@@ -99,7 +99,10 @@ def inspect_row(
         messages = read_messages(row, reflect)
         image_tokens = _image_tokens(pictures(messages), found, processor.image_processor, decode, name)
         found.path_lengths = check_messages(messages, name, row, processor.num_latent_tokens)
-        text = processor.apply_chat_template(messages, tokenize=False)
+        try:
+            text = processor.apply_chat_template(messages, tokenize=False)
+        except ValueError as error:
+            raise BadRow(f"{name}: {error}", "special token") from error
         places = text.count(processor.image_token)
         if places != found.images:
             raise BadRow(
