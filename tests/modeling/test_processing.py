@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from qwen_vl_utils import process_vision_info
 from reference import END, SLOT, START, answer, ask, encode, picture
 
 from modeling_vreflection import VReflectionProcessor
@@ -26,6 +27,17 @@ def render(processor, messages, **kwargs):
 
 
 # The conversation format
+
+
+def test_scripts_in_qwens_own_way_give_the_same_prompt(processor):
+    """The text from the template, the pictures from `qwen_vl_utils`, and both through the processor."""
+    messages = ask("Which is larger?", picture(0, (120, 160)), picture(1, (96, 64)))
+    pictures, _ = process_vision_info(messages, image_patch_size=processor.image_processor.patch_size)
+    text = render(processor, messages, add_generation_prompt=True)
+    own_way = processor(text=[text], images=pictures, return_tensors="pt")
+    expected = encode(processor, messages)
+    assert torch.equal(own_way["input_ids"], expected["input_ids"])
+    assert torch.equal(own_way["image_grid_thw"], expected["image_grid_thw"])
 
 
 def test_a_plain_conversation_has_qwens_format(processor):
