@@ -7,6 +7,7 @@ merged patches of one image.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -16,6 +17,7 @@ from modeling_vreflection.generation_vreflection import CACHE
 from modeling_vreflection.regions_vreflection import merged_grids
 
 from ..errors import InputError
+from .look_boxes import LookBox, merge_looks
 
 
 # DAC's attention, with the model's states as queries; and the language model's own, from the slots to the image tokens.
@@ -37,6 +39,16 @@ class Reflection:
 
     steps: int
     maps: dict[str, list[torch.Tensor]]
+
+    @property
+    def source(self) -> str:
+        """Whose maps tell where it looked: the first of `SOURCES` that it has maps of."""
+        return next(source for source in SOURCES if source in self.maps)
+
+    @cached_property
+    def looks(self) -> list[LookBox]:
+        """Where it looked, in order, by the maps of `source`; see [`merge_looks`]."""
+        return merge_looks(self.maps[self.source])
 
 
 @dataclass(frozen=True)

@@ -10,24 +10,25 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 from .attention_maps import Reflection
+from .look_boxes import Box
+from .look_drawing import draw_looks, look_map
 
-
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions of the picture's sides
 
 TITLES = {"dac": "DAC's attention", "llm": "LLM's own attention"}
 QUERIES = {"dac": "queries: the model's states", "llm": "from latent positions to image tokens"}
-COLOUR_MAP = "inferno"
-OPACITY = 0.68
+# From no attention to the most; a medium grey is seen on bright and dark pictures, whose own colours show through.
+VEIL = LinearSegmentedColormap.from_list("veil", [(0.5, 0.5, 0.5, 0.82), (0.5, 0.5, 0.5, 0)])
 CAPTION = "0.35"
 BOX_COLOUR = "#35e0a1"
 # Of the finished picture, in inches and pixels an inch.
-PANEL, STEP_PANEL, DPI = 3.1, 1.75, 160
+PANEL, STEP_PANEL, DPI = 4.6, 1.75, 160
 STEPS_A_LINE = 8
 QUESTION_LINES = 3
 FIGURE_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
@@ -43,10 +44,11 @@ def draw_heatmap(
     path: Sequence[Box] = (),
     per_step: bool = False,
 ) -> Figure:
-    """Draws each picture beside its attention maps, averaged over the latent steps or one panel a step.
+    """Draws where the model looked: its looks on each picture, numbered and joined, or one panel a latent step.
 
-    A map is stretched over its picture with bilinear interpolation between the centres of the patches; the grid's true
-    size stands in the title. Colours run from zero to the largest share in the figure's row.
+    Looks are those of [`Reflection`], and the colours under them are the largest share that any look has on a patch. A map
+    is stretched over its picture with bilinear interpolation between the centres of the patches. Colours run from zero to
+    the largest share in the figure, or with `per_step` in its row.
 
     Args:
         pictures (`list[Image.Image]`): The conversation's pictures, RGB.
@@ -54,23 +56,15 @@ def draw_heatmap(
         question (`str`): The question, wrapped and shortened to a few lines.
         answer (`str`): The model's answer.
         path (`Sequence[tuple[float, float, float, float]]`, *optional*): Where to look in the first picture, in this
-            order: boxes, corners as fractions of its sides. Drawn as outlines, with numbers if there are several; over
-            the map of one step its own box alone, of K boxes the k-th at step k and the last one at all later steps.
-        per_step (`bool`, *optional*, defaults to `False`): One panel for each latent step.
+            order: boxes, corners as fractions of its sides. Drawn as outlines; over the map of one step its own box alone,
+            of K boxes the k-th at step k and the last one at all later steps.
+        per_step (`bool`, *optional*, defaults to `False`): One panel for each latent step and source.
 
     Returns:
         `Figure`: Not registered with pyplot; `save_figure` writes it.
     """
     pictures = [shrink(picture) for picture in pictures]
-    rows = []  # name, picture, outlines, and for each source a map of each step (S, h, w)
-    for number, reflection in enumerate(reflections, 1):
-        for index, picture in enumerate(pictures):
-            name = "picture" if len(pictures) == 1 else f"picture {index + 1}"
-            if len(reflections) > 1:
-                name += f", reflection {number}"
-            maps = {source: of_pictures[index] for source, of_pictures in reflection.maps.items()}
-            rows.append((name, picture, path if index == 0 else (), maps))
-    figure = _draw_steps(rows) if per_step else _draw_means(rows)
+    figure = (_draw_steps if per_step else _draw_looks)(pictures, reflections, path)
     size = 16 if per_step else 12  # figures of single steps are wider, and shown smaller
     letters = int(figure.get_size_inches()[0] * 120 / size)
     title = wrap(question, letters) + "\n" + wrap(f"→ {answer or '(an empty answer)'}", letters)
@@ -96,32 +90,42 @@ def wrap(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(text, width, max_lines=QUESTION_LINES, placeholder=" …"))
 
 
-def _draw_means(rows: list[tuple]) -> Figure:
-    """A line for each picture: the picture, and one map of each source, averaged over the steps."""
-    sources = len(rows[0][3])
-    heights = [PANEL * panel_shape(picture) + 0.65 for _, picture, *_ in rows]
-    figure = new_figure((PANEL * (1 + sources) + 0.6 * sources, sum(heights) + 0.55))
-    panels = figure.subplots(len(rows), 1 + sources, squeeze=False, height_ratios=heights)
-    for (first, *others), (name, picture, path, maps) in zip(panels, rows):
-        show(first, picture, path)
-        first.set_title(name, fontsize=10.5)
-        for axes, (source, steps) in zip(others, maps.items()):
-            mean = steps.mean(0)
-            shown = show(axes, picture, path, mean, mean.max().item())
-            axes.set_title(TITLES[source], fontsize=10.5, fontweight="bold")
-            axes.set_xlabel(f"{_caption(source, steps)}\nmean of {len(steps)} latent steps", fontsize=8, color=CAPTION)
-            colour_bar(figure, shown, axes)
+def _draw_looks(pictures: list[Image.Image], reflections: list[Reflection], path: Sequence[Box]) -> Figure:
+    """A panel for each picture, with the looks of all reflections."""
+    looks = [reflection.looks for reflection in reflections]
+    maps = [look_map(reflections, index) for index in range(len(pictures))]
+    most = max(attention.max().item() for attention in maps)
+    heights = [PANEL * panel_shape(picture) + 0.5 for picture in pictures]
+    figure = new_figure((PANEL + 1.2, sum(heights) + 0.9))
+    panels = figure.subplots(len(pictures), squeeze=False, height_ratios=heights)[:, 0]
+    for index, (axes, picture, attention) in enumerate(zip(panels, pictures, maps)):
+        shown = show(axes, picture, (), attention, most)
+        for box in path if index == 0 else ():
+            outline_box(axes, picture, box, dashed=True)
+        draw_looks(axes, picture, index, looks)
+        if len(pictures) > 1:
+            axes.set_title(f"picture {index + 1}", fontsize=10.5)
+        colour_bar(figure, shown, axes)
+    steps = sum(reflection.steps for reflection in reflections)
+    caption = f"{TITLES[reflections[0].source]}, {steps} latent steps. A box holds half of a look's attention on its picture."
+    if path:
+        caption += " Dashed: where to look."
+    panels[-1].set_xlabel(wrap(caption, 66), fontsize=8, color=CAPTION)
     return figure
 
 
-def _draw_steps(rows: list[tuple]) -> Figure:
+def _draw_steps(pictures: list[Image.Image], reflections: list[Reflection], path: Sequence[Box]) -> Figure:
     """Lines for each picture and source: the picture, and one map for each step."""
-    lines = [
-        (name, picture, path, source, steps, range(len(steps))[start : start + STEPS_A_LINE])
-        for name, picture, path, maps in rows
-        for source, steps in maps.items()
-        for start in range(0, len(steps), STEPS_A_LINE)
-    ]
+    lines = []  # name, picture, boxes, source, maps (S, h, w), and the steps of the line
+    for number, reflection in enumerate(reflections, 1):
+        for index, picture in enumerate(pictures):
+            name = "picture" if len(pictures) == 1 else f"picture {index + 1}"
+            if len(reflections) > 1:
+                name += f", reflection {number}"
+            for source, maps in reflection.maps.items():
+                for start in range(0, reflection.steps, STEPS_A_LINE):
+                    numbers = range(reflection.steps)[start : start + STEPS_A_LINE]
+                    lines.append((name, picture, path if index == 0 else (), source, maps[index], numbers))
     columns = max(len(numbers) for *_, numbers in lines)
     heights = [STEP_PANEL * panel_shape(picture) + 0.75 for _, picture, *_ in lines]
     figure = new_figure((STEP_PANEL * (columns + 1) + 1.3, sum(heights) + 0.55))
@@ -161,17 +165,13 @@ def show(
     attention: torch.Tensor | None = None,
     most: float = 1.0,
 ) -> AxesImage:
-    """Shows a picture, or its grey shadow under a map (h, w) coloured from zero to `most`, with the boxes of a path."""
+    """Shows a picture with the boxes of a path, and over it a map (h, w): a veil, clear where the share is `most`."""
     width, height = picture.size
     extent = (0, width, height, 0)
-    shown = axes.imshow(
-        picture if attention is None else picture.convert("L"), extent=extent, cmap="gray", vmin=0, vmax=255
-    )
+    shown = axes.imshow(picture, extent=extent)
     if attention is not None:
         percent = attention.numpy() * 100
-        shown = axes.imshow(
-            percent, extent=extent, cmap=COLOUR_MAP, alpha=OPACITY, interpolation="bilinear", vmin=0, vmax=most * 100
-        )
+        shown = axes.imshow(percent, extent=extent, cmap=VEIL, interpolation="bilinear", vmin=0, vmax=most * 100)
     for number, box in enumerate(path, 1):
         outline_box(axes, picture, box, str(number) if len(path) > 1 else "")
     axes.set_xticks([])
@@ -180,11 +180,12 @@ def show(
     return shown
 
 
-def outline_box(axes: Axes, picture: Image.Image, box: Box, name: str = "") -> None:
+def outline_box(axes: Axes, picture: Image.Image, box: Box, name: str = "", dashed: bool = False) -> None:
     """Outlines a box, corners as fractions of the picture's sides, with its name at the upper left corner."""
     width, height = picture.size
     x0, y0, x1, y1 = box[0] * width, box[1] * height, box[2] * width, box[3] * height
-    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=BOX_COLOUR, linewidth=1.8))
+    style = {"edgecolor": BOX_COLOUR, "linewidth": 1.8, "linestyle": "--" if dashed else "-"}
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **style))
     if name:
         label = {"facecolor": BOX_COLOUR, "edgecolor": "none", "pad": 1}
         axes.text(x0, y0, name, fontsize=7.5, fontweight="bold", ha="left", va="top", bbox=label)
@@ -195,8 +196,7 @@ def colour_bar(figure: FigureBase, shown: AxesImage, axes: Axes) -> None:
     bar = figure.colorbar(shown, cax=axes.inset_axes([1.03, 0, 0.045, 1]))
     bar.set_label("% per patch", fontsize=8)
     bar.ax.tick_params(labelsize=8, length=2)
-    bar.outline.set_visible(False)
-    bar.solids.set_alpha(1)
+    bar.outline.set_linewidth(0.5)
 
 
 def _caption(source: str, maps: torch.Tensor) -> str:

@@ -6,6 +6,7 @@ from modeling_vreflection import VReflectionForConditionalGeneration, VReflectio
 
 from .attention_maps import SOURCES, Reflection, generate_and_look
 from .encoding import encode_prompts
+from .look_boxes import LookBox
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,11 @@ class Look:
 
     answer: str
     reflections: list[Reflection]
+
+    @property
+    def looks(self) -> list[LookBox]:
+        """Where the model looked, in order, over all reflections: for each look its steps, its box and its share."""
+        return [look for reflection in self.reflections for look in reflection.looks]
 
 
 def look(

@@ -1,6 +1,7 @@
 """`vreflection ask`: a question about a picture, and where the model looked."""
 
 import argparse
+import json
 import random
 import sys
 from pathlib import Path
@@ -32,13 +33,14 @@ def add_parser(commands) -> None:
     parser.add_argument("picture", nargs="?", metavar="PICTURE", help="a picture file")
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="the question about it")
     parser.add_argument("--model", help="a folder or a Hub id (default: the checkpoint embedded in the package)")
-    parser.add_argument("--heatmap", type=Path, metavar="FILE", help="write the picture beside its attention maps")
-    parser.add_argument("--per-step", action="store_true", help="one map for each latent step instead of their mean")
+    parser.add_argument("--heatmap", type=Path, metavar="FILE", help="draw the looks on the picture into this file")
+    parser.add_argument("--per-step", action="store_true", help="a heatmap of each latent step instead of the looks")
     parser.add_argument(
         "--source",
-        choices=[*ATTENTION_SOURCES, "both"],
-        help="DAC's attention, or the LLM's own (default: all that there are)",
+        choices=ATTENTION_SOURCES,
+        help="where it looked by DAC's attention, or by the LLM's own (default: DAC's if there is one)",
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--latent-steps", type=natural, metavar="S", help="latent steps of a reflection; 0: none")
     parser.add_argument("--latent-feedback", choices=LATENT_FEEDBACK, help="what a latent step feeds back")
     parser.add_argument(
@@ -70,8 +72,8 @@ def run(options: argparse.Namespace) -> None:
             raise InputError("--seed draws a scene; with a picture there is nothing to draw")
         if options.question is None or not options.question.strip():
             raise InputError('a question is missing: vreflection ask PICTURE "QUESTION"')
-        if options.heatmap is None and (options.per_step or options.source):
-            raise InputError("--per-step and --source say what a heatmap shows: add --heatmap FILE")
+        if options.heatmap is None and options.per_step:
+            raise InputError("--per-step says what a heatmap shows: add --heatmap FILE")
         heatmap, question, path = options.heatmap, options.question, []
     if heatmap is not None:
         check_suffix(heatmap)
@@ -83,18 +85,23 @@ def run(options: argparse.Namespace) -> None:
     from vreflection_hub_card.inference.checkpoints import checkpoint_folder, load_checkpoint
 
     folder = checkpoint_folder(options.model)
-    sources = choose_sources(options.source, folder) if heatmap is not None else ()
+    source = choose_source(options.source, folder)
     model, processor = load_checkpoint(folder, options.device)
     if demo:
         with writing(DEMO_PICTURE):
             picture.save(DEMO_PICTURE)
-        print(f"Scene {seed}, written to {DEMO_PICTURE}; --seed {seed} draws it again.\n{question}")
-    seen = ask_model(model, processor, picture, question, sources, options)
-    if demo:
-        verdict = "right" if seen.answer == asked.answer else f"wrong, it is {asked.answer}"
-        print(f"{seen.answer or 'An empty answer'}   ({verdict})")
+        if not options.json:
+            print(f"Scene {seed}, written to {DEMO_PICTURE}; --seed {seed} draws it again.\n{question}")
+    seen = ask_model(model, processor, picture, question, source, options)
+    if options.json:
+        print(json.dumps(as_json(seen, question, source, model.reflection_options(**decoding(options)))))
     else:
-        print(seen.answer)
+        verdict = ""
+        if demo:
+            verdict = "   (right)" if seen.answer == asked.answer else f"   (wrong, it is {asked.answer})"
+        print((seen.answer or "An empty answer" if demo else seen.answer) + verdict)
+        if seen.reflections:
+            print("\n".join(look_lines(seen.looks, source, picture.size)))
 
     if not seen.reflections:
         missing = f"; {heatmap} is not written, try --reflect" if heatmap is not None else ""
@@ -105,8 +112,46 @@ def run(options: argparse.Namespace) -> None:
         figure = draw_heatmap([picture], seen.reflections, question, seen.answer, path, options.per_step)
         with writing(heatmap):
             save_figure(figure, heatmap)
-        outlined = ", with the shapes of the chain outlined and numbered" if demo else ""
-        print(f"Where it looked: {heatmap}{outlined}.", file=sys.stdout if demo else sys.stderr)
+        outlined = ", with the shapes of the chain outlined" if demo else ""
+        shown = demo and not options.json
+        print(f"Where it looked: {heatmap}{outlined}.", file=sys.stdout if shown else sys.stderr)
+
+
+def decoding(options: argparse.Namespace) -> dict:
+    """The options that `generate` resolves."""
+    names = ("latent_steps", "latent_feedback", "reflect")
+    return {name: getattr(options, name) for name in names}
+
+
+def look_lines(looks: list, source: str, size: tuple[int, int]) -> list[str]:
+    """A table of looks: number, steps, the box in pixels of the picture, and the shares inside and outside."""
+    whose = {"dac": "DAC's attention", "llm": "the LLM's attention on the picture"}[source]
+    lines = [
+        f"Where it looked, by {whose}; boxes in pixels of {size[0]} x {size[1]}:",
+        f"{'look':>4}  {'steps':>5}  {'x0, y0, x1, y1':<22}  inside  outside",
+    ]
+    for number, look in enumerate(looks, 1):
+        steps = str(look.steps[0]) if len(look.steps) == 1 else f"{look.steps[0]}-{look.steps[-1]}"
+        corners = ", ".join(str(round(corner * size[index % 2])) for index, corner in enumerate(look.box))
+        inside = round(look.inside * 100)
+        lines.append(f"{number:>4}  {steps:>5}  {corners:<22}  {inside:>4} %  {100 - inside:>5} %")
+    return lines
+
+
+def as_json(seen, question: str, source: str, resolved) -> dict:
+    """The answer and its looks for programs; boxes are fractions of the picture's sides."""
+    looks = []
+    for number, reflection in enumerate(seen.reflections, 1):
+        for look in reflection.looks:
+            looks.append({"look": len(looks) + 1, "reflection": number, **look.to_dict()})
+    return {
+        "question": question,
+        "answer": seen.answer,
+        "latent_steps": resolved.latent_steps,
+        "latent_feedback": resolved.latent_feedback,
+        "source": source,
+        "looks": looks,
+    }
 
 
 def read_picture(path: str):
@@ -119,7 +164,7 @@ def read_picture(path: str):
         raise InputError(str(error)) from error
 
 
-def ask_model(model, processor, picture, question: str, sources: tuple[str, ...], options: argparse.Namespace):
+def ask_model(model, processor, picture, question: str, source: str, options: argparse.Namespace):
     """`look` with the command's options; those that contradict each other or the checkpoint raise an `InputError`."""
     from vreflection_hub_card.inference.encoding import user_turn
     from vreflection_hub_card.inference.look import look
@@ -129,28 +174,23 @@ def ask_model(model, processor, picture, question: str, sources: tuple[str, ...]
             model,
             processor,
             user_turn([picture], question),
-            sources,
-            latent_steps=options.latent_steps,
-            latent_feedback=options.latent_feedback,
-            reflect=options.reflect,
+            (source,),
+            **decoding(options),
             max_new_tokens=options.max_new_tokens,
         )
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
-def choose_sources(source: str | None, folder: Path) -> tuple[str, ...]:
-    """The sources of attention to draw: all that the checkpoint offers, or exactly those demanded."""
+def choose_source(source: str | None, folder: Path) -> str:
+    """The attention to read looks from: the one demanded, else the first that the checkpoint has."""
     from vreflection_hub_card.inference.attention_maps import offered_sources
     from vreflection_hub_card.inference.checkpoints import checkpoint_config
 
     offered = offered_sources(checkpoint_config(folder))
-    wanted = {None: offered, "both": ATTENTION_SOURCES}.get(source, (source,))
-    if not set(wanted) <= set(offered):
-        raise InputError(
-            f"{folder}: the checkpoint has no DAC, whose attention is to be drawn; --source llm needs none"
-        )
-    return wanted
+    if source is not None and source not in offered:
+        raise InputError(f"{folder}: the checkpoint has no DAC, whose attention is asked for; --source llm needs none")
+    return source or offered[0]
 
 
 def check_suffix(path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vreflection_hub_card.glyphsearch import make_scene, scene_seed
+from vreflection_hub_card.glyphsearch import draw_chain, make_scene, scene_seed
 from vreflection_hub_card.inference.checkpoints import EMBEDDED
 from vreflection_training.cli import main
 
@@ -36,13 +36,29 @@ def fails(capsys, code, *fragments):
         assert fragment in err
 
 
-def test_the_answer_alone_is_printed(ask, picture_file, capsys, tmp_path):
-    assert ask(picture_file, "Which glyph?") == 0
-    assert capsys.readouterr().out.count("\n") >= 1
+def test_the_answer_and_its_looks_are_printed(ask, picture_file, capsys, tmp_path):
+    assert ask(picture_file, "Which glyph?", "--reflect") == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = next(number for number, line in enumerate(lines) if line.startswith("Where it looked, by DAC's"))
+    assert header >= 1
+    assert ask(picture_file, "Which glyph?", "--reflect", "--json") == 0
+    result = json.loads(capsys.readouterr().out)  # nothing else is printed
+    assert result["question"] == "Which glyph?" and result["latent_steps"] == 8 and result["source"] == "dac"
+    assert result["answer"] == "\n".join(lines[:header])
+    assert [step for look in result["looks"] for step in look["steps"]] == list(range(1, 9))
+    width, height = Image.open(picture_file).size
+    for line, look in zip(lines[header + 2 :], result["looks"], strict=True):
+        number, steps, *corners, inside, _, outside, _ = line.replace(",", "").split()
+        assert int(number) == look["look"] and steps.split("-")[-1] == str(look["steps"][-1])
+        expected = [corner * side for corner, side in zip(look["box"], (width, height) * 2)]
+        assert [int(corner) for corner in corners] == pytest.approx(expected, abs=0.5)
+        assert int(inside) / 100 == pytest.approx(look["inside"], abs=0.006) and int(inside) + int(outside) == 100
     assert list(tmp_path.iterdir()) == []
+    assert ask(picture_file, "Which glyph?", "--no-reflect", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["looks"] == []
 
 
-@pytest.mark.parametrize("more", [(), ("--per-step",), ("--source", "dac"), ("--source", "llm", "--per-step"), ("--latent-steps", 3), ("--latent-feedback", "dac")])  # fmt: skip
+@pytest.mark.parametrize("more", [("--per-step",), ("--source", "llm"), ("--latent-steps", 3), ("--latent-feedback", "dac")])  # fmt: skip
 def test_heatmaps(ask, picture_file, capsys, tmp_path, more):
     assert ask(picture_file, "Which glyph?", "--reflect", "--heatmap", "out.png", *more) == 0
     picture = Image.open(tmp_path / "out.png")
@@ -179,10 +195,9 @@ def test_a_folder_that_may_not_be_read(ask, picture_file, capsys, monkeypatch):
     fails(capsys, ask(picture_file, "Where?"), "locked: Permission denied")
 
 
-@pytest.mark.parametrize("source", ["dac", "both"])
-def test_dac_is_demanded_of_a_checkpoint_without_it(no_dac_folder, picture_file, capsys, source):
+def test_dac_is_demanded_of_a_checkpoint_without_it(no_dac_folder, picture_file, capsys):
     arguments = ["ask", str(picture_file), "Where?", "--model", str(no_dac_folder), "--heatmap", "out.png"]
-    fails(capsys, main([*arguments, "--source", source]), "no DAC")
+    fails(capsys, main([*arguments, "--source", "dac"]), "no DAC")
 
 
 def test_dac_feedback_is_demanded_of_a_checkpoint_without_it(no_dac_folder, picture_file, capsys):
@@ -190,10 +205,11 @@ def test_dac_feedback_is_demanded_of_a_checkpoint_without_it(no_dac_folder, pict
     fails(capsys, main(arguments), "DAC")
 
 
-def test_a_checkpoint_without_dac_shows_the_llms_attention(no_dac_folder, picture_file, tmp_path):
+def test_a_checkpoint_without_dac_shows_the_llms_attention(no_dac_folder, picture_file, capsys, tmp_path):
     arguments = ["--model", str(no_dac_folder), "--reflect", "--heatmap", "out.png", "--max-new-tokens", "12"]
     assert main(["ask", str(picture_file), "Where?", *arguments]) == 0
     assert (tmp_path / "out.png").exists()
+    assert "by the LLM's attention" in capsys.readouterr().out
 
 
 def test_no_remote_code_runs(tiny_folder, picture_file, tmp_path):
@@ -216,6 +232,11 @@ def test_the_embedded_checkpoint_answers_and_looks(capsys, tmp_path):
     assert main(["ask", "--seed", "7"]) == 0
     out = capsys.readouterr().out
     assert out.count("the shape ") == 2 and "(right)" in out  # a chain of two hops
+    looks = [line.replace(",", "").split() for line in out.splitlines() if line.endswith("%")]
+    assert [look[1] for look in looks] == ["1", "2", "3-8"]  # at the shapes of the chain, in their order
+    for look, shape in zip(looks, draw_chain("test", 7)[1].path, strict=True):
+        x0, y0, x1, y1 = (int(corner) / 168 for corner in look[2:6])
+        assert shape.box[0] <= (x0 + x1) / 2 <= shape.box[2] and shape.box[1] <= (y0 + y1) / 2 <= shape.box[3]
     assert (tmp_path / "heatmap.png").exists(), "it answered without a reflection"
     assert main(["evaluate", "--limit", "50", "--split", "validation"]) == 0
     result = json.loads((tmp_path / "glyphsearch.json").read_text())["tasks"]["glyphsearch"]

@@ -1,11 +1,14 @@
 """Figures hold what they promise, for odd pictures and texts too."""
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
+from matplotlib.patches import FancyArrowPatch, Rectangle
 from PIL import Image
 
 from vreflection_hub_card.inference.attention_maps import Reflection
-from vreflection_hub_card.inference.drawing import QUESTION_LINES, draw_heatmap, save_figure, wrap
+from vreflection_hub_card.inference.drawing import BOX_COLOUR, QUESTION_LINES, draw_heatmap, save_figure, wrap
 
 
 def reflection(*grids, steps=8, sources=("dac", "llm")):
@@ -21,45 +24,94 @@ def texts(figure):
     ).replace("\n", " ")
 
 
-@pytest.mark.parametrize("per_step, panels", [(False, 3), (True, 18)])
+@pytest.mark.parametrize("per_step, panels", [(False, 1), (True, 18)])
 @pytest.mark.parametrize("size, grid", [((168, 168), (6, 6)), ((8000, 400), (1, 20)), ((30, 900), (30, 1))])
-def test_a_panel_for_every_map(tmp_path, per_step, panels, size, grid):
+def test_a_panel_for_every_picture_or_map(tmp_path, per_step, panels, size, grid):
     figure = draw_heatmap(
         [Image.new("RGB", size)], [reflection(grid)], "Where?", "There", [(0.1, 0.2, 0.3, 0.9)], per_step
     )
     shown = [axes for axes in figure.axes if axes.images]
     assert len(shown) == panels
-    assert all(len(axes.patches) == 1 for axes in shown)  # the box, everywhere
+    assert all(outlines(axes, BOX_COLOUR) == [(0.1, 0.2)] for axes in shown)  # the box, everywhere
     save_figure(figure, tmp_path / "heatmap.png")
     assert Image.open(tmp_path / "heatmap.png").width > 800
-    assert "DAC's attention" in texts(figure) and "LLM's own attention" in texts(figure)
-    assert f"{grid[0]} × {grid[1]} patches" in texts(figure).replace("patches,", "patches")
+    assert "DAC's attention" in texts(figure)
+    if per_step:
+        assert "LLM's own attention" in texts(figure)
+        assert f"{grid[0]} × {grid[1]} patches" in texts(figure).replace("patches,", "patches")
 
 
-def test_the_boxes_of_a_path_are_numbered_and_each_step_has_its_own():
+def outlines(axes, colour):
+    """The upper left corners of outlines in a colour, as fractions of the picture's sides."""
+    _, width, height, _ = axes.images[0].get_extent()
+    boxes = [box for box in axes.patches if isinstance(box, Rectangle) and to_hex(box.get_edgecolor()) == colour]
+    return [pytest.approx((box.get_x() / width, box.get_y() / height)) for box in boxes]
+
+
+def test_each_step_has_its_own_box_of_a_path():
     path = [(0.0, 0.0, 0.2, 0.2), (0.5, 0.0, 0.7, 0.2), (0.5, 0.5, 0.7, 0.7)]
-    drawn = draw_heatmap(
-        [Image.new("RGB", (100, 100))], [reflection((6, 6), sources=("dac",))], "Where?", "There", path
-    )
-    for axes in (axes for axes in drawn.axes if axes.images):
-        assert [box.get_xy() for box in axes.patches] == [(0, 0), (50, 0), (50, 50)]
-        assert [text.get_text() for text in axes.texts] == ["1", "2", "3"]
     sources = {"sources": ("dac",), "steps": 4}
     steps = draw_heatmap(
         [Image.new("RGB", (100, 100))], [reflection((6, 6), **sources)], "Where?", "There", path, True
     )
     first, *others = (axes for axes in steps.axes if axes.images)
-    assert len(first.patches) == 3
+    assert [text.get_text() for text in first.texts] == ["1", "2", "3"]
     assert [[box.get_xy() for box in axes.patches] for axes in others] == [[(0, 0)], [(50, 0)], [(50, 50)], [(50, 50)]]
 
 
 def test_several_pictures_and_reflections_get_a_line_each():
     pictures = [Image.new("RGB", (168, 168)), Image.new("RGB", (140, 84))]
     reflections = [reflection((6, 6), (3, 5), sources=("llm",)) for _ in range(2)]
-    figure = draw_heatmap(pictures, reflections, "Where?", "There")
-    assert len([axes for axes in figure.axes if axes.images]) == 8
+    figure = draw_heatmap(pictures, reflections, "Where?", "There", per_step=True)
+    assert len([axes for axes in figure.axes if axes.images]) == 4 * 9
     assert "picture 2, reflection 1" in texts(figure)
     assert "DAC" not in texts(figure)
+
+
+def test_looks_are_numbered_through_and_joined_within_a_picture():
+    def looking(*places):
+        first, second = torch.zeros(len(places), 5, 5), torch.zeros(len(places), 4, 4)
+        for step, (index, row, column) in enumerate(places):
+            (first, second)[index][step, row, column] = 1
+        return Reflection(len(places), {"dac": [first, second]})
+
+    pictures = [Image.new("RGB", (100, 100)), Image.new("RGB", (80, 80))]
+    # There and back, beside it, into the other picture, back; and a second reflection.
+    reflections = [
+        looking((0, 0, 0), (0, 4, 4), (0, 0, 0), (0, 0, 0), (1, 1, 1), (0, 2, 2)),
+        looking((0, 0, 0), (0, 2, 2)),
+    ]
+    figure = draw_heatmap(pictures, reflections, "Where?", "There")
+    first, second = (axes for axes in figure.axes if axes.images)
+    assert [text.get_text() for text in first.texts] == ["1, 3, 6", "2", "5, 7"]
+    assert [text.get_text() for text in second.texts] == ["4"]
+    assert outlines(first, "#ffffff") == [(0, 0), (0.8, 0.8), (0.4, 0.4)]
+    arrows = [len([patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]) for axes in (first, second)]
+    assert arrows == [3, 0]  # 1 to 2, 2 to 3, and 6 to 7
+    assert len({axes.images[1].get_clim() for axes in (first, second)}) == 1  # one scale
+
+
+@pytest.mark.parametrize("shade", [0, 128, 255])
+def test_looks_are_seen_on_dark_and_bright_pictures(shade):
+    """Under a look the picture keeps its colour and elsewhere it is veiled; outlines hold white and black."""
+    maps = torch.zeros(1, 6, 6)
+    maps[0, 2:4, 2:4] = 0.25
+    seen = Reflection(1, {"dac": [maps]})
+    plain = Image.new("RGB", (120, 120), (shade, shade, shade))
+    figure = draw_heatmap([plain], [seen], "Where?", "There")
+    axes = next(axes for axes in figure.axes if axes.images)
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
+
+    def at(x, y):
+        column, row = axes.transData.transform((x, y))
+        return pixels[pixels.shape[0] - 1 - int(row), int(column)]
+
+    assert np.abs(at(70, 70) - shade).max() <= 3  # clear
+    veiled = 0.18 * shade + 0.82 * 127.5
+    assert np.abs(at(110, 10) - veiled).max() <= 3
+    line = np.array([at(x, 50) for x in np.arange(35, 45, 0.2)])  # across the left side of the outline
+    assert line.max() > 240 and line.min() < 15
 
 
 def test_colours_start_at_zero_and_steps_share_their_scale():
