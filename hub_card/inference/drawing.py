@@ -1,4 +1,4 @@
-"""Attention maps as figures: the picture, and beside it where each source of attention looks.
+"""Where the model looked, as figures: numbered looks on the picture, or a map of each latent step.
 
 Symbols in shapes: S latent steps, h x w merged patches of an image.
 """
@@ -93,7 +93,8 @@ def wrap(text: str, width: int) -> str:
 def _draw_looks(pictures: list[Image.Image], reflections: list[Reflection], path: Sequence[Box]) -> Figure:
     """A panel for each picture, with the looks of all reflections."""
     looks = [reflection.looks for reflection in reflections]
-    maps = [look_map(reflections, index) for index in range(len(pictures))]
+    seen = [reflection.maps[reflection.source] for reflection in reflections]
+    maps = [look_map(looks, [of_pictures[index] for of_pictures in seen]) for index in range(len(pictures))]
     most = max(attention.max().item() for attention in maps)
     heights = [PANEL * panel_shape(picture) + 0.5 for picture in pictures]
     figure = new_figure((PANEL + 1.2, sum(heights) + 0.9))

@@ -11,7 +11,6 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from .attention_maps import Reflection
 from .look_boxes import Box, LookBox
 
 
@@ -19,12 +18,13 @@ from .look_boxes import Box, LookBox
 INK, EDGE = "white", "black"
 
 
-def look_map(reflections: Sequence[Reflection], image_index: int) -> torch.Tensor:
-    """The largest share (h, w) that any look of an answer has on each patch of a picture; a look's is its steps' mean."""
+def look_map(looks: Sequence[Sequence[LookBox]], maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The largest share (h, w) that any look has on each patch of a picture; a look's share is its steps' mean.
+
+    Both are a list over the reflections of an answer: the looks, and a map (S, h, w) over the picture.
+    """
     shares = [
-        reflection.maps[reflection.source][image_index][[step - 1 for step in look.steps]].mean(0)
-        for reflection in reflections
-        for look in reflection.looks
+        attention[[step - 1 for step in look.steps]].mean(0) for seen, attention in zip(looks, maps) for look in seen
     ]
     return torch.stack(shares).amax(0)
 
@@ -71,15 +71,18 @@ def draw_looks(
         x, y = max(corners, key=lambda corner: min(_distance(corner, taken, width, height), 0.06))
         taken.append((x, y))
         label = {"boxstyle": "round,pad=0.2", "facecolor": INK, "edgecolor": EDGE, "linewidth": 1}
-        axes.text(
-            x,
-            y,
+        left, top = x == x0, y == y0
+        inset = 0.4 * size  # the label lies within its box, and so within the picture
+        axes.annotate(
             ", ".join(map(str, numbers)),
+            (x, y),
+            (inset if left else -inset, -inset if top else inset),
+            textcoords="offset points",
             fontsize=size,
             fontweight="bold",
             color=EDGE,
-            ha="left" if x == x0 else "right",
-            va="top" if y == y0 else "bottom",
+            ha="left" if left else "right",
+            va="top" if top else "bottom",
             bbox=label,
             zorder=5,
         )

@@ -1,9 +1,9 @@
-"""One question answered twice, with latent steps and by the plain backbone, as text that grows while it is written."""
+"""One question answered with latent steps, with zeroed latents and by the plain backbone, as text that grows."""
 
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
 
+from ..evaluation.interventions import replace_latents
 from ..inference.attention_maps import offered_sources
 from ..inference.encoding import user_turn
 from ..inference.look import Look, look
@@ -22,14 +23,15 @@ MAX_NEW_TOKENS = 512
 
 @dataclass(frozen=True)
 class Progress:
-    """What is known of the two answers so far; nothing in it lives on a GPU, since ZeroGPU hands it to another process."""
+    """What is known of the answers so far; nothing in it lives on a GPU, since ZeroGPU hands it to another process."""
 
     answer: str  # with latent steps
     maps: list[np.ndarray] | None = None  # (S, h, w) of each of its reflections, once it is whole
+    zeroed: str | None = None  # with zeros for latents, once it has begun
     plain: str | None = None  # without latent steps, once it has begun
 
 
-def answer_twice(
+def answer_each_way(
     model: VReflectionForConditionalGeneration,
     processor: VReflectionProcessor,
     picture: Image.Image,
@@ -37,8 +39,11 @@ def answer_twice(
     latent_steps: int,
     latent_feedback: str,
     always_reflect: bool = False,
+    zeroed: bool = False,
 ) -> Iterator[Progress]:
-    """Answers with latent steps, then without: a `Progress` for each piece of text, and one when the maps are there.
+    """Answers with latent steps, with zeros in their place if `zeroed`, and without any.
+
+    Yields a `Progress` for each piece of text, and one when the maps are there.
 
     Raises a `ValueError` for options that `generate` refuses.
     """
@@ -49,8 +54,14 @@ def answer_twice(
         yield Progress(seen.answer)
     done = Progress(seen.answer, [reflection.maps[source][0].numpy() for reflection in seen.reflections])
     yield done
+    if zeroed:
+        own = torch.empty(1, MAX_NEW_TOKENS, model.config.get_text_config().hidden_size)  # a slot is a new token
+        zeros = replace_latents("zeroed", own, model, None, None)
+        for seen in stream_look(model, processor, messages, (), latents=zeros, **options):
+            done = replace(done, zeroed=seen.answer)
+            yield done
     for seen in stream_look(model, processor, messages, (), latent_steps=0):
-        yield Progress(done.answer, done.maps, seen.answer)
+        yield replace(done, plain=seen.answer)
 
 
 def stream_look(

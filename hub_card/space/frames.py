@@ -24,11 +24,11 @@ class FrameStore:
             del self._frames[next(iter(self._frames))]
 
     def get(self, visitor: str, number: int) -> Frame:
-        """A visitor's frame, counted from 1; one that isn't there, or not any more, is an `InputError`."""
+        """A visitor's frame, 0 for all looks and else the step; one that isn't there, or not any more, is an `InputError`."""
         frames = self._frames.get(visitor, [])
-        if number not in range(1, len(frames) + 1):
+        if number not in range(len(frames)):
             raise InputError(NO_FRAMES)
-        return frames[int(number) - 1]
+        return frames[int(number)]
 
     def memory(self) -> int:
         """Bytes of all frames; those of one answer share their picture."""

@@ -18,11 +18,11 @@ from modeling_vreflection.decoding_vreflection import LATENT_FEEDBACK
 from ..errors import InputError
 from ..glyphsearch import draw_chain
 from ..inference.attention_maps import offered_sources
-from .answering import answer_twice
+from .answering import answer_each_way
 from .frames import FrameStore
 from .guard import Page, RequestGuard
 from .overlay import Frame, draw_frames
-from .texts import EMBEDDED_NOTES, HEADER, NOTES, READING, caption_of
+from .texts import EMBEDDED_NOTES, HEADER, HINT, NOTES, READING, caption_of
 from .uploaded_picture import MAX_BYTES, open_upload
 from .uploads import Uploads, private_folder
 from .zero_gpu import on_gpu
@@ -36,6 +36,7 @@ EXAMPLE_SEEDS = (3, 7, 11, 12, 23, 40)
 # Seconds: every half hour, delete uploads and heatmaps older than an hour.
 CLEANING = (1800, 3600)
 WAITING_VISITORS = 32
+EMPTY = "(an empty answer)"
 # Uploads are checked while an answer is written; a large picture takes some 600 MB for that moment.
 CHECKS_AT_ONCE = 4
 # Sessions of which gradio keeps what stands in the fields, at most some 100 KB each.
@@ -49,7 +50,7 @@ def build_page(
 
     def decode(*asked):
         # In one function what needs the GPU; nothing that goes in or comes out holds the model or lives on a GPU.
-        yield from answer_twice(model, processor, *asked)
+        yield from answer_each_way(model, processor, *asked)
 
     uploads = Uploads(private_folder().name)
     with Page(uploads, analytics_enabled=False, title="V-Reflection", delete_cache=CLEANING) as page:
@@ -68,7 +69,7 @@ def build_page(
 
 
 def add_inputs(model: VReflectionForConditionalGeneration) -> tuple[gr.Image, gr.Button, list[gr.Component]]:
-    """Adds the fields that a visitor fills in: the picture, the button, and the others in the order of `answer_twice`."""
+    """Adds the fields that a visitor fills in: the picture, the button, and the others in the order of `answer_each_way`."""
     defaults = model.reflection_options()
     examples = [[scene.image, asked.text] for scene, asked in (draw_chain("test", seed) for seed in EXAMPLE_SEEDS)]
     picture = gr.Image(
@@ -84,9 +85,21 @@ def add_inputs(model: VReflectionForConditionalGeneration) -> tuple[gr.Image, gr
     )
     with gr.Row(elem_id="asking"):
         question = gr.Textbox(
-            examples[0][1], label="Question", max_length=MAX_QUESTION, max_lines=4, scale=5, elem_id="question"
+            examples[0][1],
+            label="Question",
+            max_length=MAX_QUESTION,
+            max_lines=4,
+            scale=5,
+            min_width=280,
+            elem_id="question",
         )
         ask = gr.Button("Ask", variant="primary", scale=1, min_width=96, elem_id="ask")
+    zeroed = gr.Checkbox(
+        label="Zero the latents",
+        value=False,
+        info="Asks once more, with zeros in place of every latent: does the answer break?",
+        elem_id="zero-latents",
+    )
     gr.Examples(
         examples,
         [picture, question],
@@ -118,16 +131,27 @@ def add_inputs(model: VReflectionForConditionalGeneration) -> tuple[gr.Image, gr
             info="Otherwise the model decides.",
             elem_id="always-reflect",
         )
-    return picture, ask, [question, latent_steps, latent_feedback, always]
+    return picture, ask, [question, latent_steps, latent_feedback, always, zeroed]
 
 
-def add_outputs() -> tuple[gr.Textbox, gr.Textbox, gr.Image, gr.Slider, gr.HTML]:
-    """Adds and returns the two answers, and the heatmap with its slider and caption."""
-    with gr.Row(elem_id="answers", equal_height=True):
-        answer = gr.Textbox(
-            label="With latent steps", max_lines=12, interactive=False, min_width=140, elem_id="answer"
-        )
-        plain = gr.Textbox(label="Plain backbone", max_lines=12, interactive=False, min_width=140, elem_id="plain")
+def add_outputs() -> list[gr.Component]:
+    """Adds and returns the hint that stands there first, and what is shown instead of it once something was asked.
+
+    These are the column of all others, the three answers, and the heatmap with its slider and caption.
+    """
+    hint = gr.HTML(HINT, elem_id="hint")
+    with gr.Column(visible=False, elem_id="results") as results:
+        with gr.Row(elem_id="answers", equal_height=True):
+            field = {"max_lines": 12, "interactive": False, "min_width": 110}
+            answer = gr.Textbox(label="With latent steps", elem_id="answer", **field)
+            broken = gr.Textbox(label="Latents zeroed", elem_id="zeroed", visible=False, **field)
+            plain = gr.Textbox(label="Plain backbone", elem_id="plain", **field)
+        heatmap, step, caption = add_heatmap()
+    return [hint, results, answer, broken, plain, heatmap, step, caption]
+
+
+def add_heatmap() -> tuple[gr.Image, gr.Slider, gr.HTML]:
+    """Adds and returns the heatmap, its slider and its caption."""
     heatmap = gr.Image(
         label="Where it looks",
         format="webp",
@@ -136,42 +160,61 @@ def add_outputs() -> tuple[gr.Textbox, gr.Textbox, gr.Image, gr.Slider, gr.HTML]
         buttons=["download", "fullscreen"],
         elem_id="heatmap",
     )
-    step = gr.Slider(1, 2, 1, step=1, label="Latent step", interactive=True, visible=False, buttons=[], elem_id="step")
+    step = gr.Slider(
+        0,
+        1,
+        0,
+        step=1,
+        label="All looks, or one latent step",
+        interactive=True,
+        visible=False,
+        buttons=[],
+        elem_id="step",
+    )
     caption = gr.HTML(elem_id="caption")
-    return answer, plain, heatmap, step, caption
+    return heatmap, step, caption
 
 
-def add_events(decode, picture, ask, asked, answer, plain, heatmap, step, caption) -> None:
+def add_events(decode, picture, ask, asked, *outputs) -> None:
     """Adds what happens when something is pressed, moved or uploaded.
 
-    `decode` is `answer_twice` with the model; the fields are those of the functions above.
+    `decode` is `answer_each_way` with the model; the fields are those of the functions above.
     """
+    hint, results, answer, broken, plain, heatmap, step, caption = outputs
     frames = FrameStore()
 
-    def answer_question(payload, text, count, fed_back, begin, request: gr.Request) -> Iterator[dict]:
+    def answer_question(payload, text, count, fed_back, begin, zero, request: gr.Request) -> Iterator[dict]:
         with errors_on_page():
             opened = open_upload(payload["path"], payload["orig_name"])
             check_options(text, count, fed_back)
             frames.put(request.session_hash, [])
-            yield {answer: "", plain: "", heatmap: None, step: gr.Slider(visible=False), caption: ""}
-            for progress in decode(opened, text.strip(), int(count), fed_back, begin):
+            yield {
+                **{hint: gr.HTML(visible=False), results: gr.Column(visible=True), answer: "", plain: ""},
+                **{
+                    broken: gr.Textbox("", visible=bool(zero)),
+                    heatmap: None,
+                    step: gr.Slider(visible=False),
+                    caption: "",
+                },
+            }
+            for progress in decode(opened, text.strip(), int(count), fed_back, begin, bool(zero)):
                 if progress.maps is None:
                     yield {answer: progress.answer}
-                elif progress.plain is None:  # the maps have just come
+                elif progress.plain is not None:
+                    yield {plain: progress.plain}
+                elif progress.zeroed is not None:
+                    yield {broken: progress.zeroed}
+                else:  # the maps have just come
                     drawn = draw_frames(opened, progress.maps)
                     frames.put(request.session_hash, drawn)
-                    yield {answer: progress.answer or "(an empty answer)", **show_frames(drawn)}
-                else:
-                    yield {plain: progress.plain}
-            if not progress.plain:
-                yield {plain: "(an empty answer)"}
+                    yield {answer: progress.answer or EMPTY, **show_frames(drawn)}
+            yield {plain: progress.plain or EMPTY, **({broken: progress.zeroed or EMPTY} if zero else {})}
 
     def show_frames(drawn: list[Frame]) -> dict:
         if not drawn:
             return {caption: caption_of(None)}
-        last = len(drawn)  # shown first: from its state the answer goes on
-        slider = gr.Slider(maximum=max(last, 2), value=last, visible=last > 1)
-        return {step: slider, **show_frame(drawn[-1])}
+        slider = gr.Slider(maximum=len(drawn) - 1, value=0, visible=True)
+        return {step: slider, **show_frame(drawn[0])}
 
     def show_frame(frame: Frame) -> dict:
         return {heatmap: frame.image, caption: caption_of(frame)}
@@ -180,11 +223,15 @@ def add_events(decode, picture, ask, asked, answer, plain, heatmap, step, captio
         with errors_on_page():
             return show_frame(frames.get(request.session_hash, number))
 
-    gr.on(
-        [ask.click, asked[0].submit],
+    def forget_answer(request: gr.Request) -> dict:
+        frames.put(request.session_hash, [])
+        return {hint: gr.HTML(visible=True), results: gr.Column(visible=False)}
+
+    asking = gr.on(
+        [ask.click, asked[0].submit, asked[-1].input],
         answer_question,
         [picture, *asked],
-        [answer, plain, heatmap, step, caption],
+        outputs,
         preprocess=False,  # gradio's own opens the picture, and has no words for a broken one
         show_progress="minimal",
         show_progress_on=[heatmap],
@@ -198,6 +245,14 @@ def add_events(decode, picture, ask, asked, answer, plain, heatmap, step, captio
         queue=False,
         show_progress="hidden",
         trigger_mode="always_last",
+        api_visibility="private",
+    )
+    picture.change(
+        forget_answer,
+        outputs=[hint, results],
+        queue=False,
+        show_progress="hidden",
+        cancels=[asking],
         api_visibility="private",
     )
     checked = picture.upload(

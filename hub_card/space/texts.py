@@ -6,7 +6,12 @@ from .overlay import Frame, colour_stops
 HEADER = """
 <h1>V-Reflection</h1>
 <p>A vision-language model that looks again while it thinks. Before it answers it takes a few <em>latent steps</em>, which
-are fed vectors instead of words. Pick a picture, ask, and see where each step looks.</p>
+are fed vectors instead of words. Pick a picture, ask, and see where it looks.</p>
+"""
+
+HINT = """
+<p>Press <b>Ask</b>: here come the answer, and on the picture each of the model's looks, numbered in their order. Then switch
+<b>Zero the latents</b> on, and the same question is also answered with zeros in place of what the model saw.</p>
 """
 
 # What the map of a source shows; the key is one of `SOURCES`.
@@ -17,7 +22,12 @@ READING = {
 }
 
 NOTES = """
-**The map** shows {reading}. It says where the model attends. It doesn't say that the answer depends on it.
+**The map** shows {reading}. The picture is clear where a step looks and veiled elsewhere. Successive steps that share
+half of their attention are one look, and its box is the smallest that holds half of it. It says where the model attends. It doesn't
+say that the answer depends on it.
+
+**Zero the latents** asks the same model the same, and feeds zeros wherever it would feed a latent. If the answer stays, it didn't
+depend on the latents.
 
 **The plain backbone** is the same model, asked the same without any latent step.
 """
@@ -36,11 +46,18 @@ NO_REFLECTION = (
 
 
 def caption_of(frame: Frame | None) -> str:
-    """The line under the map, with its colour scale; for no frame at all it says why."""
+    """The lines under the map: its colour scale, and the looks if it shows them; for no frame at all why there is none."""
     if frame is None:
         return f"<p>{NO_REFLECTION}</p>"
     colours = ", ".join(colour_stops())
-    return (
+    legend = (
         f'<div class="legend"><b>{frame.name}</b><span class="scale">0 %<i style="background: linear-gradient(90deg, '
         f'{colours})"></i>{frame.most * 100:.0f} % on one patch</span></div>'
     )
+    lines = []
+    for number, looks in enumerate(frame.looks, 1):
+        for look in looks:
+            steps = f"step {look.steps[0]}" if len(look.steps) == 1 else f"steps {look.steps[0]} to {look.steps[-1]}"
+            which = f"reflection {number}, " if len(frame.looks) > 1 else ""
+            lines.append(f"<li>{which}{steps}: {look.inside:.0%} in the box, {look.outside:.0%} elsewhere</li>")
+    return legend + (f'<ol class="looks">{"".join(lines)}</ol>' if lines else "")

@@ -1,4 +1,4 @@
-"""What the page runs, without gradio: two answers as a stream, frames, refusals, the GPU's decorator."""
+"""What the page runs, without gradio: the answers as a stream, frames, refusals, the GPU's decorator."""
 
 import sys
 import threading
@@ -6,17 +6,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from matplotlib import colormaps
+import torch
 from PIL import Image
 
 from vreflection_hub_card.errors import InputError
-from vreflection_hub_card.glyphsearch import draw_question
+from vreflection_hub_card.glyphsearch import draw_chain, draw_question
 from vreflection_hub_card.inference.checkpoints import load_checkpoint
-from vreflection_hub_card.inference.drawing import OPACITY
-from vreflection_hub_card.inference.encoding import user_turn
+from vreflection_hub_card.inference.drawing import VEIL
+from vreflection_hub_card.inference.encoding import encode_prompts, user_turn
 from vreflection_hub_card.inference.look import look
 from vreflection_hub_card.space import answering, zero_gpu
-from vreflection_hub_card.space.answering import answer_twice
+from vreflection_hub_card.space.answering import answer_each_way
 from vreflection_hub_card.space.overlay import SIDE, draw_frames
 from vreflection_hub_card.space.texts import NO_REFLECTION, caption_of
 from vreflection_hub_card.space.uploaded_picture import MAX_BYTES, open_upload
@@ -25,7 +25,7 @@ from vreflection_hub_card.space.uploaded_picture import MAX_BYTES, open_upload
 @pytest.mark.parametrize("steps, feedback", [(8, "hidden"), (3, "hidden"), (12, "dac")])
 def test_both_answers_and_the_maps_are_those_of_separate_runs(embedded, steps, feedback):
     scene, asked = draw_question("test", 3)
-    told = list(answer_twice(*embedded, scene.image, asked.text, steps, feedback))
+    told = list(answer_each_way(*embedded, scene.image, asked.text, steps, feedback))
     options = {"latent_feedback": feedback, "max_new_tokens": answering.MAX_NEW_TOKENS}
     seen = look(*embedded, user_turn([scene.image], asked.text), ("dac",), latent_steps=steps, **options)
     plain = look(*embedded, user_turn([scene.image], asked.text), (), latent_steps=0, max_new_tokens=512)
@@ -39,7 +39,7 @@ def test_both_answers_and_the_maps_are_those_of_separate_runs(embedded, steps, f
 
 def test_text_grows_and_the_maps_come_before_the_plain_answer(tiny):
     picture, asked = draw_question("test", 5)
-    told = list(answer_twice(*tiny, picture.image, asked.text, 4, "hidden", always_reflect=True))
+    told = list(answer_each_way(*tiny, picture.image, asked.text, 4, "hidden", always_reflect=True))
     texts = [progress.answer for progress in told if progress.maps is None]
     assert len(texts) > 5 and all(after.startswith(before) for before, after in zip(texts, texts[1:]))
     first = next(progress for progress in told if progress.maps is not None)
@@ -52,7 +52,7 @@ def test_text_grows_and_the_maps_come_before_the_plain_answer(tiny):
 def test_without_dac_the_language_models_attention_is_shown(no_dac_folder):
     model, processor = load_checkpoint(no_dac_folder, "cpu")
     scene, asked = draw_question("test", 5)
-    stream = answer_twice(model, processor, scene.image, asked.text, 2, "hidden", always_reflect=True)
+    stream = answer_each_way(model, processor, scene.image, asked.text, 2, "hidden", always_reflect=True)
     maps = next(progress.maps for progress in stream if progress.maps is not None)
     options = {"latent_steps": 2, "reflect": True, "max_new_tokens": answering.MAX_NEW_TOKENS}
     seen = look(model, processor, user_turn([scene.image], asked.text), ("llm",), **options)
@@ -64,7 +64,7 @@ def test_who_leaves_ends_the_decoding(tiny):
     scene, asked = draw_question("test", 5)
     threads, calls = threading.active_count(), []
     handle = model.register_forward_hook(lambda *_: calls.append(1))
-    stream = answer_twice(model, processor, scene.image, asked.text, 4, "hidden")
+    stream = answer_each_way(model, processor, scene.image, asked.text, 4, "hidden")
     next(stream)
     stream.close()
     handle.remove()
@@ -75,29 +75,47 @@ def test_who_leaves_ends_the_decoding(tiny):
 def test_an_error_of_the_run_arrives(no_dac_folder):
     scene, asked = draw_question("test", 5)
     with pytest.raises(ValueError, match="needs a checkpoint with DAC"):
-        list(answer_twice(*load_checkpoint(no_dac_folder, "cpu"), scene.image, asked.text, 4, "dac"))
+        list(answer_each_way(*load_checkpoint(no_dac_folder, "cpu"), scene.image, asked.text, 4, "dac"))
+
+
+def test_zeroed_latents_break_the_answer_and_equal_generate(embedded):
+    model, processor = embedded
+    scene, asked = draw_chain("test", 3)
+    told = list(answer_each_way(model, processor, scene.image, asked.text, 8, "dac", zeroed=True))
+    assert told[-1].answer == asked.answer != told[-1].zeroed
+    inputs = encode_prompts(processor, user_turn([scene.image], asked.text), "cpu")
+    zeros = torch.zeros(1, 8, model.config.get_text_config().hidden_size)
+    tokens = model.generate(**inputs, latents=zeros, latent_feedback="dac", max_new_tokens=64, do_sample=False)
+    expected = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert told[-1].zeroed == expected
+    texts = [(progress.maps is not None, progress.zeroed is not None, progress.plain is not None) for progress in told]
+    assert texts == sorted(texts)  # the answer, its maps, the zeroed answer, the plain one
 
 
 @pytest.mark.parametrize("size", [(168, 168), (2000, 1000), (300, 900)])
-def test_frames_are_the_picture_with_the_map_on_it(size):
+def test_frames_are_the_veiled_picture_clear_where_it_looked(size):
     maps = np.zeros((2, 4, 6), dtype=np.float32)
     maps[0, 1, 4], maps[1, 3, 0] = 0.5, 0.25
     frames = draw_frames(Image.new("RGB", size, "white"), [maps])
-    assert [frame.name for frame in frames] == ["Step 1 of 2", "Step 2 of 2"]
-    for frame, (row, column), share in zip(frames, [(1, 4), (3, 0)], [1.0, 0.5]):
+    assert [frame.name for frame in frames] == ["All looks", "Step 1 of 2", "Step 2 of 2"]
+    assert [look.steps for looks in frames[0].looks for look in looks] == [(1,), (2,)]
+    for frame, (row, column), share in zip(frames[1:], [(1, 4), (3, 0)], [1.0, 0.5]):
         assert frame.most == 0.5 and max(frame.image.size) == SIDE
         assert frame.image.width / frame.image.height == pytest.approx(size[0] / size[1], rel=0.01)
         x, y = (column + 0.5) / 6 * frame.image.width, (row + 0.5) / 4 * frame.image.height
-        expected = (1 - OPACITY) * 255 + OPACITY * np.array(colormaps["inferno"](share)[:3]) * 255
+        red, _, _, opacity = VEIL(share)
+        expected = (1 - opacity) * 255 + opacity * red * 255
         assert np.abs(np.array(frame.image.getpixel((int(x), int(y)))) - expected).max() < 12
+        red, _, _, opacity = VEIL(0.0)
         far = frame.image.getpixel((int(frame.image.width * 0.45), 2))
-        assert np.abs(np.array(far) - (1 - OPACITY) * 255).max() < 8
+        assert np.abs(np.array(far) - ((1 - opacity) * 255 + opacity * red * 255)).max() < 8
 
 
 def test_several_reflections_are_numbered_and_none_is_explained():
     frames = draw_frames(Image.new("RGB", (50, 50)), [np.full((2, 2, 2), 0.25, np.float32)] * 2)
-    assert [frame.name for frame in frames][2] == "Reflection 2, step 1 of 2"
-    assert "Reflection 2" in caption_of(frames[2]) and "25 %" in caption_of(frames[2])
+    assert [frame.name for frame in frames][3] == "Reflection 2, step 1 of 2"
+    assert "Reflection 2" in caption_of(frames[3]) and "25 %" in caption_of(frames[3])
+    assert "reflection 2, steps 1 to 2: 50% in the box, 50% elsewhere" in caption_of(frames[0])
     assert draw_frames(Image.new("RGB", (50, 50)), []) == []
     assert NO_REFLECTION in caption_of(None)
 

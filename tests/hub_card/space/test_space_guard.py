@@ -20,7 +20,7 @@ from vreflection_hub_card.space.uploaded_picture import MAX_BYTES, NO_PICTURE
 
 
 META = {"meta": {"_type": "gradio.FileData"}}
-OPTIONS = ["Where?", 1, "hidden", False]
+OPTIONS = ["Where?", 1, "hidden", False, False]
 
 
 class RawVisitor:
@@ -234,7 +234,7 @@ def test_a_question_of_the_wrong_kind_gets_a_message(mine, question):
     assert message in (NO_PICTURE, "Ask a question about the picture.") or "1001 characters" in message
 
 
-@pytest.mark.parametrize("number", [0, 2, -1, 1.5, "1", None, "x"])
+@pytest.mark.parametrize("number", [2, 9, -1, 1.5, "1", None, "x"])
 def test_a_step_that_is_not_there_gets_a_message(mine, number):
     visitor, _ = mine
     assert visitor.slide(1)["data"]

@@ -120,14 +120,24 @@ def test_upload_ask_and_slide(visitor, ask_directly, tmp_path):
     assert visitor.text("answer") == answer == asked.answer
     plain = visitor.until(lambda: visitor.text("plain"))
     assert plain and plain != answer
-    assert len(frames) == 8
-    for number in range(8, 0, -1):
-        assert f"Step {number} of 8" in visitor.caption()
-        visitor.until(lambda: np.argmin(differences(visitor.heatmap(), frames)) == number - 1)  # noqa: B023
-        assert differences(visitor.heatmap(), frames)[number - 1] < 2
-        if number > 1:
-            visitor.slide(Keys.ARROW_LEFT)
-    assert min(differences(frames[0].image, frames[1:])) > 4  # so the map did change
+    assert len(frames) == 9
+    assert "All looks" in visitor.caption() and visitor.caption().count("elsewhere") == 3  # the chain's shapes
+    for number in range(9):
+        if number:
+            visitor.slide(Keys.ARROW_RIGHT)
+            assert f"Step {number} of 8" in visitor.caption()
+        visitor.until(lambda: np.argmin(differences(visitor.heatmap(), frames)) == number)  # noqa: B023
+        assert differences(visitor.heatmap(), frames)[number] < 2
+    assert min(differences(frames[0].image, frames[1:])) > 2  # so the map did change
+    visitor.one("#zero-latents input").click()
+    zeroed = visitor.until(lambda: visitor.all("#zeroed textarea") and visitor.text("zeroed"))
+    assert visitor.text("answer") == answer and zeroed != answer
+    visitor.one("#zero-latents input").click()
+    visitor.until(
+        lambda: not visitor.all("#zeroed textarea") and visitor.all("#heatmap img") and visitor.text("plain")
+    )
+    visitor.one("#examples button").click()  # a new picture clears what was said of the old one
+    visitor.until(lambda: not visitor.all("#results") and visitor.all("#hint"))
 
 
 @pytest.mark.slow
@@ -144,16 +154,14 @@ def test_the_slider_follows_the_latent_steps(visitor, ask_directly):
         visitor.one(f"#latent-feedback input[value={feedback}]").click()
         visitor.ask()
         answer, frames = ask_directly(scene.image, asked.text, latent_steps=steps, latent_feedback=feedback)
-        visitor.until(lambda: f"Step {steps} of {steps}" in visitor.caption())  # noqa: B023
+        visitor.until(lambda: "All looks" in visitor.caption())
         assert visitor.text("answer") == answer
-        assert np.argmin(differences(visitor.heatmap(), frames)) == steps - 1
-        if steps > 1:
-            visitor.slide(Keys.HOME)
-            assert f"Step 1 of {steps}" in visitor.caption()
-            visitor.slide(Keys.END)
-            assert f"Step {steps} of {steps}" in visitor.caption()
-        else:
-            visitor.until(lambda: not visitor.all("#step input"))
+        assert np.argmin(differences(visitor.heatmap(), frames)) == 0
+        visitor.slide(Keys.END)
+        assert f"Step {steps} of {steps}" in visitor.caption()
+        visitor.until(lambda: np.argmin(differences(visitor.heatmap(), frames)) == steps)  # noqa: B023
+        visitor.slide(Keys.HOME)
+        assert "All looks" in visitor.caption()
     count.send_keys(Keys.CONTROL, "a")
     count.send_keys("8", Keys.TAB)
     visitor.one("#latent-feedback input[value=dac]").click()  # as it was: later tests share the page
@@ -209,11 +217,11 @@ def test_visitors_do_not_meet(visitor, page, new_browser, ask_directly, tmp_path
     for each in visitors:
         each.ask(wait=False)
     for each, (answer, frames) in zip(visitors, expected):
-        each.until(lambda: each.text("answer") == answer and "Step 8" in each.caption())  # noqa: B023
-        each.until(lambda: differences(each.heatmap(), frames)[-1] < 3)  # noqa: B023
+        each.until(lambda: each.text("answer") == answer and "All looks" in each.caption())  # noqa: B023
+        each.until(lambda: differences(each.heatmap(), frames)[0] < 3)  # noqa: B023
     for each, (_, frames) in zip(visitors, expected):
-        each.slide(Keys.ARROW_LEFT)
-        each.until(lambda: differences(each.heatmap(), frames)[-2] < 3)  # noqa: B023
+        each.slide(Keys.ARROW_RIGHT)
+        each.until(lambda: differences(each.heatmap(), frames)[1] < 3)  # noqa: B023
     assert expected[0][0] != expected[1][0]
 
 
