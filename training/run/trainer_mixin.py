@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.card import save_card, write_training_facts
+from vreflection_hub_card.folder_lock import locked_folder
 
 from ..losses import latent_distance
 from ..stages import STAGES
@@ -86,10 +87,17 @@ class RunMixin:
 
         Raises:
             CheckpointError: No whole checkpoint where one is asked for; one of another stage, or of other settings or data.
+            InputError: Another run in the output folder.
             OSError: An output folder that can't be written, or has no room for a checkpoint.
             FloatingPointError: A gradient or weight that is not finite: nothing of it is saved.
             KeyboardInterrupt: Ctrl+C, after a checkpoint is written.
         """
+        if self.args.should_save:
+            check_space(self.args.output_dir, self._checkpoint_bytes())
+        with locked_folder(Path(self.args.output_dir)) if self.args.should_save else nullcontext():
+            return self._train(resume_from_checkpoint, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, **kwargs):
         checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
         self.progress.settings = run_settings(self)
         if checkpoint is not None:
@@ -97,8 +105,6 @@ class RunMixin:
             check_same_stage(checkpoint, stored["args"]["stage"], self.args.stage)
             check_same_settings(checkpoint, stored["args"].get("settings"), self.progress.settings)
             self.progress.restore(stored)
-        if self.args.should_save:
-            check_space(self.args.output_dir, self._checkpoint_bytes())
         self.accelerator.wait_for_everyone()  # all have chosen
         if self.is_world_process_zero():
             remove_incomplete(self.args.output_dir)

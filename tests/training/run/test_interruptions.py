@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from modeling_vreflection import VReflectionForConditionalGeneration
+from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_training import VReflectionSFTConfig, VReflectionSFTTrainer
 from vreflection_training.cli import main_train
@@ -299,6 +300,17 @@ def test_a_checkpoint_is_whole_only_when_it_is_on_the_disk(make_trainer, tmp_pat
     assert files <= {path for path, marked, older in synced if marked and older}
     assert (tmp_path / "checkpoint-4", False, True) in synced  # without its marker
     assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_two_runs_do_not_share_a_folder(make_trainer, tmp_path):
+    holder = "import sys, filelock; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holder, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match="another process is writing there"):
+            make_trainer(**saving(tmp_path)).train()
+        other.kill()
+    make_trainer(**saving(tmp_path, max_steps=1)).train()
 
 
 @pytest.mark.parametrize("step", [1, 4])
