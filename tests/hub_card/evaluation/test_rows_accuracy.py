@@ -25,7 +25,6 @@ from vreflection_hub_card.inference.encoding import encode_prompts, user_turn
 from vreflection_hub_card.rows import BadRow
 from vreflection_training.cli import main
 from vreflection_training.commands.evaluate_rows import MATCHES, REPLACEMENTS, read_rows
-from vreflection_training.tiny import save_tiny_backbone
 
 
 @pytest.fixture(scope="module")
@@ -211,16 +210,26 @@ def test_several_reflections_in_an_answer_are_told_apart(embedded):
     assert [[of[:, 0].tolist() for of in row] for row in found] == [[[0, 1], [2]], []]
 
 
-def test_a_model_with_idle_latents(tmp_path, rows):
-    """An untrained model repeats itself, whatever it is fed; right is what it says."""
-    model, processor = VReflectionForConditionalGeneration.from_backbone(
-        save_tiny_backbone(tmp_path), dtype=torch.float32
+class IdleLatents(VReflectionForConditionalGeneration):
+    """Reads zeros from its slots, whatever is fed to them."""
+
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, reflection=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, reflection=reflection, **kwargs
+        )
+        if "latent_state" in inputs:
+            inputs["latent_state"] = torch.zeros_like(inputs["latent_state"])
+        return inputs
+
+
+def test_a_model_with_idle_latents(rows):
+    model, processor = (
+        IdleLatents.from_pretrained(EMBEDDED, dtype=torch.float32).eval(),
+        load_checkpoint(EMBEDDED, "cpu")[1],
     )
-    model.eval()
-    options = {"batch_size": 6, "max_new_tokens": 12, "reflect": True}
-    rows = rows * 2
+    options = {"batch_size": 6, "max_new_tokens": 14}
     said = evaluate_rows(model, processor, rows, **options).samples
-    rows = [row | {"answer": sample["text"]} for row, sample in zip(rows, said) if sample["text"]]
+    rows = [row | {"answer": sample["text"]} for row, sample in zip(rows, said)]
     result = evaluate_rows(model, processor, rows, replace=("zeroed", "shuffled"), **options).result
     assert result["sentence"].startswith("The answers do not depend on the latents: 0.0 points when zeroed")
 
@@ -240,10 +249,10 @@ def test_answers_without_reflections_are_counted_and_stay(embedded, rows):
     }
 
 
-@pytest.mark.parametrize("stop", [2, pytest.param(6, marks=pytest.mark.slow), 10])
+@pytest.mark.parametrize("stop", [*(pytest.param(stop, marks=pytest.mark.slow) for stop in (2, 5)), 7])
 def test_a_killed_run_goes_on_and_gives_the_same(stop, embedded, rows, tmp_path):
     model, processor = embedded
-    names, asked = ("zeroed", "shuffled", "noise"), read_own_rows(rows[:4], Match())
+    names, asked = ("zeroed", "shuffled"), read_own_rows(rows[:3], Match())
     decoding = decoding_options(model, names, 14, None, None, None)
     given = []
 
