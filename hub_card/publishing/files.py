@@ -38,10 +38,12 @@ ALLOWED = (
     ".gitattributes",
 )
 PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
+# What git, a download and a training run leave beside the repository's files: passed over.
+BESIDE = re.compile(r"(\.git|\.cache|checkpoint-\d+)(/.*)?|\.lock")
 # Why files have no place in a published checkpoint, the worst first: patterns of names, and what to do.
 REFUSED = (
     (
-        r"checkpoint-.*|(.*/)?(optimizer|scheduler|scaler|rng_state|training_args|trainer_state|global_step|zero_to_fp32|latest)[^/]*",
+        r"(.*/)?(optimizer|scheduler|scaler|rng_state|training_args|trainer_state|global_step|zero_to_fp32|latest)[^/]*",
         "the state of a training run: publish the folder of the finished run, or delete them",
     ),
     (
@@ -89,10 +91,10 @@ def find_files(folder: Path) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    found = {}  # without what git and a download leave beside the repository's files
+    found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if name.parts[0] not in (".git", ".cache") and (path.is_symlink() or not path.is_dir()):
+        if not BESIDE.fullmatch(name.as_posix()) and (path.is_symlink() or not path.is_dir()):
             found[name.as_posix()] = path
     card = found[CARD].read_text(encoding="utf-8", errors="replace") if CARD in found else ""
     if foreign := [name for name in found if not is_allowed(name, card)]:

@@ -59,7 +59,6 @@ def test_pictures_results_and_a_licence_belong_to_a_checkpoint(checkpoint):
         ("rng_state.pth", "state of a training run"),
         ("rng_state_3.pth", "state of a training run"),
         ("trainer_state.json", "state of a training run"),
-        ("checkpoint-100/config.json", "state of a training run"),
         ("adapter_model.safetensors", "merge"),
         ("notes.txt", "no part"),
         ("train.py", "no part"),
@@ -75,6 +74,14 @@ def test_other_files_are_refused_by_name(checkpoint, name, reason):
     with pytest.raises(InputError, match=reason) as error:
         check(checkpoint)
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_a_run_leaves_beside_its_checkpoint_is_passed_over(checkpoint):
+    names = set(check(checkpoint))
+    (checkpoint / "checkpoint-100").mkdir()
+    (checkpoint / "checkpoint-100" / "optimizer.pt").write_bytes(b"x")
+    (checkpoint / ".lock").touch()
+    assert set(check(checkpoint)) == names
 
 
 def test_links_to_nowhere_and_to_folders_are_no_files(checkpoint, tmp_path):
