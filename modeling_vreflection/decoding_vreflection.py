@@ -214,36 +214,20 @@ class ReflectionProgress:
         latents = gather(self.fed, like.new_zeros(*shape, like.shape[-1]))
         return {"latents": latents, "latent_counts": counts, "latent_attention": attention}
 
+    def settle_forced(self, logits: tuple, sequences: torch.LongTensor, beam_indices: torch.LongTensor | None):
+        """Gives forced tokens a log-probability of 0 in the logits of each step, (rows, vocabulary), in place.
 
-def settle_forced(
-    logits: tuple[torch.Tensor, ...],
-    new_tokens: torch.LongTensor,
-    token_ids: tuple[int, int, int],
-    beam_indices: torch.LongTensor | None,
-    starts: bool,
-) -> tuple[torch.Tensor, ...]:
-    """Gives forced tokens a log-probability of 0, so that an answer's log-probability is that of its free tokens.
-
-    Args:
-        logits (`tuple[torch.FloatTensor]`): Of each step, (rows, vocabulary).
-        new_tokens (`torch.LongTensor` of shape `(B, steps)`): What was decoded.
-        token_ids (`tuple[int, int, int]`): Ids of the start, slot and end token.
-        beam_indices (`torch.LongTensor` of shape `(B, steps)`, *optional*): With beams, the row of its step that a token
-            comes from.
-        starts (`bool`): Whether the first token was forced, too (`reflect=True`).
-    """
-    _, latent_id, end_id = token_ids
-    forced = (new_tokens == latent_id) | (new_tokens == end_id)
-    forced[:, 0] |= starts
-    if beam_indices is not None:
-        forced &= beam_indices >= 0
-    settled = list(logits)
-    for step in forced.any(0).nonzero().flatten().tolist():
-        rows = forced[:, step].nonzero().flatten()
-        sources = (rows if beam_indices is None else beam_indices[rows, step]).to(settled[step].device)
-        settled[step] = settled[step].index_fill(0, sources, float("-inf"))
-        settled[step][sources, new_tokens[rows, step].to(sources.device)] = 0.0
-    return tuple(settled)
+        So an answer's log-probability is that of its free tokens. Arguments as of `recorded`.
+        """
+        tokens = sequences[:, self.prompt_length :]
+        forced = (tokens == self.latent_id) | (tokens == self.end_id)
+        forced[:, 0] |= bool(self.options.reflect)
+        if beam_indices is not None:
+            forced &= beam_indices >= 0
+        for row, step in forced.nonzero().tolist():
+            source = row if beam_indices is None else beam_indices[row, step]
+            logits[step][source] = float("-inf")
+            logits[step][source, tokens[row, step]] = 0.0
 
 
 class ReflectionTokenBan(LogitsProcessor):

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessor
 
@@ -153,6 +154,10 @@ def tiny_backbone(
 def save_tiny_backbone(folder: str | Path, seed: int = 0) -> Path:
     """Writes the untrained model as a stock Qwen2.5-VL folder, and returns the folder."""
     folder = Path(folder)
-    for part in tiny_backbone(seed):
+    model, *parts = tiny_backbone(seed)
+    for part in (model.config, model.generation_config, *parts):
         part.save_pretrained(folder)
+    # Not by `save_pretrained`, which writes on the first rank alone: each of several processes has a folder of its own.
+    weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}  # tied
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -11,8 +11,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .compression_vreflection import initialise_queries
 from .decoding_vreflection import ReflectionOptions
-from .generation_vreflection import refuse_videos
-from .processing_vreflection import LATENT_TOKENS
+from .processing_vreflection import LATENT_TOKENS, refuse_other_media
 from .reflection_vreflection import LatentOutput
 
 
@@ -109,11 +108,7 @@ class ReflectionCausalLMMixin:
                 beside segments.
         """
         # The stock names stay in the signature, so that a video is refused and not ignored.
-        refuse_videos(
-            pixel_values_videos=pixel_values_videos,
-            video_grid_thw=video_grid_thw,
-            second_per_grid_ts=second_per_grid_ts,
-        )
+        refuse_other_media(videos=video_grid_thw if pixel_values_videos is None else pixel_values_videos)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -171,8 +166,7 @@ class ReflectionCausalLMMixin:
             model._default_generation_config()
             if model.config.has_dac:
                 logger.warning(
-                    f"{pretrained_model_name_or_path} has no generation_config.json, which says what it feeds back: "
-                    "`latent_feedback='hidden'` is taken; a model trained for 'dac' needs that instead."
+                    "No generation_config.json: `latent_feedback='hidden'` is taken; set 'dac' if trained so."
                 )
         # Values that decoding would refuse are refused here.
         ReflectionOptions.resolve(model.config, model.generation_config)
@@ -229,14 +223,10 @@ class ReflectionCausalLMMixin:
         """Writes how a reflection is decoded by default into the generation config."""
         given = self.generation_config.to_diff_dict()
         if given.pop("_from_model_config", False):
-            given.pop("use_cache", None)  # of the config.json, where training turns it off
+            given["use_cache"] = True  # the config.json's is of training, which turns it off
+        given |= {"latent_steps": self.config.num_latent_tokens, "latent_feedback": "hidden"}
         # Only an explicit generation config keeps entries that transformers doesn't know.
-        self.generation_config = GenerationConfig(
-            **given,
-            _from_model_config=False,
-            latent_steps=self.config.num_latent_tokens,
-            latent_feedback="hidden",
-        )
+        self.generation_config = GenerationConfig(**given, _from_model_config=False)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves the checkpoint with the code that loads it. The keys stay as they are in the model, so that resuming finds them.

@@ -17,12 +17,9 @@ from .decoding_vreflection import (
     ReflectionTokenBan,
     SilentReflectionStreamer,
     forced_tokens_left,
-    settle_forced,
 )
 
 
-# No native videos: nothing looks at them.
-VIDEO_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 # Arguments of `forward` that transformers would let through to it, where decoding has no use for them.
 NOT_FOR_GENERATE = ("boxes", "latent_inputs", "bcm_receives_ce", "latent_state", "skip_logits", "labels")
 # What `generate` and the language model call the key-value cache: `cache` from transformers 5.24 on.
@@ -83,7 +80,6 @@ class ReflectionGenerationMixin:
             raise ValueError(
                 f"`generate` has no use for `{given[0]}`, which is an argument of `forward`: leave it out."
             )
-        refuse_videos(**{name: kwargs.get(name) for name in VIDEO_INPUTS})
         kwargs = dict(**signature(super().generate).bind_partial(*args).arguments, **kwargs)
         given_config = kwargs.get("generation_config")
         options = self.reflection_options(latent_steps, latent_feedback, reflect, latent_tolerance, given_config)
@@ -110,8 +106,7 @@ class ReflectionGenerationMixin:
         if not isinstance(result, torch.Tensor):
             embeddings, beam_indices = self.get_input_embeddings().weight, getattr(result, "beam_indices", None)
             if result.logits is not None and options.can_start:
-                new_tokens, ids = result.sequences[:, progress.prompt_length :], self.config.latent_token_ids
-                result.logits = settle_forced(result.logits, new_tokens, ids, beam_indices, bool(options.reflect))
+                progress.settle_forced(result.logits, result.sequences, beam_indices)
             recorded = progress.recorded(result.sequences, beam_indices, embeddings)
             for name, value in recorded.items():
                 result[name] = value
@@ -120,6 +115,8 @@ class ReflectionGenerationMixin:
     def _check_prompt(self, prompt: torch.Tensor | None):
         if prompt is None or prompt.is_floating_point():
             return
+        if (prompt == self.config.video_token_id).any():
+            raise ValueError("The prompts hold a video's tokens: V-Reflection looks at pictures, not videos.")
         found = torch.isin(prompt, prompt.new_tensor(self.config.latent_token_ids)).nonzero()[:, 0].unique().tolist()
         if found:
             raise ValueError(
@@ -309,12 +306,6 @@ class ReflectionGenerationMixin:
             "Continuous batching (`generate_batch`, a paged cache) can't carry the latent states from step to step: call "
             "`generate` without `cache_implementation='paged'`."
         )
-
-
-def refuse_videos(**inputs) -> None:
-    """Raises a `ValueError` where any of these inputs, which only a native video has, is given."""
-    if given := [name for name, value in inputs.items() if value is not None]:
-        raise ValueError(f"V-Reflection looks at pictures, not videos: pass frames as pictures, and no `{given[0]}`.")
 
 
 def unsupported(mode: str, remedy: str) -> str:

@@ -241,21 +241,19 @@ class ReflectionProcessorMixin:
 
     def _refuse_special_tokens(self, messages: list[dict]):
         """Raises a `ValueError` where a message's text holds a special token's name, which the tokenizer would interpret."""
-        template = self.chat_template if isinstance(self.chat_template, str) else ""
-        names = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        names = [
-            name for name in names if f"replace('{name}'" not in template
-        ]  # the template breaks the latent ones up
+        # The template itself breaks the latent tokens' names up.
+        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        tokens = [name for name in tokens if f"replace('{name}'" not in str(self.chat_template)]
         for number, message in enumerate(messages):
-            content = message.get("content") or ""
-            if not isinstance(content, str):  # a name may be spread over parts
-                content = "".join(part.get("text") or "" for part in content if part.get("type") == "text")
-            if found := sorted((content.find(name), name) for name in names if name in content):
-                place, name = found[0]
-                raise ValueError(
-                    f"Message {number} ({message.get('role')}) holds {name} at character {place} of its text: a special token "
-                    "can't be written as text. Take it out, or break it up."
-                )
+            text = message.get("content") or ""
+            if not isinstance(text, str):  # a name may be spread over parts
+                text = "".join(part.get("text") or "" for part in text if part.get("type") == "text")
+            for name in tokens:
+                if name in text:
+                    raise ValueError(
+                        f"Message {number} ({message.get('role')}) holds {name} at character {text.index(name)} of its text, "
+                        "which is a special token and can't be written: take it out, or break it up."
+                    )
 
     @property
     def _known_arguments(self) -> set[str]:

@@ -108,9 +108,9 @@ class ReflectionModelMixin:
             if cache is not None:
                 raise ValueError("`cache` and `past_key_values` are two names of one thing: pass one of them.")
             cache = past_key_values
-        if input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
-            if (input_ids == self.config.video_token_id).any():
-                raise ValueError("`input_ids` hold a video's tokens: V-Reflection looks at pictures, not videos.")
+        prompt = input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling()
+        if prompt and (input_ids == self.config.video_token_id).any():
+            raise ValueError("`input_ids` hold a video's tokens: V-Reflection looks at pictures, not videos.")
         position_ids = self._with_packed_positions(
             input_ids, position_ids, attention_mask, mm_token_type_ids, image_grid_thw, use_cache
         )

@@ -158,8 +158,12 @@ def test_the_documented_example_runs(client, tmp_path):
 
 
 def test_an_answer_streams_without_the_latents(client):
-    pieces = [chunk.choices[0].delta.content or "" for chunk in ask(client, MODEL, 300, stream=True)]
+    chunks = list(ask(client, MODEL, 300, stream=True, max_tokens=NEW_TOKENS))
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(pieces) == draw_question("test", 300)[1].answer
+    # Streamed or not, latents count.
+    (usage,) = [chunk.usage for chunk in chunks if chunk.usage]
+    assert usage == ask(client, MODEL, 300, max_tokens=NEW_TOKENS).usage
 
 
 def test_without_latents_it_answers_something_else(open_client, generate, tmp_path_factory):

@@ -509,7 +509,7 @@ def test_what_a_reflecting_pass_would_ignore_is_refused(model, processor, mixed)
         model(**plain, boxes=mixed.inputs["boxes"][:1])
     with pytest.raises(ValueError, match="no cache"):
         model(**mixed.inputs, latent_inputs="bcm", cache=DynamicCache(config=model.config.get_text_config()))
-    with pytest.raises(ValueError, match="no `pixel_values_videos`"):
+    with pytest.raises(ValueError, match="pass `images`, not `videos`"):
         model(**mixed.inputs, latent_inputs="bcm", pixel_values_videos=torch.zeros(4, 4))
     embeds = model.get_input_embeddings()(mixed.inputs["input_ids"])
     with pytest.raises(ValueError, match="no `inputs_embeds`"):

@@ -44,6 +44,11 @@ def test_assistant_tokens_are_labelled_and_forced_tokens_are_not(collate, proces
     assert supervised(collate([row], slot_ce=True), processor, 0) == (
         "<|sovt|>" + "<|lvr|>" * 8 + f"<|eovt|>{answer}<|im_end|>"
     )
+    # As the released code labels: the newline after the turn in both stages, in stage 2 the end token without the slots.
+    closed = supervised(collate([row], closing_ce=True), processor, 0)
+    assert closed == f"<|sovt|><|eovt|>{answer}<|im_end|>\n"
+    closed = supervised(collate([row], closing_ce=True, slot_ce=True), processor, 0)
+    assert closed == "<|sovt|>" + "<|lvr|>" * 8 + f"<|eovt|>{answer}<|im_end|>\n"
     assert supervised(collate([row], reflect=False), processor, 0) == f"{answer}<|im_end|>"
     assert "boxes" not in collate([row], reflect=False)
 

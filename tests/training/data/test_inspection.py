@@ -200,7 +200,7 @@ BAD = {
     "a user's reflection": ({"messages": [ask(IMAGE, reflection()), answer("A")]}, "not 'reflection'"),
     "image token in text": (
         {"messages": [ask(IMAGE, "What is <|image_pad|>?"), answer("A")]},
-        r"holds <\|image_pad\|> 2 times, but there are 1 images",
+        r"Message 0 \(user\) holds <\|image_pad\|> at character 8 of its text",
     ),
     "reader's": ({"error": "`bboxs` is missing."}, "`bboxs` is missing"),
 }

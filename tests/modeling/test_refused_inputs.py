@@ -1,0 +1,122 @@
+"""What would be read or decoded wrongly in silence is refused in one line: typed tokens, videos, wrong decoding values."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import GenerationConfig
+
+from modeling_vreflection import VReflectionForConditionalGeneration
+from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.inference.checkpoints import EMBEDDED, load_checkpoint
+
+
+OPTIONS = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+QUESTION = {
+    "role": "user",
+    "content": [{"type": "image", "image": Image.new("RGB", (56, 56))}, {"type": "text", "text": "?"}],
+}
+WRONG = [
+    ("latent_steps", "8", "must be a whole number, got '8'"),
+    ("latent_steps", 2.5, "must be a whole number, got 2.5"),
+    ("latent_steps", True, "must be a whole number, got True"),
+    ("latent_tolerance", "0.1", r"must be a number in \[0, 1\], got '0.1'"),
+    ("latent_feedback", "hiden", "must be one of hidden, dac, got 'hiden'"),
+    ("reflect", "yes", "must be True, False or None, got 'yes'"),
+    ("reflect", 1, "must be True, False or None, got 1"),
+]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return Path(shutil.copytree(EMBEDDED, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_checkpoint(EMBEDDED, "cpu")
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|video_pad|>", "<|vision_start|>", "<|endoftext|>"])
+def test_special_tokens_typed_in_a_text_are_refused(embedded, token):
+    _, processor = embedded
+    # A name may be spread over parts, which are joined.
+    parts = [{"type": "text", "text": "K" + token[:4]}, {"type": "text", "text": token[4:]}]
+    for messages in (
+        [{"role": "user", "content": f"a{token}"}],
+        [QUESTION, {"role": "assistant", "content": parts}],
+    ):
+        number, role = len(messages) - 1, messages[-1]["role"]
+        with pytest.raises(ValueError) as error:
+            processor.apply_chat_template(messages, tokenize=False)
+        assert f"Message {number} ({role}) holds {token} at character 1" in str(error.value)
+
+
+@pytest.mark.parametrize("name, value, problem", WRONG)
+def test_wrong_decoding_values_are_refused_where_they_come_in(embedded, checkpoint, name, value, problem):
+    model, processor = embedded
+    inputs = processor.apply_chat_template([QUESTION], add_generation_prompt=True, **OPTIONS)
+    with pytest.raises(ValueError, match=problem):
+        model.generate(**inputs, max_new_tokens=16, **{name: value})
+    saved = model.generation_config
+    try:
+        model.generation_config = GenerationConfig(**{**saved.to_dict(), name: value})
+        with pytest.raises(ValueError, match=problem):
+            model.save_pretrained(checkpoint)
+    finally:
+        model.generation_config = saved
+    file = checkpoint / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(InputError, match=f"checkpoint: can't be loaded .*{problem}"):
+        load_checkpoint(checkpoint, "cpu")
+
+
+def test_without_a_generation_config_the_cache_is_on(checkpoint):
+    (checkpoint / "generation_config.json").unlink()
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["use_cache"] = config["use_cache"] = False  # as training leaves it
+    file.write_text(json.dumps(config))
+    model, processor = load_checkpoint(checkpoint, "cpu")
+    chosen = model.generation_config
+    assert (chosen.use_cache, chosen.latent_steps, chosen.latent_feedback) == (True, 8, "hidden")
+    inputs = processor.apply_chat_template([QUESTION], add_generation_prompt=True, **OPTIONS)
+    sequences = model.generate(**inputs, max_new_tokens=16, reflect=True)
+    assert (sequences == model.config.latent_token_id).sum() == 8
+    model.save_pretrained(checkpoint)
+    again = VReflectionForConditionalGeneration.from_pretrained(checkpoint)
+    assert again.generation_config.latent_feedback == "hidden" and again.generation_config.use_cache
+
+
+@pytest.mark.parametrize("latent_inputs", [None, "hidden", "bcm"])
+@pytest.mark.parametrize(
+    "given", [{"pixel_values_videos": torch.zeros(16, 1176)}, {"video_grid_thw": torch.ones(1, 3)}, {}]
+)
+def test_videos_are_refused_by_forward_and_generate(embedded, latent_inputs, given):
+    model, processor = embedded
+    answer = [{"type": "reflection", "box": [0, 0, 1, 1]}, {"type": "text", "text": "K"}]
+    messages = [QUESTION, {"role": "assistant", "content": answer}][: 1 if latent_inputs is None else 2]
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=latent_inputs is None, **OPTIONS)
+    tokens = torch.full((1, 4), model.config.video_token_id)
+    inputs["input_ids"] = torch.cat([tokens, inputs["input_ids"]], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    types = (inputs["input_ids"] == model.config.image_token_id).int()
+    inputs["mm_token_type_ids"] = types + 2 * (inputs["input_ids"] == model.config.video_token_id).int()
+    with pytest.raises(ValueError, match="V-Reflection looks at pictures"):
+        model(**inputs, **given, latent_inputs=latent_inputs)
+    if latent_inputs is None:
+        with pytest.raises(ValueError, match="V-Reflection looks at pictures"):
+            model.generate(**inputs, **given, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_for_inference(checkpoint, value):
+    model = VReflectionForConditionalGeneration.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.model.language_model.layers[1].mlp.up_proj.weight[3, 5] = value
+    model.save_pretrained(checkpoint)
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+        load_checkpoint(checkpoint, "cpu")
