@@ -1,6 +1,7 @@
 """The documentation builds without a warning, its notebook runs, and its examples work."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from vreflection_hub_card.glyphsearch import draw_question
 from vreflection_training.cli import main
 
 
@@ -46,6 +48,36 @@ def test_the_tutorials_row_and_recipe_pass_the_check(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     assert main(["check", "kitchen.yaml"]) == 0
     assert re.search(r"^rows +1$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_ten_lines_run_on_twenty_rows(tmp_path):
+    page = (DOCS / "ten_lines.md").read_text()
+    commands = re.search(r"```bash\n(.*?)```", page, re.DOTALL)[1]
+    assert commands.count("\n") == 10
+    row = json.loads(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1])
+    for name in ("train", "test"):
+        lines = []
+        for number in range(20):
+            scene, question = draw_question(name, number, "default")
+            scene.image.save(tmp_path / f"{name}{number}.png")
+            row["images"] = [f"{name}{number}.png"]
+            row["messages"][0]["content"][1]["text"] = question.text
+            look, answer = row["messages"][1]["content"]
+            look["boxes"], answer["text"] = [item.box for item in question.path], question.answer
+            lines.append(json.dumps(row))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "hub_card").symlink_to(ROOT / "hub_card")
+    ran = subprocess.run(
+        ["bash", "-ec", commands],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "The answers depend on the latents" in ran.stdout and "nothing was uploaded" in ran.stdout
+    assert len((tmp_path / "measured" / "samples.jsonl").read_text().splitlines()) == 20
 
 
 def test_the_version_heads_the_changelog():

@@ -303,7 +303,9 @@ def test_a_checkpoint_is_whole_only_when_it_is_on_the_disk(make_trainer, tmp_pat
 
 
 def test_two_runs_do_not_share_a_folder(make_trainer, tmp_path):
-    holder = "import sys, filelock; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); sys.stdin.read()"
+    holder = (
+        "import sys, filelock; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); sys.stdin.read()"
+    )
     command = [sys.executable, "-c", holder, str(tmp_path / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
