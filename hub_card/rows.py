@@ -1,5 +1,6 @@
 """The format of a row, the same for every source, and what makes a row bad."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,28 @@ PART_KEYS = {
 }
 
 
+# Columns that ask for another training than this one, and why a row with a value in them can't be trained on.
+_MEDIA = "V-Reflection looks at pictures alone: leave such rows out"
+_TOOLS = "V-Reflection has not learned to call tools: leave such rows out"
+_PREFERENCE = (
+    "this training learns one answer, which is the assistant's turn: leave the column out if that is what you want"
+)
+REFUSED_COLUMNS = {
+    **dict.fromkeys(("video", "videos", "audio", "audios"), _MEDIA),
+    "tools": _TOOLS,
+    **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag"), _PREFERENCE),
+}
+# Columns that other trainers' forms have, and the formats of a source that read them.
+FOREIGN_COLUMNS = {
+    "conversations": ("llava", "llama_factory"),
+    "instruction": ("llama_factory", "ms_swift"),
+    "query": ("ms_swift",),
+    "system": ("llama_factory", "ms_swift"),
+}
+# What other trainers' texts have in the place of a picture, a box or a reflection.
+PLACEHOLDER = re.compile("<(?:image|video|audio|bbox|ref-object|lvr)>")
+
+
 class BadRow(ValueError):
     """A row that can't be trained on; the message names it and says what is wrong, `kind` is a report's heading for it."""
 
@@ -85,17 +108,45 @@ def row_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     Raises a `BadRow` for messages that aren't any, parts with unknown keys, too many or few pictures, or what the row's reader
     found wrong.
     """
+    name = row_name(row)
     if row.get("error") is not None:
-        raise BadRow(f"{row_name(row)}: {row['error']}", "format")
+        raise BadRow(f"{name}: {row['error']}", "format")
+    if problem := refused_column(row) or _foreign_column(row):
+        raise BadRow(f"{name}: {problem}", "form")
     row = spell_out(row)
     messages = row.get("messages")
     if not _is_list(messages) or len(messages) == 0:
-        raise BadRow(f"{row_name(row)} has no `messages`, nor `question` and `answer`.", "messages")
-    cleaned = [_clean_message(message, row_name(row)) for message in messages]
+        given = ", ".join(column for column in row if is_given(row[column])) or "nothing"
+        raise BadRow(f"{name}: no `messages`, nor `question` and `answer`; the row has {given}.", "messages")
+    cleaned = [_clean_message(message, name) for message in messages]
+    _check_texts(cleaned, bool(row_images(row)), name)
     try:
         return prepare_multimodal_messages(cleaned, images=row_images(row))
     except ValueError as error:
-        raise BadRow(f"{row_name(row)}: {error}", "images and places") from error
+        raise BadRow(f"{name}: {error}", "images and places") from error
+
+
+def is_given(value: Any) -> bool:
+    """Whether a column holds something: Arrow fills in None, and other trainers' rows empty lists and texts."""
+    return value is not None and not (isinstance(value, (str, list, tuple, dict)) and len(value) == 0)
+
+
+def refused_column(row: dict[str, Any]) -> str | None:
+    """What is wrong with a row that has a column of another training than this one."""
+    found = next((column for column in REFUSED_COLUMNS if is_given(row.get(column))), None)
+    return f"`{found}`: {REFUSED_COLUMNS[found]}." if found else None
+
+
+def _foreign_column(row: dict[str, Any]) -> str | None:
+    # Beside messages the others are only columns that nothing reads; a system prompt would be lost.
+    columns = ["system"] if is_given(row.get("messages")) else FOREIGN_COLUMNS
+    found = next((column for column in columns if is_given(row.get(column))), None)
+    if found:
+        named = " or ".join(f"`format: {format}`" for format in FOREIGN_COLUMNS[found])
+        return f"`{found}` belongs to another trainer's form, which a source reads with {named}."
+    if is_given(row.get("images")) and is_given(row.get("image")):
+        return "there are both `images` and `image`: leave one of them out."
+    return None
 
 
 def spell_out(row: dict[str, Any]) -> dict[str, Any]:
@@ -163,8 +214,7 @@ def normalise_row(row: dict[str, Any], row_id: str, dataset: str) -> dict[str, A
 
     `row_id` and `dataset` name the row where it doesn't itself.
     """
-    row_id = row_id if row.get("id") is None else str(row["id"])
-    dataset = row["dataset"] if isinstance(row.get("dataset"), str) else dataset
+    row_id, dataset = row_names(row, row_id, dataset)
     try:
         messages = row_messages({**row, "id": row_id})
         images = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
@@ -180,6 +230,14 @@ def normalise_row(row: dict[str, Any], row_id: str, dataset: str) -> dict[str, A
     except BadRow as error:
         return make_bad_row(row_id, dataset, str(error).removeprefix(f"Sample {row_id}").removeprefix(":").strip())
     return make_row(row_id, dataset, images, messages)
+
+
+def row_names(row: dict[str, Any], row_id: str, dataset: str) -> tuple[str, str]:
+    """What a row says of its id and data set, or else these."""
+    return (
+        row_id if row.get("id") is None else str(row["id"]),
+        row["dataset"] if isinstance(row.get("dataset"), str) else dataset,
+    )
 
 
 def flatten_boxes(boxes: Any) -> list[list[float]]:
@@ -216,6 +274,10 @@ def _clean_message(message: Any, name: str) -> dict[str, Any]:
         roles = ", ".join(PARTS)
         raise BadRow(f"{name}: a message needs `content` and a `role` of {roles}, got {message!r}.", "messages")
     role = message["role"]
+    if unknown := [key for key in message if key not in ("role", "content") and is_given(message[key])]:
+        raise BadRow(
+            f"{name}: a message holds role and content, and nothing reads {unknown[0]!r}: {message!r}.", "unknown key"
+        )
     if isinstance(content, str):
         return {"role": role, "content": content}
     if not _is_list(content) or not all(isinstance(part, dict) and part.get("type") for part in content):
@@ -237,6 +299,24 @@ def _clean_message(message: Any, name: str) -> dict[str, Any]:
                 "unknown key",
             )
     return {"role": role, "content": parts}
+
+
+def _check_texts(messages: list[dict[str, Any]], pictures: bool, name: str):
+    """Raises where text holds what another trainer, or a chat template, would make a picture of."""
+    parts = [
+        part
+        for message in messages
+        for part in ([text_part(message["content"])] if isinstance(message["content"], str) else message["content"])
+    ]
+    pictures = pictures or any(part["type"] == "image" for part in parts)
+    for text in (part["text"] for part in parts if part["type"] == "text"):
+        if pictures and (found := PLACEHOLDER.search(text)):
+            raise BadRow(
+                f"{name}: {found[0]} stands in the text of a row with pictures, and would be read as text. Write "
+                '`{"type": "image"}` parts for pictures, or name the form of the rows in the source: `format: llava`, '
+                "`ms_swift` or `llama_factory`.",
+                "placeholder",
+            )
 
 
 def _is_list(value: Any) -> bool:

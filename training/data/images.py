@@ -1,5 +1,6 @@
 """Pictures of a row: opened, and measured from their headers alone."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,12 @@ def count_image_tokens(width: int, height: int, image_processor: Qwen2VLImagePro
 def is_url(image: RowImage) -> bool:
     """Whether a row's picture is a data URL or a web address, not a path."""
     return isinstance(image, str) and image.startswith(("http://", "https://", "data:"))
+
+
+def place_image(image: RowImage, folder: str | None) -> RowImage:
+    """The picture with its path, if that is relative, in the folder."""
+    if folder is not None and isinstance(image, str) and not is_url(image):
+        return os.path.join(folder, image)
+    if isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
+        return {**image, "path": place_image(image["path"], folder)}
+    return image

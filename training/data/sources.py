@@ -4,6 +4,8 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +22,54 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from transformers.utils import logging
 
+from vreflection_hub_card import rows as row_format
 from vreflection_hub_card.glyphsearch import glyphsearch_curriculum, glyphsearch_dataset
-from vreflection_hub_card.rows import FEATURES, normalise_row
+from vreflection_hub_card.rows import FEATURES, is_given, normalise_row
 
+from .conversation_boxes import BOX_UNITS
+from .conversations import FORMS, conversation_row, unread_columns
 from .gqa import check_options, gqa_rows, read_scene_graphs
 from .image_folders import ImageFolders
-from .images import is_url
-from .json_files import read_rows
+from .images import place_image
+from .json_files import read_json_rows, read_rows
 from .released import read_meta, released_rows
 from .visual_cot import visual_cot_rows
 
 
-def message_rows(path: str, folders: ImageFolders) -> Iterator[dict[str, Any]]:
-    """Reads a file of rows in the project's own format."""
+logger = logging.get_logger(__name__)
+
+
+def form_rows(form: str, path: str, folders: ImageFolders, boxes: str | None = None) -> Iterator[dict[str, Any]]:
+    """Reads a file of rows in the project's own format, or in another trainer's form."""
 
     def fill(row: dict[str, Any], item: dict[str, Any]):
-        row.update(_place_images(normalise_row(item, row["id"], row["dataset"]), folders.root))
+        row.update(_form_row(item, row["id"], row["dataset"], folders.root, form, boxes))
 
     return read_rows(path, Path(path).stem, fill)
 
 
+def _form_row(
+    item: dict[str, Any], row_id: str, dataset: str, folder: str | None, form: str, boxes: str | None
+) -> dict[str, Any]:
+    if form in FORMS:
+        return conversation_row(item, row_id, dataset, folder, form, boxes)
+    return _place_images(normalise_row(item, row_id, dataset), folder)
+
+
 GLYPHSEARCH = {"glyphsearch": glyphsearch_dataset, "glyphsearch_curriculum": glyphsearch_curriculum}
-READERS = {"messages": message_rows, "visual_cot": visual_cot_rows, "gqa": gqa_rows, "released": released_rows}
+# Rows that may also come from wherever `datasets` reads them, and not only from JSON.
+ROW_FORMATS = ("messages", *FORMS)
+READERS = {
+    **{form: partial(form_rows, form) for form in ROW_FORMATS},
+    "visual_cot": visual_cot_rows,
+    "gqa": gqa_rows,
+    "released": released_rows,
+}
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
 SOURCE_FORMATS = (*READERS, "released_meta", *GLYPHSEARCH)
+ROWS_PEEKED = 50  # of a source, to name the columns that nothing reads
 
 
 @dataclass
@@ -76,21 +101,23 @@ def load_rows(
 
     Args:
         sources (`list[dict]`): For each source
-            - `format`: `"messages"` (the default), `"visual_cot"`, `"gqa"`, `"released"`, `"released_meta"`,
-              `"glyphsearch"` or `"glyphsearch_curriculum"`;
-            - `path`: for `"messages"` a Hub id, a local folder, or a `.parquet`, `.json` or `.jsonl` file; for
-              `"visual_cot"` a file of the release or the folder with its `*_cot_train.jsonl`; for `"gqa"` a file of
-              questions or a folder with several, `*questions*.json`; for `"released"` the authors' formatted JSON, for
-              `"released_meta"` their list of such files; for GlyphSearch nothing;
+            - `format`: `"messages"` (the default), `"llava"`, `"ms_swift"`, `"llama_factory"`, `"visual_cot"`, `"gqa"`,
+              `"released"`, `"released_meta"`, `"glyphsearch"` or `"glyphsearch_curriculum"`;
+            - `path`: for `"messages"` and other trainers' forms a Hub id, a local folder, or a `.parquet`, `.json` or
+              `.jsonl` file; for `"visual_cot"` a file of the release or the folder with its `*_cot_train.jsonl`; for
+              `"gqa"` a file of questions or a folder with several, `*questions*.json`; for `"released"` the authors'
+              formatted JSON, for `"released_meta"` their list of such files; for GlyphSearch nothing;
             - `image_folder`: where relative paths of pictures begin, by default at the file's folder; `"released_meta"`
               has its own;
             - `weight`: its share of the mixture, relative to the others';
             - `paths`: for `"visual_cot"`, whether the boxes of a question become the path of one reflection instead of a
               reflection each (`False`, if left out);
+            - `boxes`: for other trainers' forms, in what their rows give boxes: `"pixels"`, `"thousandths"` or `"fractions"`,
+              see [`conversation_row`](conversations.py);
             - `scene_graphs`, `balanced`, `answers`, `num_latent_tokens`: for `"gqa"`, the file of the scene graphs, and the
               options of [`gqa_rows`](gqa.py);
-            - for `"messages"` arguments of `datasets.load_dataset`, such as `split` (`"train"`, if left out), `name` or
-              `data_files`; for GlyphSearch those of its functions.
+            - for `"messages"` and other trainers' forms arguments of `datasets.load_dataset`, such as `split` (`"train"`, if
+              left out), `name` or `data_files`; for GlyphSearch those of its functions.
         streaming (`bool`, *optional*, defaults to `False`): Whether to read rows as they are used. Otherwise they are read
             once, into the cache of `datasets`, and again when a file or a folder with pictures has changed. Pictures that
             a data set holds itself are copied there, too.
@@ -166,8 +193,13 @@ def _parse(source: dict[str, Any], number: int) -> Source:
             check_options(**options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}, gqa: {error}") from error
-    if parsed.format != "messages" or _is_json(parsed.path):
-        if parsed.format != "gqa" and (unknown := [name for name in options if name != "paths"]):
+    if "boxes" in options and (parsed.format not in FORMS or options["boxes"] not in BOX_UNITS):
+        raise ValueError(
+            f"{where}: `boxes` is for {', '.join(map(repr, FORMS))} and one of {', '.join(map(repr, BOX_UNITS))}, got "
+            f"{options['boxes']!r} for {parsed.format!r}."
+        )
+    if parsed.format not in ROW_FORMATS or _is_json(parsed.path):
+        if parsed.format != "gqa" and (unknown := [name for name in options if name not in ("paths", "boxes")]):
             raise ValueError(f"{where}: a file read as {parsed.format!r} takes no {', '.join(map(repr, unknown))}.")
         if not os.path.exists(parsed.path):
             raise FileNotFoundError(f"{where}: there is no file {parsed.path}.")
@@ -188,8 +220,10 @@ def _load(source: Source, streaming: bool) -> Dataset | IterableDataset:
     if folder is None and path.exists():
         folder = path if path.is_dir() else path.parent
     folder = folder and os.path.abspath(folder)  # what is stored must be found from any working folder
-    if source.format == "messages" and not _is_json(source.path):
-        return _load_messages(source, folder, streaming)
+    if source.format in ROW_FORMATS:
+        if not _is_json(source.path):
+            return _load_stored(source, folder, streaming)
+        _name_unread(source, islice(read_json_rows(path), ROWS_PEEKED))
     pattern = "*questions*.json" if source.format == "gqa" else "*_cot_train.jsonl"
     files = sorted(path.glob(pattern)) if path.is_dir() else [path]
     if not files:
@@ -197,9 +231,17 @@ def _load(source: Source, streaming: bool) -> Dataset | IterableDataset:
     return _load_files(source.format, files, folder, streaming, source.options)
 
 
-def _load_messages(source: Source, folder: str | None, streaming: bool) -> Dataset | IterableDataset:
-    """Loads messages that `datasets` reads itself."""
+def _name_unread(source: Source, rows: Iterable[Any]):
+    """Logs the columns of a source's first rows that hold something and that nothing reads."""
+    found = {column: None for row in rows if isinstance(row, dict) for column in row if is_given(row[column])}
+    if unread := unread_columns(found, source.format):
+        logger.warning(f"{source.path}: columns that nothing reads: {', '.join(unread)}.")
+
+
+def _load_stored(source: Source, folder: str | None, streaming: bool) -> Dataset | IterableDataset:
+    """Loads rows that `datasets` reads itself."""
     options = {"split": "train", **source.options}
+    boxes = options.pop("boxes", None)
     if source.path.endswith(".parquet"):
         dataset = load_dataset("parquet", data_files=source.path, streaming=streaming, **options)
     elif any(os.path.exists(os.path.join(source.path, name)) for name in SAVED):
@@ -213,8 +255,11 @@ def _load_messages(source: Source, folder: str | None, streaming: bool) -> Datas
     if isinstance(dataset, dict):
         raise ValueError(f"{source.path}: name one `split` of {', '.join(dataset)}, got {options['split']!r}.")
     name = os.path.basename(os.path.normpath(source.path))
+    encoded = dataset.with_format("arrow")
+    first = next(iter(encoded.iter(ROWS_PEEKED)), None)
+    _name_unread(source, () if first is None else first.to_pylist())
     # In Arrow's format pictures are what is stored, bytes or a path, and aren't decoded and encoded again.
-    rows = dataset.with_format("arrow").map(
+    rows = encoded.map(
         _normalise_table,
         batched=True,
         batch_size=100,
@@ -224,6 +269,8 @@ def _load_messages(source: Source, folder: str | None, streaming: bool) -> Datas
             "features": _keep_encoded(dataset.features),
             "name": name,
             "folder": folder,
+            "form": source.format,
+            "boxes": boxes,
             "stamps": _code_stamps(),
         },
     )
@@ -237,13 +284,20 @@ def load_saved(path: str, split: str | None) -> Dataset | DatasetDict:
 
 
 def _normalise_table(
-    table: pa.Table, indices: list[int], features: Features | None, name: str, folder: str | None, stamps: tuple
+    table: pa.Table,
+    indices: list[int],
+    features: Features | None,
+    name: str,
+    folder: str | None,
+    form: str,
+    boxes: str | None,
+    stamps: tuple,
 ) -> pa.Table:
     """Rows as `datasets` stores them, brought to `FEATURES`; `stamps` tells its cache when this code changes."""
     stored = table.to_pylist()
     rows = stored if features is None else map(features.decode_example, stored)
     rows = [
-        FEATURES.encode_example(_place_images(normalise_row(row, f"{name}-{index}", name), folder))
+        FEATURES.encode_example(_form_row(row, f"{name}-{index}", name, folder, form, boxes))
         for row, index in zip(rows, indices)
     ]
     return pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema)
@@ -298,15 +352,7 @@ def _scene_rows(name: str, options: dict[str, Any], stamps: tuple) -> Iterator[d
 
 def _place_images(row: dict[str, Any], folder: str | None) -> dict[str, Any]:
     """Makes the relative paths of a row's pictures absolute."""
-    return row if folder is None else {**row, "images": [_place_image(image, folder) for image in row["images"]]}
-
-
-def _place_image(image: Any, folder: str) -> Any:
-    if isinstance(image, str) and not is_url(image):
-        return os.path.join(folder, image)
-    if isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
-        return {**image, "path": _place_image(image["path"], folder)}
-    return image
+    return {**row, "images": [place_image(image, folder) for image in row["images"]]}
 
 
 def _is_json(path: str) -> bool:
@@ -320,4 +366,4 @@ def _stamps(files: Iterable[str | Path]) -> tuple:
 
 
 def _code_stamps() -> tuple:
-    return _stamps(sorted(Path(__file__).parent.glob("*.py")))
+    return _stamps([*sorted(Path(__file__).parent.glob("*.py")), row_format.__file__])

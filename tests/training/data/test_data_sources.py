@@ -354,7 +354,7 @@ def test_bad_rows_come_along_with_what_is_wrong(folder, streaming):
         ([], ValueError, "at least one source"),
         (["a.json"], ValueError, "Source 0 must be a dict"),
         ([{}], ValueError, "needs `path`"),
-        ([{"path": "x", "format": "coco"}], ValueError, "`format` must be one of messages, visual_cot"),
+        ([{"path": "x", "format": "coco"}], ValueError, "`format` must be one of messages, llava"),
         ([{"path": "gone.jsonl"}], FileNotFoundError, "gone.jsonl"),
         ([{"path": "gone.jsonl", "format": "visual_cot"}], FileNotFoundError, "gone.jsonl"),
         ([{"path": "own.jsonl", "split": "train"}], ValueError, "takes no 'split'"),
