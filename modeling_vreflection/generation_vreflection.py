@@ -18,6 +18,7 @@ from .decoding_vreflection import (
     SilentReflectionStreamer,
     forced_tokens_left,
 )
+from .processing_vreflection import refuse_other_media
 
 
 # Arguments of `forward` that transformers would let through to it, where decoding has no use for them.
@@ -85,6 +86,7 @@ class ReflectionGenerationMixin:
         options = self.reflection_options(latent_steps, latent_feedback, reflect, latent_tolerance, given_config)
         prompts = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
         prompt = next((prompt for prompt in prompts if prompt is not None), None)
+        refuse_other_media(videos=kwargs.get("pixel_values_videos"))
         self._check_prompt(prompt)
         if options.can_start:
             if kwargs.get("assistant_model") is not None:

@@ -222,8 +222,6 @@ class ReflectionProgress:
         tokens = sequences[:, self.prompt_length :]
         forced = (tokens == self.latent_id) | (tokens == self.end_id)
         forced[:, 0] |= bool(self.options.reflect)
-        if beam_indices is not None:
-            forced &= beam_indices >= 0
         for row, step in forced.nonzero().tolist():
             source = row if beam_indices is None else beam_indices[row, step]
             logits[step][source] = float("-inf")
