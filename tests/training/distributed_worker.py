@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_training import VReflectionSFTConfig, VReflectionSFTTrainer
-from vreflection_training.loading import load_model_and_processor
+from vreflection_training.loading import build_tiny, load_model_and_processor
 
 
 def rows():
@@ -60,3 +60,5 @@ def run(spec):
 if __name__ == "__main__":
     for spec in json.loads(Path(sys.argv[1]).read_text()):
         run(spec)
+    if "ACCELERATE_USE_FSDP" not in os.environ:
+        build_tiny(0)  # `from_scratch`: each rank has a folder of its own, and finds the weights in it
