@@ -143,7 +143,7 @@ def _foreign_column(row: dict[str, Any]) -> str | None:
     found = next((column for column in columns if is_given(row.get(column))), None)
     if found:
         named = " or ".join(f"`format: {format}`" for format in FOREIGN_COLUMNS[found])
-        return f"`{found}` belongs to another trainer's form, which a source reads with {named}."
+        return f"`{found}` belongs to the form of another trainer: set {named} in the source."
     if is_given(row.get("images")) and is_given(row.get("image")):
         return "there are both `images` and `image`: leave one of them out."
     return None

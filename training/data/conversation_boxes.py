@@ -65,8 +65,8 @@ def take_boxes(text: str, waiting: Iterator[Region]) -> tuple[str, list[Region]]
     text = LOOKED_AT.sub("", text)
     if "<bbox>" in text or (count and not text.strip()):
         raise ValueError(
-            f"{count} <bbox> in an answer, where a box of `objects.bbox` would be said as text: it is looked at, and may stand "
-            "at the answer's head or behind <ref-object>, beside other words."
+            "an answer holds <bbox> as a part of its text, and a box of `objects.bbox` is looked at, not said: <bbox> may stand at "
+            "the head of the answer or behind <ref-object>, and other words must be left."
         )
     return text, [next(waiting) for _ in range(count)]
 
