@@ -13,6 +13,7 @@ from experiments.benchmark.random_rows import MAX_PATCHES, MIN_PATCHES, draw_gri
 from experiments.benchmark.training import BATCH_SIZE, MIXED_BATCHES, TRAININGS, TrainingBench, measure_training
 
 
+pytestmark = pytest.mark.slow  # its result file takes 15 seconds
 CPU = torch.device("cpu")
 
 

@@ -146,6 +146,7 @@ def test_every_form_gives_the_same_rows(form, folder, tmp_path_factory):
     assert pictures[0] == pictures[1]
 
 
+@pytest.mark.slow
 def test_answers_and_replaced_answers_are_those_of_generate(embedded, rows, chains):
     """By hand, one row at a time; shuffled: the row half the file further on."""
     model, processor = embedded

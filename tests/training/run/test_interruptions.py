@@ -41,7 +41,11 @@ def stream():
     "dataset, options",
     [
         (Rows(SCENES), {"sample_packing": True, "max_length": 260, "train_sampling_strategy": "random"}),
-        (Rows(SCENES), {"train_sampling_strategy": "random", "gradient_accumulation_steps": 2}),
+        pytest.param(
+            Rows(SCENES),
+            {"train_sampling_strategy": "random", "gradient_accumulation_steps": 2},
+            marks=pytest.mark.slow,
+        ),
         (stream(), {"sample_packing": True, "max_length": 260, "packing_lookahead": 5}),
     ],
     ids=["packs", "accumulated", "packs of a stream"],
