@@ -82,6 +82,7 @@ def differences(run: Run, log: list[dict]) -> list[float]:
     return ((ours - expected).abs() / expected.abs().clamp(min=1e-9)).amax(1).tolist()
 
 
+@pytest.mark.slow
 def test_it_gives_the_trainers_losses(chains, make_run, tmp_path):
     """Both round in their own order, which AdamW makes more of: 1e-6 for eight steps, 4e-4 after 20 (measured)."""
     run = make_run(ARMS["path"], 20, batch=2)

@@ -303,6 +303,7 @@ def test_a_folder_alone_is_enough(model, processor, folder, tmp_path, ids):
     assert result["tokens"][0] == expected[0, inputs["input_ids"].shape[1] :].tolist()
 
 
+@pytest.mark.slow
 def test_a_folder_is_enough_without_torchvision(folder, tmp_path, ids):
     result = run_isolated(folder, tmp_path, ids, "torchvision")
     assert result["tokens"][0][:7] == [ids[0], *[ids[1]] * 5, ids[2]]

@@ -315,6 +315,7 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_size="2MB")
 """
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_nothing_at_out_and_the_next_run_replaces_the_rest(released, converted, tmp_path):
     out = tmp_path / "out"
     killed = subprocess.run([sys.executable, "-c", KILLED, str(released), str(out)], capture_output=True)

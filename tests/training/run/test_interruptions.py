@@ -46,7 +46,9 @@ def stream():
             {"train_sampling_strategy": "random", "gradient_accumulation_steps": 2},
             marks=pytest.mark.slow,
         ),
-        (stream(), {"sample_packing": True, "max_length": 260, "packing_lookahead": 5}),
+        pytest.param(
+            stream(), {"sample_packing": True, "max_length": 260, "packing_lookahead": 5}, marks=pytest.mark.slow
+        ),
     ],
     ids=["packs", "accumulated", "packs of a stream"],
 )
@@ -307,9 +309,13 @@ def test_a_checkpoint_is_whole_only_when_it_is_on_the_disk(make_trainer, tmp_pat
 
 
 def test_two_runs_do_not_share_a_folder(make_trainer, tmp_path):
-    holder = (
-        "import sys, filelock; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); sys.stdin.read()"
-    )
+    holder = """
+import sys, filelock
+lock = filelock.FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
     command = [sys.executable, "-c", holder, str(tmp_path / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
