@@ -21,6 +21,8 @@ LATENTS_PAGE = ROOT / "docs" / "latents.md"
 EMBEDDED_RESULTS = ROOT / "hub_card" / "results"
 BENCHMARK_RESULTS = ROOT / "experiments" / "benchmark" / "results"
 STUDY_RESULTS = ROOT / "experiments" / "study" / "results" / "quick"
+CHAINS_CPU_RESULTS = CHAINS_RESULTS / "cpu"
+CPU_TABLES = ("chains kinship", "chains other", "chains replaced")  # of arms that share a shorter schedule
 Renderers = dict[str, tuple[Callable[..., str], Path]]
 RENDERERS: Renderers = {
     "glyphsearch default": (glyphsearch_table, EMBEDDED_RESULTS / "vreflection_tiny.json"),
@@ -36,6 +38,7 @@ RENDERERS: Renderers = {
 }
 LATENTS: Renderers = {
     **{name: (render, CHAINS_RESULTS) for name, render in TABLES.items()},
+    **{f"cpu {name}": (TABLES[name], CHAINS_CPU_RESULTS) for name in CPU_TABLES},
     "chains time": (time_table, CHAINS_RESULTS / "answer_time.json"),
 }
 PAGES = {PAGE: RENDERERS, LATENTS_PAGE: LATENTS}

@@ -10,7 +10,7 @@ from experiments.chains import table
 from experiments.chains.answer_time import ratios
 from experiments.chains.arms import ARMS
 from experiments.chains.figure import draw_accuracy, draw_all
-from experiments.chains.table import TABLES, read_results
+from experiments.chains.table import TABLES, read_results, schedule
 from experiments.chains.train import RESULTS
 from vreflection_hub_card.evaluation.statistics import wilson_interval
 from vreflection_hub_card.glyphsearch import DIFFICULTIES
@@ -259,3 +259,26 @@ def test_the_prose_says_what_the_result_files_say():
     assert f"The seeds of the path differ by {max(kinship[3]) - min(kinship[3]):.0f} points" in page
     assert losses in readme and losses in page
     assert min(map(min, kinship)) > 88 and "more than 88 %" in page
+
+
+def test_the_prose_on_the_short_schedule_says_what_its_files_say():
+    files = {path.stem: json.loads(path.read_text()) for path in (RESULTS / "cpu").glob("*.json")}
+    assert len({schedule(result) for result in files.values()}) == 1
+    tables = {(name, way): one for name, result in files.items() for way, one in result["results"].items()}
+    shares = {
+        key: {kind: {hops: 100 * a / b for hops, (a, b) in counts.items()} for kind, counts in one["accuracy"].items()}
+        for key, one in tables.items()
+        if "accuracy" in one
+    }
+    path = shares.pop(("path_seed0", "dac"))
+    assert min(path["spatial"][hops] for hops in "012") > 75 and path["relation"]["1"] > 95
+    for other in shares.values():
+        assert max(other["spatial"]["1"], other["spatial"]["2"], other["relation"]["1"]) < 30
+        assert path["kinship"]["1"] - other["kinship"]["1"] > 10
+    for way in ("hidden", "dac"):
+        stages = tables["two_stages_seed0", way]
+        for replaced in stages["replaced"].values():
+            for kind, longest in (("kinship", 3), ("spatial", 2)):
+                for hops in map(str, range(longest + 1)):
+                    (own, count), (other, _) = stages["accuracy"][kind][hops], replaced[kind][hops]
+                    assert 100 * (own - other) / count < 4
