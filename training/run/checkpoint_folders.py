@@ -23,7 +23,7 @@ MARKER = "checkpoint-is-incomplete.txt"
 TRAINER_STATE_NAME = "trainer_state.json"
 # What a checkpoint needs besides weights, by the names that the engines give it: without one, transformers would begin it anew.
 STATES = {
-    "weights": ("*.safetensors", "pytorch_model_fsdp_*", "global_step*"),
+    "weights": ("*.safetensors", "pytorch_model_fsdp*", "global_step*"),
     "optimiser state": ("optimizer.*", "optimizer_*", "global_step*"),
     "scheduler state": ("scheduler.pt", "global_step*"),
     "random state": ("rng_state*.pth",),
