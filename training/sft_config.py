@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg
 from transformers.integrations.integration_utils import is_trackio_available
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from modeling_vreflection.decoding_vreflection import LATENT_FEEDBACK
@@ -87,8 +88,8 @@ class VReflectionSFTConfig(SFTConfig):
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]: `max_length` is `None` (16,384 with
-    > `sample_packing`), and a limit raises instead of cutting; `remove_unused_columns` is `False`, since the collator
-    > reads raw rows; `logging_nan_inf_filter` is `False`; `report_to` is trackio if that is installed.
+    > `sample_packing`), and a limit raises instead of cutting; `bf16` is on where a
+    > GPU has it; `remove_unused_columns` is `False`, since the collator reads raw rows; `logging_nan_inf_filter` is `False`; `report_to` is trackio if that is installed.
     """
 
     stage: str = HfArg(default="path", help="Training stage.", metadata={"choices": tuple(STAGES)})
@@ -150,6 +151,8 @@ class VReflectionSFTConfig(SFTConfig):
                 names = ", ".join(map(str, allowed))
                 raise ValueError(f"`{name}` must be one of {names}, got {getattr(self, name)!r}.")
         self._resolve_stage()
+        if self.bf16 is None:  # trl's default would refuse to run without such a GPU
+            self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
         for names, holds, rule in (
             ((*WEIGHTS, "sample_every"), lambda x: x >= 0, "not be negative"),
             (("bernoulli_p",), lambda x: 0 <= x <= 1, "lie in [0, 1]"),

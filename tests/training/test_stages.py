@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import is_torch_bf16_gpu_available
 
 import vreflection_training
 from modeling_vreflection import VReflectionForConditionalGeneration
@@ -75,6 +76,14 @@ def test_the_default_is_path():
 def test_what_a_stage_does_not_have_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         settings(**options)
+
+
+def test_bf16_is_off_by_itself_where_no_gpu_has_it(tmp_path):
+    if is_torch_bf16_gpu_available():
+        pytest.skip("a GPU has it")
+    assert not VReflectionSFTConfig(str(tmp_path), report_to="none").bf16
+    with pytest.raises(ValueError, match="bf16"):
+        VReflectionSFTConfig(str(tmp_path), report_to="none", bf16=True)
 
 
 def test_a_weight_of_zero_may_be_given_anywhere():
