@@ -56,8 +56,8 @@ def run(options: argparse.Namespace) -> int:
         return 1
     if not finished and trainer.is_world_process_zero():
         print(
-            f"vreflection: ended by {trainer.preemption.requested.name} after step {trainer.state.global_step} of {trainer.state.max_steps}, with a "
-            "checkpoint; continue with --resume_from_checkpoint true",
+            f"vreflection: ended by {trainer.preemption.requested.name} after step {trainer.state.global_step} of "
+            f"{trainer.state.max_steps}, with a checkpoint; continue with --resume_from_checkpoint true",
             file=sys.stderr,
         )
     return code

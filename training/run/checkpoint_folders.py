@@ -1,5 +1,6 @@
 """Checkpoints that survive a killed run: which are complete, and whether a run can resume from them."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,6 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
-
 
 # transformers' own names.
 MARKER = "checkpoint-is-incomplete.txt"
@@ -74,6 +74,9 @@ def sync(folder: Path, recursive: bool = True):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as of network file systems that can't sync folders
+                raise
         finally:
             os.close(descriptor)
 

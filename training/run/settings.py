@@ -10,7 +10,10 @@ from trl import SFTConfig
 
 
 # Of the configuration's own fields, those that change no weight.
-NO_WEIGHT = ("sample_every", "predict_with_generate", "latent_feedback", "report_to", "logging_nan_inf_filter")
+NO_WEIGHT = (
+    "sample_every", "predict_with_generate", "latent_feedback", "report_to", "logging_nan_inf_filter",
+    "on_bad_row",  # a run that stopped at a bad row may go on without it
+)  # fmt: skip
 # Of transformers', those that do, besides the ones that only move work between processes or steps of accumulation.
 TRAINING = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "optim_args",

@@ -256,6 +256,13 @@ def finished_run(tmp_path_factory, checkpoint, processor):
     return folder
 
 
+def test_a_run_that_stopped_at_a_bad_row_may_go_on_without_it(make_trainer, finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    trainer = make_trainer(**saving(tmp_path, on_bad_row="skip"))
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+
+
 def test_a_finished_run_that_is_resumed_trains_no_step_more(make_trainer, finished_run, tmp_path):
     shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     trainer = make_trainer(**saving(tmp_path, max_steps=3))
