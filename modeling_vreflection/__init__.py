@@ -2,17 +2,30 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
-from .configuration_vreflection import VReflectionConfig
+from .causal_lm_vreflection import MODEL_CLASSES
+from .configuration_vreflection import VReflectionConfig, VReflectionQwen3VLConfig, VReflectionQwen3VLMoeConfig
+from .modeling_qwen3_vl_moe_vreflection import VReflectionQwen3VLMoeForConditionalGeneration
+from .modeling_qwen3_vl_vreflection import VReflectionQwen3VLForConditionalGeneration
 from .modeling_vreflection import VReflectionForConditionalGeneration
-from .processing_vreflection import VReflectionProcessor
+from .processing_vreflection import VReflectionProcessor, VReflectionQwen3VLProcessor
 
 
 __version__ = "0.2.0"
 
 # Where the package is installed, the auto classes use it and need no `trust_remote_code`.
-AutoConfig.register(VReflectionConfig.model_type, VReflectionConfig)
-AutoProcessor.register(VReflectionConfig, VReflectionProcessor)
-for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-    auto_class.register(VReflectionConfig, VReflectionForConditionalGeneration)
+for model_class in MODEL_CLASSES.values():
+    AutoConfig.register(model_class.config_class.model_type, model_class.config_class)
+    AutoProcessor.register(model_class.config_class, model_class.processor_class)
+    for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(model_class.config_class, model_class)
 
-__all__ = ["VReflectionConfig", "VReflectionForConditionalGeneration", "VReflectionProcessor"]
+__all__ = [
+    "VReflectionConfig",
+    "VReflectionForConditionalGeneration",
+    "VReflectionProcessor",
+    "VReflectionQwen3VLConfig",
+    "VReflectionQwen3VLForConditionalGeneration",
+    "VReflectionQwen3VLMoeConfig",
+    "VReflectionQwen3VLMoeForConditionalGeneration",
+    "VReflectionQwen3VLProcessor",
+]

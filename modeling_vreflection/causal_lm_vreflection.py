@@ -1,18 +1,17 @@
 """The whole model over any backbone: its forward pass with the vocabulary projection, making it, loading, saving."""
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
 from .compression_vreflection import initialise_queries
 from .decoding_vreflection import ReflectionOptions
+from .outputs_vreflection import VReflectionCausalLMOutputWithPast
 from .processing_vreflection import LATENT_TOKENS, refuse_other_media
-from .reflection_vreflection import LatentOutput
 
 
 logger = logging.get_logger(__name__)
@@ -21,12 +20,8 @@ logger = logging.get_logger(__name__)
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
 
-@dataclass
-class VReflectionCausalLMOutputWithPast(LatentOutput, CausalLMOutputWithPast):
-    """The usual fields, those of [`LatentOutput`], and `last_hidden_state` (B, T, D)."""
-
-    last_hidden_state: torch.Tensor | None = None
-
+# The model classes by the model type of their backbone.
+MODEL_CLASSES: dict[str, type] = {}
 
 OUTPUT_FIELDS = frozenset(field.name for field in fields(VReflectionCausalLMOutputWithPast))
 
@@ -42,12 +37,23 @@ class ReflectionCausalLMMixin:
     """
 
     processor_class: type
-    hub_classes: dict[str, str]
-    stock_key_mapping: dict[str, str]
+    stock_key_mapping: dict[str, str] = {}
     # The loss divides by `num_items_in_batch`: exact over accumulation steps.
     accepts_loss_kwargs = True
     # `has_bcm=False` and `has_dac=False` leave the modules of a checkpoint where they are.
     _keys_to_ignore_on_load_unexpected = [r"^model\.(bcm|dac)\."]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "hub_classes"):  # a subclass of a model class, as FSDP makes them
+            return
+        MODEL_CLASSES[cls.config_class.backbone_type] = cls
+        model = f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+        cls.hub_classes = {
+            "AutoConfig": f"configuration_vreflection.{cls.config_class.__name__}",
+            "AutoProcessor": f"processing_vreflection.{cls.processor_class.__name__}",
+            **dict.fromkeys(("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"), model),
+        }
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -176,7 +182,7 @@ class ReflectionCausalLMMixin:
     def from_backbone(
         cls, pretrained_model_name_or_path, latent_tokens: tuple[str, str, str] = LATENT_TOKENS, **kwargs
     ) -> tuple:
-        """Makes a V-Reflection model and its processor from a stock folder or Hub id of its backbone.
+        """Makes a V-Reflection model and its processor from a stock folder or Hub id; its model type says of which class.
 
         Looks know where they are (`patch_positions="sincos"`), unless `patch_positions="none"`, as the paper has it.
 
@@ -187,11 +193,21 @@ class ReflectionCausalLMMixin:
 
         Returns:
             `tuple`: The model and its processor.
+
+        Raises:
+            ValueError: A checkpoint of a backbone that no class is for.
         """
-        kwargs.setdefault("patch_positions", "sincos")
-        model = cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        processor = cls.processor_class.from_backbone(
+        stock_config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+        model_class = MODEL_CLASSES.get(stock_config.get("model_type"))
+        if model_class is None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has the model type {stock_config.get('model_type')!r}; a backbone is one of "
+                f"{', '.join(MODEL_CLASSES)}."
+            )
+        kwargs.setdefault("patch_positions", "sincos")
+        model = model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        processor = model.processor_class.from_backbone(
             pretrained_model_name_or_path, latent_tokens, model.config.num_latent_tokens, **hub
         )
         ids = tuple(processor.tokenizer.convert_tokens_to_ids(latent_tokens))
@@ -199,6 +215,7 @@ class ReflectionCausalLMMixin:
             raise ValueError(
                 f"The tokenizer gave the latent tokens the ids {ids}, the model {model.config.latent_token_ids}."
             )
+        model.config.think_end_token_id = processor.think_end_token_id
         return model, processor
 
     def add_latent_tokens(self, first_id: int):

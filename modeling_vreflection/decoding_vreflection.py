@@ -103,6 +103,7 @@ class ReflectionProgress:
         token_ids (`tuple[int, int, int]`): Ids of the start, slot and end token.
         image_grid_thw (`torch.LongTensor` of shape `(images, 3)`, *optional*): The call's; later hooks don't see it.
         given (`torch.Tensor` of shape `(B, M, D)`, *optional*): Latents to feed instead of the model's own.
+        think_end_id (`int`, *optional*): Id of the token that ends thoughts in words, where answers begin with them.
 
     Attributes:
         left (`torch.LongTensor` of shape `(B,)`): Next tokens of each row that are forced; `None` where no row reflects.
@@ -123,11 +124,13 @@ class ReflectionProgress:
         token_ids: tuple[int, int, int],
         image_grid_thw: torch.LongTensor | None = None,
         given: torch.Tensor | None = None,
+        think_end_id: int | None = None,
     ):
         self.options = options
         self.start_id, self.latent_id, self.end_id = token_ids
         self.image_grid_thw = image_grid_thw
         self.given = given
+        self.think_end_id = think_end_id
         self.left: torch.LongTensor | None = None
         self.forced_steps = 0
         self.in_slots = False
@@ -154,6 +157,19 @@ class ReflectionProgress:
             self.forced_steps = min(least, 1) if self.options.latent_tolerance else least
             if not most:
                 self.left = None
+
+    def begins_answer(self, new_tokens: torch.LongTensor) -> torch.BoolTensor:
+        """For new tokens (B, N) of the rows, after which of them, or at once, the answer begins: (B, N + 1).
+
+        At once; behind thoughts, after the first end of them and the blank line that follows it.
+        """
+        begins = torch.zeros(len(new_tokens), new_tokens.shape[1] + 1, dtype=torch.bool, device=new_tokens.device)
+        if self.think_end_id is None:
+            begins[:, 0] = True
+        else:
+            ends = new_tokens == self.think_end_id
+            begins[:, 2:] = (ends & (ends.cumsum(1) == 1))[:, :-1]
+        return begins
 
     def compare(self, look: torch.Tensor, previous: torch.Tensor):
         """Ends the reflections whose looks (B, L) came to rest, from the second step on: half the L1 distance is small."""
@@ -221,7 +237,8 @@ class ReflectionProgress:
         """
         tokens = sequences[:, self.prompt_length :]
         forced = (tokens == self.latent_id) | (tokens == self.end_id)
-        forced[:, 0] |= bool(self.options.reflect)
+        if self.options.reflect:
+            forced |= self.begins_answer(tokens)[:, :-1]
         for row, step in forced.nonzero().tolist():
             source = row if beam_indices is None else beam_indices[row, step]
             logits[step][source] = float("-inf")
@@ -275,10 +292,11 @@ class ReflectionForcing(LogitsProcessor):
         self.progress = progress
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.progress.options.reflect and input_ids.shape[1] == self.progress.prompt_length:
-            scores = torch.full_like(scores, float("-inf"))
-            scores[:, self.start_id] = 0.0
-            return scores
+        new = input_ids.shape[1] - self.progress.prompt_length
+        if self.progress.options.reflect and (new == 0 or self.progress.think_end_id is not None):
+            begins = self.progress.begins_answer(input_ids[:, self.progress.prompt_length :])[:, -1]
+            scores = scores.masked_fill(begins[:, None], float("-inf"))
+            scores[:, self.start_id].masked_fill_(begins, 0.0)
         left = self.progress.left
         if left is None:
             return scores

@@ -60,7 +60,8 @@ class ReflectionGenerationMixin:
                 generation config's, else to `config.num_latent_tokens`.
             latent_feedback (`str`, *optional*): What a step feeds back: the `"hidden"` state (Sec. 3.4), or what the
                 state queries from the images, `"dac"` (App. A.2). Defaults to the generation config's, else `"hidden"`.
-            reflect (`bool`, *optional*): `True`: every answer begins with a reflection. `False`: none holds one.
+            reflect (`bool`, *optional*): `True`: every answer begins with a reflection, behind the thoughts of a backbone
+                that thinks in words. `False`: none holds one.
                 `None`: the generation config's; else the model decides.
             latent_tolerance (`float`, *optional*): With `"dac"`, a reflection ends before its S steps once the total
                 variation between two consecutive looks, in [0, 1], falls below it. Defaults to the generation config's;
@@ -95,7 +96,13 @@ class ReflectionGenerationMixin:
             self._check_latents(latents, prompt, options)
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = SilentReflectionStreamer(kwargs["streamer"], self.config.latent_token_ids)
-        progress = ReflectionProgress(options, self.config.latent_token_ids, kwargs.get("image_grid_thw"), latents)
+        progress = ReflectionProgress(
+            options,
+            self.config.latent_token_ids,
+            kwargs.get("image_grid_thw"),
+            latents,
+            self.config.think_end_token_id,
+        )
         result = super().generate(reflection=progress, **kwargs)
         if options.can_start:
             sequences = result if isinstance(result, torch.Tensor) else result.sequences

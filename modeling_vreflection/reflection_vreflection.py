@@ -4,7 +4,6 @@ Symbols in shapes: B rows, T tokens, G reflection segments of the batch, S laten
 all images of a segment's sample before it (the largest count among the segments; the others are padded with zeros).
 """
 
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .compression_vreflection import (
     BoxGuidedCompression,
@@ -22,6 +21,7 @@ from .compression_vreflection import (
     pad_features,
 )
 from .generation_vreflection import CACHE
+from .outputs_vreflection import VReflectionModelOutputWithPast
 from .regions_vreflection import (
     add_positions,
     box_patches,
@@ -31,37 +31,10 @@ from .regions_vreflection import (
     pool_region,
     project_attention,
 )
-from .segments_vreflection import find_segments, images_before, is_packed
+from .segments_vreflection import deepstack_of_columns, features_of, find_segments, images_before, is_packed
 
 
 LATENT_INPUTS = ("bcm", "dac", "hidden")
-
-
-@dataclass
-class LatentOutput:
-    """What was seen at the reflection segments, in the order of the segments in the batch.
-
-    Args:
-        latent_states (`torch.Tensor` of shape `(G, S, D)`): H, the states that predict the slots.
-        teacher_latents (`torch.Tensor` of shape `(G, S, D)`): Z_T (Eq. 1), of each step's box. `None` without boxes or BCM.
-        student_latents (`torch.Tensor` of shape `(G, S, D)`): Z_S (Eq. 3). `None` without images or DAC.
-        teacher_attention (`torch.FloatTensor` of shape `(G, S, L)`): Â_T (Eq. 4), zero outside of the image of the step's
-            box; uniform over the box where there is no BCM. `None` without boxes.
-        student_attention (`torch.FloatTensor` of shape `(G, S, L)`): A_S.
-        inside_box (`torch.BoolTensor` of shape `(G, S, L)`): The patches that the step's box overlaps. `None` without boxes.
-    """
-
-    latent_states: torch.Tensor | None = None
-    teacher_latents: torch.Tensor | None = None
-    student_latents: torch.Tensor | None = None
-    teacher_attention: torch.FloatTensor | None = None
-    student_attention: torch.FloatTensor | None = None
-    inside_box: torch.BoolTensor | None = None
-
-
-@dataclass
-class VReflectionModelOutputWithPast(LatentOutput, BaseModelOutputWithPast):
-    """The backbone's usual fields, and those of [`LatentOutput`]."""
 
 
 class ReflectionModelMixin:
@@ -124,16 +97,22 @@ class ReflectionModelMixin:
         if latent_state is not None:
             embeds = self.get_input_embeddings()(input_ids)
             in_slot = (input_ids == self.config.latent_token_id)[..., None]
-            inputs_embeds = torch.where(in_slot, latent_state.to(embeds.dtype), embeds)
+            inputs["input_ids"], inputs_embeds = None, torch.where(in_slot, latent_state.to(embeds.dtype), embeds)
         elif latents is not None:
             if latent_inputs is not None or boxes is not None:
                 raise ValueError("`latents` fill the slots: pass neither `latent_inputs` nor `boxes` with them.")
-            inputs_embeds = self._replay(input_ids, inputs_embeds, latents)
+            if input_ids is None or inputs_embeds is not None:
+                raise ValueError("`latents` fill the slots among `input_ids`: pass these, and no `inputs_embeds`.")
+            encoded = self._encode_images(pixel_values, image_grid_thw, mm_encoder_outputs)
+            embeds, deepstack = self._embed(input_ids, encoded)
+            inputs["position_ids"] = self._positions(inputs, embeds, cache)
+            embeds = self._replay(input_ids, embeds, latents)
+            return self._run(inputs, embeds, {**kwargs, **deepstack}, cache, use_cache)
         elif latent_inputs is not None:
             segments = self._check_reflecting(input_ids, inputs_embeds, cache, boxes, latent_inputs)
             if segments is not None:
-                features = self.image_features(pixel_values, image_grid_thw, mm_encoder_outputs)
-                return self._reflect(inputs, segments, features, boxes, latent_inputs, bcm_receives_ce, kwargs)
+                encoded = self._encode_images(pixel_values, image_grid_thw, mm_encoder_outputs)
+                return self._reflect(inputs, segments, encoded, boxes, latent_inputs, bcm_receives_ce, kwargs)
         else:
             self._check_unfilled(input_ids, boxes)
         if mm_encoder_outputs is not None:  # transformers before 5.20 doesn't know it
@@ -159,11 +138,15 @@ class ReflectionModelMixin:
 
     def image_features(self, pixel_values, image_grid_thw, mm_encoder_outputs=None) -> list[torch.Tensor]:
         """F_global of every image of the batch: a list of (L_i, D)."""
+        return features_of(self._encode_images(pixel_values, image_grid_thw, mm_encoder_outputs))
+
+    def _encode_images(self, pixel_values, image_grid_thw, mm_encoder_outputs=None) -> ModelOutput | None:
+        """The vision encoder's output for the batch's images, whose `pooler_output` is F_global; `None` without images."""
         if mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
-            return list(mm_encoder_outputs["image"].pooler_output)
+            return mm_encoder_outputs["image"]
         if pixel_values is None:
-            return []
-        return list(self.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output)
+            return None
+        return self.get_image_features(pixel_values, image_grid_thw, return_dict=True)
 
     def grids(self, image_grid_thw: torch.LongTensor | None) -> list[tuple[int, int]]:
         """Height and width of each image's merged grid."""
@@ -219,13 +202,8 @@ class ReflectionModelMixin:
                 "past reflections."
             )
 
-    def _replay(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, latents: torch.Tensor
-    ) -> torch.Tensor:
-        """Embeddings (B, T, D) of the tokens, with latents (B, M, D) in the slots: the n-th of a row in its n-th slot."""
-        if input_ids is None or inputs_embeds is not None:
-            raise ValueError("`latents` fill the slots among `input_ids`: pass these, and no `inputs_embeds`.")
-        embeds = self.get_input_embeddings()(input_ids)
+    def _replay(self, input_ids: torch.LongTensor, embeds: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """Puts latents (B, M, D) into the slots among embeddings (B, T, D): the n-th of a row into its n-th slot."""
         if latents.ndim != 3 or (len(latents), latents.shape[2]) != (len(embeds), embeds.shape[2]):
             raise ValueError(
                 f"`latents` must be ({len(embeds)}, latents, {embeds.shape[2]}), got {tuple(latents.shape)}."
@@ -246,7 +224,7 @@ class ReflectionModelMixin:
         self,
         inputs: dict,
         segments: tuple[torch.LongTensor, torch.LongTensor],
-        features: list[torch.Tensor],
+        encoded: ModelOutput | None,
         boxes: torch.LongTensor | None,
         latent_inputs: str,
         bcm_receives_ce: bool,
@@ -260,17 +238,19 @@ class ReflectionModelMixin:
         Args:
             inputs (`dict`): `input_ids`, `attention_mask`, `position_ids`, `image_grid_thw`, `mm_token_type_ids`.
             segments (`tuple`): See [`find_segments`].
-            features (`list[torch.Tensor]`): F_global of every image of the batch, (L_i, D).
+            encoded (`ModelOutput`): The images, see `_encode_images`.
             boxes, latent_inputs, bcm_receives_ce: See [`ReflectionCausalLMMixin.forward`].
             kwargs (`dict`): What else the language model is given.
         """
         rows, first = segments
         steps = torch.arange(self.config.num_latent_tokens, device=first.device)
         slots = (rows[:, None], first[:, None] + steps)
-        embeds = self._embed(inputs["input_ids"], features)
+        embeds, deepstack = self._embed(inputs["input_ids"], encoded)
+        kwargs = {**kwargs, **deepstack}
         inputs = {**inputs, "position_ids": self._positions(inputs, embeds)}
 
         packed = inputs["position_ids"][0] if is_packed(inputs["position_ids"]) else None
+        features = features_of(encoded)
         image_tokens = [len(feature) for feature in features]
         images = images_before(inputs["input_ids"], packed, segments, image_tokens, self.config.image_token_id)
         grids = self.grids(inputs["image_grid_thw"])
@@ -319,16 +299,20 @@ class ReflectionModelMixin:
             return features
         return [add_positions(*image) for image in zip(features, grids)]
 
-    def _embed(self, input_ids: torch.LongTensor, features: list[torch.Tensor]) -> torch.Tensor:
-        """Embeddings (B, T, D) of the tokens, with the pictures' features in their places."""
+    def _embed(self, input_ids: torch.LongTensor, encoded: ModelOutput | None) -> tuple[torch.Tensor, dict]:
+        """Embeddings (B, T, D) of the tokens with the images in their places, and what the layers add there (DeepStack)."""
         embeds = self.get_input_embeddings()(input_ids)
-        if not features:
-            return embeds
-        images = torch.cat(features).to(embeds.dtype)
-        mask, _ = self.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=images)
-        return embeds.masked_scatter(mask, images)
+        if encoded is None:
+            return embeds, {}
+        features = torch.cat(list(encoded.pooler_output)).to(embeds.device, embeds.dtype)
+        mask, _ = self.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=features)
+        deepstack = {}
+        if (levels := getattr(encoded, "deepstack_features", None)) is not None:
+            levels = [torch.cat(list(level)) for level in levels]
+            deepstack = {"visual_pos_masks": mask[..., 0], "deepstack_visual_embeds": levels}
+        return embeds.masked_scatter(mask, features), deepstack
 
-    def _positions(self, inputs: dict, embeds: torch.Tensor) -> torch.LongTensor | None:
+    def _positions(self, inputs: dict, embeds: torch.Tensor, cache: Cache | None = None) -> torch.LongTensor | None:
         """The given positions, or those of the stock backbone, (3, B, T)."""
         if inputs["position_ids"] is not None:
             return inputs["position_ids"]
@@ -339,7 +323,7 @@ class ReflectionModelMixin:
             inputs_embeds=embeds,
             attention_mask=inputs["attention_mask"],
             mm_token_type_ids=inputs["mm_token_type_ids"],
-            **{CACHE: None},
+            **{CACHE: cache},
         )
 
     def _teach(
@@ -395,13 +379,21 @@ class ReflectionModelMixin:
                 inside[number, steps, first + box_patches(corners, grids[image]).to(device)] = True
         return latents, projected, inside
 
-    def _run(self, inputs: dict, embeds: torch.Tensor, kwargs: dict) -> BaseModelOutputWithPast:
-        """One pass of the language model over whole sequences."""
+    def _run(
+        self,
+        inputs: dict,
+        embeds: torch.Tensor,
+        kwargs: dict,
+        cache: Cache | None = None,
+        use_cache: bool | None = False,
+    ) -> BaseModelOutputWithPast:
+        """One pass of the language model."""
         return self.language_model(
             inputs_embeds=embeds,
             attention_mask=inputs["attention_mask"],
             position_ids=inputs["position_ids"],
-            use_cache=False,
+            **{CACHE: cache},
+            use_cache=use_cache,
             **kwargs,
         )
 
@@ -433,14 +425,11 @@ class ReflectionModelMixin:
             if start <= begin < start + self.config.num_latent_tokens:
                 chunk = torch.where(reflects, states[-1][:, -1:], chunk)
             if begin < end:
-                outputs = self.language_model(
-                    inputs_embeds=chunk,
-                    attention_mask=None if attention_mask is None else attention_mask[:, :end],
-                    position_ids=None if position_ids is None else position_ids[..., begin:end],
-                    **{CACHE: cache},
-                    use_cache=True,
-                    **kwargs,
-                )
+                part = {
+                    "attention_mask": None if attention_mask is None else attention_mask[:, :end],
+                    "position_ids": None if position_ids is None else position_ids[..., begin:end],
+                }
+                outputs = self._run(part, chunk, deepstack_of_columns(kwargs, begin, end), cache, use_cache=True)
                 states.append(outputs.last_hidden_state)
             begin = end
         return BaseModelOutputWithPast(last_hidden_state=torch.cat(states, 1))

@@ -1,4 +1,4 @@
-"""Where the reflection segments of a batch lie, and which images each of them looks at.
+"""Where the reflection segments of a batch lie, which images each of them looks at, and what the layers add to these.
 
 Symbols in shapes: B rows, T tokens, G segments.
 """
@@ -55,3 +55,19 @@ def images_before(
     # How many images end at or before so many image tokens.
     begin, end = (torch.searchsorted(ends, seen[rows, at].cpu(), right=True).tolist() for at in (starts, first))
     return [range(*images) for images in zip(begin, end)]
+
+
+def deepstack_of_columns(kwargs: dict, begin: int, end: int) -> dict:
+    """The language model's arguments for columns `begin` to `end` alone: DeepStack's features of the images there."""
+    mask = kwargs.get("visual_pos_masks")
+    if mask is None:
+        return kwargs
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    here = ((columns >= begin) & (columns < end)).expand_as(mask)[mask]  # of each image token
+    levels = [level[here.to(level.device)] for level in kwargs["deepstack_visual_embeds"]]
+    return {**kwargs, "visual_pos_masks": mask[:, begin:end], "deepstack_visual_embeds": levels}
+
+
+def features_of(encoded) -> list[torch.Tensor]:
+    """F_global of each image, (L_i, D), from the vision encoder's output; none where there are no images."""
+    return [] if encoded is None else list(encoded.pooler_output)

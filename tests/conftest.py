@@ -1,6 +1,7 @@
 """Shared fixtures: an untrained tiny model, made once a session. Tests must leave it as they found it."""
 
 import os
+from functools import partial
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
@@ -10,15 +11,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from randomise import randomise  # noqa: E402
-from transformers import Qwen2_5_VLForConditionalGeneration  # noqa: E402
+from tiny_models import make_random_model, make_stock, save_strong_backbone  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from modeling_vreflection import VReflectionForConditionalGeneration  # noqa: E402
-from vreflection_training.tiny import save_tiny_backbone  # noqa: E402
 
 
 OURS = "(modeling_vreflection|vreflection_hub_card|vreflection_training)"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backbone",
+        choices=["qwen2_5_vl", "qwen3_vl"],
+        default="qwen2_5_vl",
+        help="whose tiny form tests/modeling runs on",
+    )
 
 
 def pytest_configure(config):
@@ -31,35 +39,15 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session")
-def backbone(tmp_path_factory):
-    """A stock Qwen2.5-VL folder, with layers so strong that what is said depends on what is fed, latents included."""
-    folder = save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():  # as they come, the tied embeddings make the model repeat its last token
-        for parameter in model.model.language_model.layers.parameters():
-            if parameter.ndim == 2:
-                parameter *= 1.4
-    model.save_pretrained(folder)
-    return folder
+def backbone(tmp_path_factory, pytestconfig):
+    """A stock folder, of Qwen2.5-VL unless `--backbone` says another; see `save_strong_backbone`."""
+    return save_strong_backbone(tmp_path_factory.mktemp("backbone"), pytestconfig.getoption("--backbone"))
 
 
 @pytest.fixture(scope="session")
 def make_model(backbone):
-    """Makes a model, with config fields as arguments, whose BCM and DAC are far from their initial symmetry.
-
-    Unless it is asked for, they don't know where patches lie.
-    """
-
-    def make(**config) -> VReflectionForConditionalGeneration:
-        torch.manual_seed(0)
-        config = {"patch_positions": "none", **config}
-        model, _ = VReflectionForConditionalGeneration.from_backbone(backbone, dtype=torch.float32, **config)
-        for seed, module in enumerate((model.model.bcm, model.model.dac)):
-            if module is not None:
-                randomise(module, seed)
-        return model
-
-    return make
+    """See `make_random_model`."""
+    return partial(make_random_model, backbone)
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +71,4 @@ def ids(processor):
 @pytest.fixture(scope="session")
 def stock(backbone, model):
     """The stock class with the same weights: what independent re-computations run on."""
-    stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(backbone, dtype=torch.float32)
-    with torch.no_grad():  # the three tokens are the only rows that differ
-        stock.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight)
-    return stock
+    return make_stock(backbone, model)

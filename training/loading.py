@@ -3,42 +3,43 @@
 import tempfile
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
-from modeling_vreflection.processing_vreflection import build_chat_template
+from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
+from modeling_vreflection.causal_lm_vreflection import MODEL_CLASSES
 
 from .tiny import save_tiny_backbone
 
 
 def is_stock(model_name_or_path: str, revision: str = "main") -> bool:
-    """Whether a checkpoint is a Qwen2.5-VL rather than a V-Reflection one."""
-    return AutoConfig.from_pretrained(model_name_or_path, revision=revision).model_type != VReflectionConfig.model_type
+    """Whether a checkpoint is a stock one of a backbone rather than a V-Reflection one."""
+    return AutoConfig.from_pretrained(model_name_or_path, revision=revision).model_type in MODEL_CLASSES
 
 
 def load_model_and_processor(
     model_name_or_path: str, **kwargs
 ) -> tuple[VReflectionForConditionalGeneration, VReflectionProcessor]:
-    """Loads a V-Reflection checkpoint, or makes one from a stock Qwen2.5-VL checkpoint."""
+    """Loads a V-Reflection checkpoint, or makes one from a stock checkpoint of a backbone."""
     revision = kwargs.get("revision", "main")
     if is_stock(model_name_or_path, revision):
         model, processor = VReflectionForConditionalGeneration.from_backbone(model_name_or_path, **kwargs)
         if is_deepspeed_zero3_enabled():
             write_sharded_token_rows(model)
         return model, processor
-    model = VReflectionForConditionalGeneration.from_pretrained(model_name_or_path, **kwargs)
-    processor = VReflectionProcessor.from_pretrained(model_name_or_path, revision=revision)
+    model = AutoModelForImageTextToText.from_pretrained(model_name_or_path, **kwargs)
+    processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision)
     if "num_latent_tokens" in kwargs:
         set_num_slots(processor, model.config, kwargs["num_latent_tokens"])
         model.generation_config.latent_steps = model.config.num_latent_tokens
     return model, processor
 
 
-def set_num_slots(processor: VReflectionProcessor, config: VReflectionConfig, num_latent_tokens: int) -> None:
+def set_num_slots(processor: VReflectionProcessor, config: PreTrainedConfig, num_latent_tokens: int) -> None:
     """Renders reflections with another S than the checkpoint's, which one without BCM can take."""
-    names = processor.tokenizer.convert_ids_to_tokens(list(config.latent_token_ids))
-    processor.chat_template = build_chat_template(tuple(names), num_latent_tokens)
+    start, slot, end = processor.tokenizer.convert_ids_to_tokens(list(config.latent_token_ids))
+    was, new = (start + slot * steps + end for steps in (processor.num_latent_tokens, num_latent_tokens))
+    processor.chat_template = processor.chat_template.replace(was, new)
     processor.num_latent_tokens = num_latent_tokens
 
 
@@ -55,18 +56,22 @@ def write_sharded_token_rows(model: VReflectionForConditionalGeneration):
 
 
 def load_processor(model_name_or_path: str, revision: str = "main", **config) -> VReflectionProcessor:
-    """Loads the processor alone, or makes one; `config` are fields of `VReflectionConfig`."""
-    if is_stock(model_name_or_path, revision):
+    """Loads the processor alone, or makes one; `config` are fields of the model's config."""
+    own = AutoConfig.from_pretrained(model_name_or_path, revision=revision)
+    if own.model_type in MODEL_CLASSES:
         steps = {name: value for name, value in config.items() if name == "num_latent_tokens"}
-        return VReflectionProcessor.from_backbone(model_name_or_path, revision=revision, **steps)
-    processor = VReflectionProcessor.from_pretrained(model_name_or_path, revision=revision)
+        processor_class = MODEL_CLASSES[own.model_type].processor_class
+        return processor_class.from_backbone(model_name_or_path, revision=revision, **steps)
+    processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision)
     if "num_latent_tokens" in config:
-        own = VReflectionConfig.from_pretrained(model_name_or_path, revision=revision)
         set_num_slots(processor, own, config["num_latent_tokens"])
     return processor
 
 
-def build_tiny(seed: int, **kwargs) -> tuple[VReflectionForConditionalGeneration, VReflectionProcessor]:
-    """Makes the untrained tiny model, which depends on the seed alone."""
+def build_tiny(
+    seed: int, model_type: str = "qwen2_5_vl", **kwargs
+) -> tuple[VReflectionForConditionalGeneration, VReflectionProcessor]:
+    """Makes the untrained tiny model of a backbone, which depends on the seed alone."""
     with tempfile.TemporaryDirectory() as folder:
-        return VReflectionForConditionalGeneration.from_backbone(save_tiny_backbone(folder, seed), **kwargs)
+        backbone = save_tiny_backbone(folder, seed, model_type)
+        return VReflectionForConditionalGeneration.from_backbone(backbone, **kwargs)

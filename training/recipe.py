@@ -37,8 +37,8 @@ def read_recipe(arguments: list[str], **kwargs) -> tuple:
 def parse(arguments: list[str]) -> tuple[VReflectionScriptArguments, ModelConfig, VReflectionSFTConfig]:
     """Reads a recipe and the options after it; raises an InputError as [`read_recipe`], or where no run can start."""
     script, model_args, args = read_recipe(arguments)
-    if script.from_scratch == (model_args.model_name_or_path is not None):
-        raise InputError("Set either `model_name_or_path` or `from_scratch: true`.")
+    if (script.from_scratch is None) == (model_args.model_name_or_path is None):
+        raise InputError("Set either `model_name_or_path` or `from_scratch`.")
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != args.world_size:
         raise InputError(f"{launched} processes were launched, and each would train alone: is there a usable GPU?")
@@ -59,7 +59,7 @@ def build_processor(script: VReflectionScriptArguments, model_args: ModelConfig)
     from .loading import build_tiny, load_processor
 
     if script.from_scratch:
-        processor = build_tiny(0)[1]
+        processor = build_tiny(0, script.from_scratch)[1]
     else:
         options = script.model_options or {}
         processor = load_processor(model_args.model_name_or_path, model_args.model_revision, **options)
@@ -87,7 +87,7 @@ def build_trainer(script: VReflectionScriptArguments, model_args: ModelConfig, a
         raise ValueError("A quantized model trains with adapters only: set `use_peft: true`.")
     options = {key: value for key, value in options.items() if value is not None} | (script.model_options or {})
     if script.from_scratch:
-        model, processor = build_tiny(args.seed, **options)
+        model, processor = build_tiny(args.seed, script.from_scratch, **options)
     else:
         options["revision"] = model_args.model_revision
         model, processor = load_model_and_processor(model_args.model_name_or_path, **options)
@@ -103,7 +103,7 @@ def build_trainer(script: VReflectionScriptArguments, model_args: ModelConfig, a
         and load_rows(script.eval_datasets, streaming=script.streaming, seed=args.seed),
         peft_config=peft_config,
         sources=script.sources,
-        from_scratch=script.from_scratch,
+        from_scratch=script.from_scratch is not None,
     )
 
 

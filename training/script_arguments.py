@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .data.sources import GLYPHSEARCH
 
@@ -11,8 +12,8 @@ class VReflectionScriptArguments:
     """What `vreflection train` loads and saves, besides the fields of [`~trl.ModelConfig`].
 
     Args:
-        from_scratch (`bool`, *optional*, defaults to `False`): Whether to train the untrained tiny model instead of a
-            checkpoint.
+        from_scratch (`str`, *optional*): Train the untrained tiny model of this backbone instead of a checkpoint:
+            `"qwen2_5_vl"` or `"qwen3_vl"`.
         dataset_name (`str`, *optional*): `"glyphsearch"`, `"glyphsearch_curriculum"`, or a `datasets` id, local folder or
             file with rows in the project's message format.
         dataset_options (`dict`, *optional*): Further options of that source, see [`load_rows`](data/sources.py).
@@ -29,7 +30,9 @@ class VReflectionScriptArguments:
         model_options (`dict`, *optional*): Fields of `VReflectionConfig` and arguments of `from_pretrained`.
     """
 
-    from_scratch: bool = field(default=False, metadata={"help": "Start from the untrained tiny model."})
+    from_scratch: Literal["qwen2_5_vl", "qwen3_vl"] | None = field(
+        default=None, metadata={"help": "Start from the untrained tiny model of this backbone."}
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "glyphsearch, or a datasets id, folder or file."})
     dataset_options: dict | str | None = field(default=None, metadata={"help": "Further options of the data set."})
     datasets: list | str | None = field(default=None, metadata={"help": "Several sources, as a list of mappings."})

@@ -40,7 +40,7 @@ class Item:
     def pictures(self) -> list[Image.Image]:
         """The pictures, decoded, as RGB; an `InputError` if one is damaged."""
         # Imported here, since the command line reads the benchmarks' names and must not wait for torch.
-        from modeling_vreflection.processing_vreflection import PictureError, open_picture
+        from modeling_vreflection.pictures_vreflection import PictureError, open_picture
 
         try:
             return [open_picture(image) for image in self.images]
@@ -215,7 +215,7 @@ def one_of(value: str, known: Iterable[str]) -> str:
 
 def read_image(value: Any) -> Any:
     """Checks, by its header, that `open_picture` can open a picture, and returns it still encoded; or an `InputError`."""
-    from modeling_vreflection.processing_vreflection import PictureError, picture_size
+    from modeling_vreflection.pictures_vreflection import PictureError, picture_size
 
     if not value or (isinstance(value, dict) and not any(value.values())):
         raise InputError("its image is missing")

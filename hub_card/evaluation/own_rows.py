@@ -10,7 +10,7 @@ from typing import Any
 
 import PIL.Image
 
-from modeling_vreflection.processing_vreflection import PictureError, open_picture, picture_size
+from modeling_vreflection.pictures_vreflection import PictureError, open_picture, picture_size
 
 from ..rows import BadRow, row_messages, row_name
 from .matching import Match

@@ -5,7 +5,7 @@ from stat import S_ISREG
 
 from PIL import Image
 
-from modeling_vreflection.processing_vreflection import PictureError, open_picture
+from modeling_vreflection.pictures_vreflection import PictureError, open_picture
 
 from ..errors import InputError
 

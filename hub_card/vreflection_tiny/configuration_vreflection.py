@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from transformers import Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -50,6 +50,9 @@ class ReflectionConfigMixin:
             Whether the checkpoint carries BCM, the teacher. Inference doesn't need it.
         has_dac (`bool`, *optional*, defaults to `True`):
             Whether the checkpoint carries DAC, the student. Inference needs it for `latent_feedback="dac"` only.
+        think_end_token_id (`int`, *optional*):
+            Id of `</think>`, of a backbone that thinks in words before it answers: `reflect=True` opens the reflection
+            where the answer begins, behind this token and the blank line after it.
     """
 
     num_latent_tokens: int = 8
@@ -63,6 +66,7 @@ class ReflectionConfigMixin:
     query_position: str = "before"
     has_bcm: bool = True
     has_dac: bool = True
+    think_end_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -81,11 +85,18 @@ class ReflectionConfigMixin:
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """Reads a config; a stock one of the backbone counts as ours without tokens and modules of its own."""
+        """Reads a config; a stock one of the backbone counts as ours without tokens and modules of its own.
+
+        Raises:
+            ValueError: A config of another model type.
+        """
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config.get("model_type") == cls.backbone_type:
-            config = {**config, "model_type": cls.model_type}
-        return config, kwargs
+        if (model_type := config.get("model_type", cls.model_type)) not in (cls.model_type, cls.backbone_type):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has the model type {model_type!r}; {cls.__name__} is of "
+                f"{cls.model_type!r}, or a stock {cls.backbone_type!r}."
+            )
+        return {**config, "model_type": cls.model_type}, kwargs
 
     @property
     def latent_token_ids(self) -> tuple[int | None, int | None, int | None]:
@@ -100,7 +111,22 @@ class VReflectionConfig(ReflectionConfigMixin, Qwen2_5_VLConfig):
     backbone_type = Qwen2_5_VLConfig.model_type
 
 
-VReflectionConfig.register_for_auto_class()
-# `transformers serve` offers a model for pictures only if its type is listed here.
-for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
-    names.setdefault(VReflectionConfig.model_type, "VReflectionForConditionalGeneration")
+class VReflectionQwen3VLConfig(ReflectionConfigMixin, Qwen3VLConfig):
+    """All of [`Qwen3VLConfig`]'s arguments and those of [`ReflectionConfigMixin`]."""
+
+    model_type = "vreflection_qwen3_vl"
+    backbone_type = Qwen3VLConfig.model_type
+
+
+class VReflectionQwen3VLMoeConfig(ReflectionConfigMixin, Qwen3VLMoeConfig):
+    """All of [`Qwen3VLMoeConfig`]'s arguments and those of [`ReflectionConfigMixin`]."""
+
+    model_type = "vreflection_qwen3_vl_moe"
+    backbone_type = Qwen3VLMoeConfig.model_type
+
+
+for config_class in (VReflectionConfig, VReflectionQwen3VLConfig, VReflectionQwen3VLMoeConfig):
+    config_class.register_for_auto_class()
+    # `transformers serve` offers a model for pictures only if its type is listed here.
+    for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+        names.setdefault(config_class.model_type, config_class.__name__.replace("Config", "ForConditionalGeneration"))

@@ -43,13 +43,6 @@ class VReflectionForConditionalGeneration(
     config_class = VReflectionConfig
     config: VReflectionConfig
     processor_class = VReflectionProcessor
-    hub_classes = {
-        "AutoConfig": "configuration_vreflection.VReflectionConfig",
-        "AutoModel": "modeling_vreflection.VReflectionForConditionalGeneration",
-        "AutoModelForImageTextToText": "modeling_vreflection.VReflectionForConditionalGeneration",
-        "AutoModelForMultimodalLM": "modeling_vreflection.VReflectionForConditionalGeneration",
-        "AutoProcessor": "processing_vreflection.VReflectionProcessor",
-    }
     # transformers renames the keys of older Qwen2.5-VL checkpoints for its own class only, and would take our modules for
     # layers of the language model.
     stock_key_mapping = {

@@ -1,6 +1,6 @@
 """What the tests compare with: prompts, and re-computations that share no code with the package.
 
-They run the stock Qwen2.5-VL, without a cache, on one row at a time, over embeddings that are put together here.
+They run the stock class, without a cache, on one row at a time, over embeddings that are put together here.
 """
 
 import math
@@ -120,13 +120,15 @@ class Row:
         self.ids = inputs["input_ids"][index][self.kept]
         counts = (inputs["input_ids"] == config.vision_start_token_id).sum(1).tolist()
         first, self.images = sum(counts[:index]), counts[index]
-        self.grid_thw, self.features, self.grids = None, [], []
+        self.grid_thw, self.features, self.grids, self.levels = None, [], [], []
         if self.images:
             with torch.no_grad():
                 every = stock.model.get_image_features(
                     inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True
-                ).pooler_output
-            self.features = list(every[first : first + self.images])
+                )
+            shown = slice(first, first + self.images)
+            self.features = list(every.pooler_output[shown])
+            self.levels = [torch.cat(list(level)[shown]) for level in getattr(every, "deepstack_features", ())]
             self.grid_thw = inputs["image_grid_thw"][first : first + self.images]
             self.grids = [(height // 2, width // 2) for _, height, width in self.grid_thw.tolist()]
         self.embeds = stock.get_input_embeddings().weight.detach()[self.ids].clone()
@@ -151,7 +153,14 @@ class Row:
             positions, _ = self.stock.model.get_rope_index(ids, types, image_grid_thw=self.grid_thw)
         else:
             positions = torch.arange(ids.shape[1]).expand(3, 1, -1)
-        return self.stock.model(inputs_embeds=embeds[None], position_ids=positions, use_cache=False)[0][0]
+        deepstack = {}
+        if self.levels:
+            mask = ids == self.stock.config.image_token_id
+            levels = [level[: mask.sum()] for level in self.levels]
+            deepstack = {"visual_pos_masks": mask, "deepstack_visual_embeds": levels}
+        return self.stock.model.language_model(
+            inputs_embeds=embeds[None], position_ids=positions, use_cache=False, **deepstack
+        )[0][0]
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """The vocabulary projection."""

@@ -12,7 +12,7 @@ from datasets import Image as Decoder
 from PIL import Image, ImageOps
 from reference import ask
 
-from modeling_vreflection.processing_vreflection import (
+from modeling_vreflection.pictures_vreflection import (
     PictureError,
     PictureNotFoundError,
     open_picture,

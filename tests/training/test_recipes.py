@@ -34,7 +34,7 @@ PATH = {
 PATH_LARGE = [name for name in PATH if name != "path_tiny"]
 ADAPTERS = [LORA, "path_7b_lora"]
 LARGE = [*PAPER, LORA, *RELEASED, *PATH_LARGE]
-TINY = ["tiny_base", "tiny_stage1", "tiny_stage2", "path_tiny"]
+TINY = ["tiny_base", "tiny_stage1", "tiny_stage2", "path_tiny", "tiny_qwen3_vl_base", "tiny_qwen3_vl"]
 # What a machine without a GPU can't do.
 ON_CPU = "--use_cpu true --bf16 false --dtype float32 --attn_implementation sdpa".split()
 SHORT = (

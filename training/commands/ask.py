@@ -156,7 +156,7 @@ def as_json(seen, question: str, source: str, resolved) -> dict:
 
 def read_picture(path: str):
     """Opens the picture; raises an `InputError` that says why it can't be."""
-    from modeling_vreflection.processing_vreflection import PictureError, open_picture
+    from modeling_vreflection.pictures_vreflection import PictureError, open_picture
 
     try:
         return open_picture(path)

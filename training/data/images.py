@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 from transformers import Qwen2VLImageProcessor
 
-from modeling_vreflection.processing_vreflection import open_picture, picture_size
+from modeling_vreflection.pictures_vreflection import open_picture, picture_size
 
 
 RowImage = str | Path | dict[str, Any] | Image.Image

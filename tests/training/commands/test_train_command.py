@@ -15,7 +15,7 @@ from vreflection_training.recipe_files import RECIPES, find_file
 def test_the_tiny_recipes_follow_one_another():
     base, first, second = (parse([name, "--use_cpu"]) for name in ("tiny_base", "tiny_stage1", "tiny_stage2"))
     assert [args.stage for *_, args in (base, first, second)] == ["sft", "1", "2"]
-    assert base[0].from_scratch and not base[2].freeze_vision
+    assert base[0].from_scratch == "qwen2_5_vl" and not base[2].freeze_vision
     assert first[1].model_name_or_path == base[2].output_dir
     assert second[1].model_name_or_path == first[2].output_dir
 
@@ -72,7 +72,7 @@ def test_the_feedback_lands_in_the_generation_config_and_no_weight_in_the_config
         (["tiny_base", "--datasets", "[]"], "Set either `dataset_name` or `datasets`"),
         (["tiny_base", "--accelerate_config", "zero9"], "No configuration of accelerate 'zero9'.*fsdp2"),
         (["check", "no_such_recipe"], "No recipe 'no_such_recipe'"),
-        (["tiny_stage1", "--from_scratch", "true"], "Set either `model_name_or_path` or `from_scratch: true`"),
+        (["tiny_stage1", "--from_scratch", "qwen3_vl"], "Set either `model_name_or_path` or `from_scratch`"),
     ],
 )
 def test_a_bad_command_line_is_one_clear_line(run, capsys, arguments, message):

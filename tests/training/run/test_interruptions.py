@@ -79,7 +79,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 
 
 RECIPE = """
-from_scratch: true
+from_scratch: qwen2_5_vl
 dataset_name: glyphsearch
 dataset_options: {{difficulty: mixed, split: train, count: 64}}
 stage: 1
