@@ -22,6 +22,7 @@ from .answering import answer_each_way
 from .frames import FrameStore
 from .guard import Page, RequestGuard
 from .overlay import Frame, draw_frames
+from .scrolling import REMEMBER_PLACE, SHOW_ANSWER
 from .texts import EMBEDDED_NOTES, HEADER, HINT, NOTES, READING, caption_of
 from .uploaded_picture import MAX_BYTES, open_upload
 from .uploads import Uploads, private_folder
@@ -31,6 +32,8 @@ from .zero_gpu import on_gpu
 STYLE = Path(__file__).with_name("style.css")
 MAX_LATENT_STEPS = 16
 MAX_QUESTION = 1000
+# Before the field scrolls; a question of that length takes fewer on a phone.
+QUESTION_LINES = 60
 # Scenes of the split that no training has seen, each with a question for the end of a chain.
 EXAMPLE_SEEDS = (3, 7, 11, 12, 23, 40)
 # Seconds: every half hour, delete uploads and heatmaps older than an hour.
@@ -88,7 +91,7 @@ def add_inputs(model: VReflectionForConditionalGeneration) -> tuple[gr.Image, gr
             examples[0][1],
             label="Question",
             max_length=MAX_QUESTION,
-            max_lines=4,
+            max_lines=QUESTION_LINES,
             scale=5,
             min_width=280,
             elem_id="question",
@@ -227,8 +230,11 @@ def add_events(decode, picture, ask, asked, *outputs) -> None:
         frames.put(request.session_hash, [])
         return {hint: gr.HTML(visible=True), results: gr.Column(visible=False)}
 
+    askings = [ask.click, asked[0].submit, asked[-1].input]
+    gr.on(askings, js=REMEMBER_PLACE, api_visibility="private")
+    answer.change(None, answer, js=SHOW_ANSWER, api_visibility="private")
     asking = gr.on(
-        [ask.click, asked[0].submit, asked[-1].input],
+        askings,
         answer_question,
         [picture, *asked],
         outputs,
@@ -274,7 +280,7 @@ def launch_page(page: Page, **options) -> str:
         radius_size="lg",
         font=["ui-sans-serif", "system-ui", "sans-serif"],  # none is fetched from anywhere
         font_mono=["ui-monospace", "monospace"],
-    )
+    ).set(checkbox_border_color="*neutral_500", checkbox_border_color_dark="*neutral_400")
     _, address, _ = page.launch(
         theme=theme,
         css_paths=STYLE,

@@ -70,6 +70,14 @@ class Visitor:
         with urllib.request.urlopen(self.one("#heatmap img").get_attribute("src")) as file:
             return Image.open(io.BytesIO(file.read())).convert("RGB")
 
+    def run(self, script, *arguments):
+        return self.browser.execute_script(script, *arguments)
+
+    def cut(self, selector):
+        """How many pixels of what stands in a field can't be seen without scrolling in it."""
+        field = "const field = document.querySelector(arguments[0]); "
+        return self.run(field + "return field.scrollHeight - field.offsetHeight", selector)
+
     def caption(self):
         return self.one("#caption").text
 
@@ -225,10 +233,74 @@ def test_visitors_do_not_meet(visitor, page, new_browser, ask_directly, tmp_path
     assert expected[0][0] != expected[1][0]
 
 
-def test_a_phone_shows_the_whole_width(new_browser, page):
-    phone = Visitor(new_browser(390, 844), page[0])
-    phone.ask()
-    assert phone.browser.execute_script("return document.documentElement.scrollWidth") <= 390
+@pytest.fixture(scope="module")
+def phone(new_browser, page):
+    return Visitor(new_browser(390, 844), page[0])
+
+
+def test_a_phone_shows_whole_questions(phone):
+    example = phone.text("question")
+    for button in phone.all("#examples button")[1:]:
+        button.click()
+        phone.until(lambda: phone.text("question") != example)  # noqa: B023
+        example = phone.text("question")
+        assert phone.cut("#question textarea") <= 0
+    phone.write("W" * 120 + " and which word of all these words is the last one?" * 8)
+    assert phone.cut("#question textarea") <= 0
+    assert phone.run("return document.documentElement.scrollWidth") <= 390
+
+
+ANSWERS_TOP = "return document.querySelector('#answers').getBoundingClientRect().top"
+
+
+def test_a_phone_scrolls_to_the_answer_once(phone):
+    phone.one("#examples button").click()
+    phone.until(lambda: not phone.all("#results"))
+    phone.run("scrollTo(0, 0)")
+    phone.one("#ask").click()
+    phone.until(lambda: phone.all("#answers") and 0 <= phone.run(ANSWERS_TOP) < 20 and phone.text("answer"))
+    phone.run("scrollTo({top: 0, behavior: 'instant'})")
+    phone.until(lambda: phone.all("#heatmap img") and phone.text("plain"))
+    assert phone.run("return scrollY") == 0  # the map and the other answer leave a visitor in peace
+    assert phone.run("return document.documentElement.scrollWidth") <= 390
+    phone.run("document.querySelector('#ask').click(); setTimeout(() => scrollTo({top: 200, behavior: 'instant'}), 30)")
+    phone.until(lambda: not phone.all("#heatmap img"))
+    phone.until(lambda: phone.all("#heatmap img") and phone.text("plain"))
+    assert phone.run("return scrollY") == 200  # so does the answer, where they scrolled
+
+
+def test_names_cover_nothing_of_their_pictures(phone):
+    phone.until(lambda: phone.all("#heatmap img"))
+    for name in ("picture", "heatmap"):
+        bottom = phone.run(f"return document.querySelector('#{name} > label').getBoundingClientRect().bottom")
+        assert phone.run(f"return document.querySelector('#{name} img').getBoundingClientRect().top") >= bottom
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_thumbs_and_boxes_stand_out(phone, theme):
+    phone.until(lambda: phone.all("#step input"))
+    phone.run(f"document.body.classList.toggle('dark', {str(theme == 'dark').lower()})")
+    for selector in ("#step input[type=range]", "#zero-latents input"):
+        seen = Image.open(io.BytesIO(phone.one(selector).screenshot_as_png)).convert("RGB")
+        seen = seen.crop((0, 0, seen.height, seen.height))  # the thumb is at the left end
+        behind = phone.run(
+            "let at = document.querySelector(arguments[0]);"
+            "while (getComputedStyle(at).backgroundColor == 'rgba(0, 0, 0, 0)' || at.matches('input')) at = at.parentElement;"
+            "return getComputedStyle(at).backgroundColor.match(/[\\d.]+/g).slice(0, 3).map(Number)",
+            selector,
+        )
+        colours = np.unique(np.asarray(seen).reshape(-1, 3), axis=0)
+        assert max(contrast(colour, behind) for colour in colours) >= 3, selector
+
+
+def contrast(one, other):
+    """WCAG's contrast ratio of two colours; 3 is what it asks of parts to operate."""
+
+    def luminance(colour):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.divide(colour, 255)]
+        return np.dot(linear, (0.2126, 0.7152, 0.0722)) + 0.05
+
+    return max(luminance(one), luminance(other)) / min(luminance(one), luminance(other))
 
 
 def test_nothing_is_fetched_from_elsewhere(new_browser, page):
