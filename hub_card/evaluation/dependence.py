@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from ..inference.drawing import new_figure, wrap
+from ..inference.drawing import add_title, new_figure
 from .comparison import aligned_table
 from .interventions import INTERVENTIONS, NEEDED, OWN
 from .statistics import paired_difference, proportion
@@ -123,7 +123,7 @@ def draw_dependence(result: dict) -> Figure:
     bars = {USUAL_LABEL: result["accuracy_of_reflecting"]}
     bars |= {INTERVENTIONS[name]: one["accuracy"] for name, one in result["replacements"].items()}
     bars = {name: one for name, one in bars.items() if one["count"]}
-    figure = new_figure((8.2, 1.7 + 0.42 * len(bars)))
+    figure = new_figure((8.2, 1.3 + 0.42 * len(bars)))
     axes = figure.subplots()
     shares = [100 * one["share"] for one in bars.values()]
     errors = [
@@ -145,5 +145,5 @@ def draw_dependence(result: dict) -> Figure:
     rows = result["accuracy_of_reflecting"]["count"]
     axes.set_xlabel(f"right answers in %, with 95 % intervals; {rows} rows whose answers reflect", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(wrap(result["sentence"], 96), fontsize=10, parse_math=False)
+    add_title(figure, [result["sentence"]], 10)
     return figure

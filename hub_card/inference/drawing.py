@@ -3,8 +3,8 @@
 Symbols in shapes: S latent steps, h x w merged patches of an image.
 """
 
-import textwrap
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,8 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure, FigureBase
+from matplotlib.font_manager import FontProperties
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import text_to_path
 from PIL import Image
 
 from .attention_maps import Reflection
@@ -30,7 +32,8 @@ BOX_COLOUR = "#35e0a1"
 # Of the finished picture, in inches and pixels an inch.
 PANEL, STEP_PANEL, DPI = 4.6, 1.75, 160
 STEPS_A_LINE = 8
-QUESTION_LINES = 3
+# Points.
+HEADING = 11
 FIGURE_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 # The side that a picture is scaled down to; a panel has no more pixels.
 PICTURE_SIDE = 1024
@@ -53,7 +56,7 @@ def draw_heatmap(
     Args:
         pictures (`list[Image.Image]`): The conversation's pictures, RGB.
         reflections (`list[Reflection]`): The answer's reflections, at least one, with maps of one or both sources.
-        question (`str`): The question, wrapped and shortened to a few lines.
+        question (`str`): The question; the figure grows by its lines.
         answer (`str`): The model's answer.
         path (`Sequence[tuple[float, float, float, float]]`, *optional*): Where to look in the first picture, in this
             order: boxes, corners as fractions of its sides. Drawn as outlines; over the map of one step its own box alone,
@@ -62,14 +65,23 @@ def draw_heatmap(
 
     Returns:
         `Figure`: Not registered with pyplot; `save_figure` writes it.
+
+    Raises:
+        ValueError: A map that is negative or not finite, or a step whose maps are zero everywhere.
     """
     pictures = [shrink(picture) for picture in pictures]
     figure = (_draw_steps if per_step else _draw_looks)(pictures, reflections, path)
     size = 16 if per_step else 12  # figures of single steps are wider, and shown smaller
-    letters = int(figure.get_size_inches()[0] * 120 / size)
-    title = wrap(question, letters) + "\n" + wrap(f"→ {answer or '(an empty answer)'}", letters)
-    figure.suptitle(title, fontsize=size, parse_math=False, linespacing=1.35)
+    add_title(figure, [question, f"→ {answer or '(an empty answer)'}"], size)
     return figure
+
+
+def add_title(figure: Figure, paragraphs: Sequence[str], size: float) -> None:
+    """Writes whole paragraphs above a figure of `new_figure`, which grows by as much; `size` in points."""
+    width, height = figure.get_size_inches()
+    lines = [line for text in paragraphs for line in wrap(text, width - 0.3, size)]
+    figure.suptitle("\n".join(lines), fontsize=size, parse_math=False, linespacing=1.35)
+    figure.set_size_inches(width, height + 1.35 * size / 72 * len(lines) + 0.15)
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -84,10 +96,33 @@ def shrink(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def wrap(text: str, width: int) -> str:
-    """Breaks text into at most `QUESTION_LINES` lines, without characters that no font can draw."""
+def wrap(text: str, width: float, size: float) -> list[str]:
+    """Breaks text of a size in points into lines at most `width` inches wide, words only where one is wider than a line.
+
+    Characters that no font can draw become spaces.
+    """
     text = "".join(letter if letter.isprintable() else " " for letter in text)
-    return "\n".join(textwrap.wrap(text, width, max_lines=QUESTION_LINES, placeholder=" …"))
+    lines, room = [""], 0.96 * width * 72 / size  # letters are drawn on whole pixels, some of them wider
+    for word in text.split():
+        if not lines[-1] or _width(f"{lines[-1]} {word}") > room:
+            lines += [""] if lines[-1] else []
+            for letter in word:
+                if lines[-1] and _width(lines[-1] + letter) > room:
+                    lines.append("")
+                lines[-1] += letter
+        else:
+            lines[-1] += f" {word}"
+    return lines
+
+
+def _width(text: str) -> float:
+    """By the font's size; without kerning, which is little."""
+    return sum(map(_letter_width, text))
+
+
+@cache
+def _letter_width(letter: str) -> float:
+    return text_to_path.get_text_width_height_descent(letter, FontProperties(size=1), False)[0]
 
 
 def _draw_looks(pictures: list[Image.Image], reflections: list[Reflection], path: Sequence[Box]) -> Figure:
@@ -96,8 +131,8 @@ def _draw_looks(pictures: list[Image.Image], reflections: list[Reflection], path
     seen = [reflection.maps[reflection.source] for reflection in reflections]
     maps = [look_map(looks, [of_pictures[index] for of_pictures in seen]) for index in range(len(pictures))]
     most = max(attention.max().item() for attention in maps)
-    heights = [PANEL * panel_shape(picture) + 0.5 for picture in pictures]
-    figure = new_figure((PANEL + 1.2, sum(heights) + 0.9))
+    heights = [PANEL * panel_shape(picture) for picture in pictures]
+    figure = new_figure((PANEL + 1.2, sum(heights) + 0.4 * len(heights) + 0.4))
     panels = figure.subplots(len(pictures), squeeze=False, height_ratios=heights)[:, 0]
     for index, (axes, picture, attention) in enumerate(zip(panels, pictures, maps)):
         shown = show(axes, picture, (), attention, most)
@@ -106,43 +141,49 @@ def _draw_looks(pictures: list[Image.Image], reflections: list[Reflection], path
         draw_looks(axes, picture, index, looks)
         if len(pictures) > 1:
             axes.set_title(f"picture {index + 1}", fontsize=10.5)
-        colour_bar(figure, shown, axes)
+        colour_bar(figure, shown, axes, picture)
     steps = sum(reflection.steps for reflection in reflections)
     caption = f"{TITLES[reflections[0].source]}, {steps} latent steps. A box holds half of a look's attention on its picture."
     if path:
         caption += " Dashed: where to look."
-    panels[-1].set_xlabel(wrap(caption, 66), fontsize=8, color=CAPTION)
+    panels[-1].set_xlabel("\n".join(wrap(caption, PANEL, 8)), fontsize=8, color=CAPTION)
     return figure
 
 
 def _draw_steps(pictures: list[Image.Image], reflections: list[Reflection], path: Sequence[Box]) -> Figure:
     """Lines for each picture and source: the picture, and one map for each step."""
-    lines = []  # name, picture, boxes, source, maps (S, h, w), and the steps of the line
+    lines = []  # heading, picture, boxes, maps (S, h, w), and the steps of the line
     for number, reflection in enumerate(reflections, 1):
         for index, picture in enumerate(pictures):
-            name = "picture" if len(pictures) == 1 else f"picture {index + 1}"
+            name = f"picture {index + 1}: " if len(pictures) > 1 else ""
             if len(reflections) > 1:
-                name += f", reflection {number}"
+                name = f"reflection {number}, {name}" if name else f"reflection {number}: "
             for source, maps in reflection.maps.items():
                 for start in range(0, reflection.steps, STEPS_A_LINE):
                     numbers = range(reflection.steps)[start : start + STEPS_A_LINE]
-                    lines.append((name, picture, path if index == 0 else (), source, maps[index], numbers))
-    columns = max(len(numbers) for *_, numbers in lines)
-    heights = [STEP_PANEL * panel_shape(picture) + 0.75 for _, picture, *_ in lines]
-    figure = new_figure((STEP_PANEL * (columns + 1) + 1.3, sum(heights) + 0.55))
-    grid = figure.add_gridspec(len(lines), columns + 1, height_ratios=heights)
-    for line, (name, picture, path, source, steps, numbers) in enumerate(lines):
-        axes = figure.add_subplot(grid[line, 0])
-        show(axes, picture, path)
-        axes.set_title(name, fontsize=13)
-        axes.set_ylabel(TITLES[source].replace(" att", "\natt"), fontsize=13, fontweight="bold")
-        axes.set_xlabel(wrap(_caption(source, steps), 28), fontsize=7.5, color=CAPTION)
-        for column, number in enumerate(numbers, 1):
-            axes = figure.add_subplot(grid[line, column])
+                    heading = f"{name}{TITLES[source]}, {_caption(source, maps[index])}"
+                    lines.append((heading, picture, path if index == 0 else (), maps[index], numbers))
+    columns = 1 + max(len(numbers) for *_, numbers in lines)
+    width = STEP_PANEL * columns + 1.3
+    headings = [wrap(heading, width - 0.3, HEADING) for heading, *_ in lines]
+    heights = [
+        STEP_PANEL * panel_shape(picture) + 0.55 + HEADING / 60 * len(heading)
+        for heading, (_, picture, *_) in zip(headings, lines)
+    ]
+    figure = new_figure((width, sum(heights)))
+    parts = figure.subfigures(len(lines), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, heading, (_, picture, path, steps, numbers) in zip(parts, headings, lines):
+        part.suptitle("\n".join(heading), x=0.15 / width, ha="left", fontsize=HEADING)
+        panels = part.subplots(1, columns)
+        show(panels[0], picture, path)
+        panels[0].set_title("picture", fontsize=13)
+        for axes in panels[1 + len(numbers) :]:
+            axes.set_axis_off()  # a shorter line
+        for axes, number in zip(panels[1:], numbers):
             own = path[min(number, len(path) - 1) :][:1]
             shown = show(axes, picture, own, steps[number], steps.max().item())
             axes.set_title(f"step {number + 1}", fontsize=13)
-        colour_bar(figure, shown, axes)
+        colour_bar(part, shown, panels[len(numbers)], picture)
     return figure
 
 
@@ -171,8 +212,12 @@ def show(
     extent = (0, width, height, 0)
     shown = axes.imshow(picture, extent=extent)
     if attention is not None:
+        if not (attention.isfinite() & (attention >= 0)).all():
+            raise ValueError("A map of attention must be finite and not negative.")
         percent = attention.numpy() * 100
-        shown = axes.imshow(percent, extent=extent, cmap=VEIL, interpolation="bilinear", vmin=0, vmax=most * 100)
+        shown = axes.imshow(
+            percent, extent=extent, cmap=VEIL, interpolation="bilinear", vmin=0, vmax=(most or 1) * 100
+        )
     for number, box in enumerate(path, 1):
         outline_box(axes, picture, box, str(number) if len(path) > 1 else "")
     axes.set_xticks([])
@@ -192,16 +237,28 @@ def outline_box(axes: Axes, picture: Image.Image, box: Box, name: str = "", dash
         axes.text(x0, y0, name, fontsize=7.5, fontweight="bold", ha="left", va="top", bbox=label)
 
 
-def colour_bar(figure: FigureBase, shown: AxesImage, axes: Axes) -> None:
-    """A bar as high as the panel that it stands beside."""
-    bar = figure.colorbar(shown, cax=axes.inset_axes([1.03, 0, 0.045, 1]))
+def colour_bar(figure: FigureBase, shown: AxesImage, axes: Axes, picture: Image.Image) -> None:
+    """A bar beside a panel, as high as the place that it has in the figure, of the veil over the picture's own colours."""
+    place = figure.add_subplot(axes.get_subplotspec())  # a long picture's axes are small
+    place.set_axis_off()
+    bar = figure.colorbar(shown, cax=place.inset_axes([1.03, 0, 0.045, 1]))
+    most = shown.norm.vmax
+    bar.ax.imshow([own_colours(picture)], extent=(*bar.ax.get_xlim(), 0, most), aspect="auto", zorder=-1)
+    bar.set_ticks([0, most / 2, most], labels=[f"{share:.3g}" for share in (0, most / 2, most)])
     bar.set_label("% per patch", fontsize=8)
     bar.ax.tick_params(labelsize=8, length=2)
     bar.outline.set_linewidth(0.5)
+
+
+def own_colours(picture: Image.Image) -> list[tuple[int, int, int]]:
+    """Up to four colours of an RGB picture, the most frequent one first: what a colour bar shows under its veil."""
+    few = picture.resize((64, 64), Image.Resampling.NEAREST).quantize(4)
+    colours = few.getpalette()
+    return [tuple(colours[3 * index : 3 * index + 3]) for _, index in sorted(few.getcolors(), reverse=True)]
 
 
 def _caption(source: str, maps: torch.Tensor) -> str:
     """What asks, and on which grid; for the language model also how much of its attention is on the picture."""
     height, width = maps.shape[1:]
     share = f", {maps.sum((1, 2)).mean():.0%} of all attention" if source == "llm" else ""
-    return f"{QUERIES[source]},\n{height} × {width} patches{share}"
+    return f"{QUERIES[source]}, {height} × {width} patches{share}"

@@ -7,7 +7,7 @@ import torch
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from ..inference.drawing import VEIL, new_figure, show
+from ..inference.drawing import VEIL, new_figure, own_colours, show
 from ..inference.look_boxes import LookBox, merge_looks
 from ..inference.look_drawing import draw_looks, look_map
 
@@ -63,6 +63,12 @@ def draw_frames(picture: Image.Image, maps: list[np.ndarray]) -> list[Frame]:
     return frames
 
 
-def colour_stops() -> list[str]:
-    """The veil's colours at no attention and at the most, as hexadecimal names with their opacity."""
-    return [to_hex(VEIL(place), keep_alpha=True) for place in (0.0, 1.0)]
+def scale_background(picture: Image.Image) -> str:
+    """CSS of the map's colours from no attention on the left to the most: the veil over stripes of the picture's own."""
+    veil = ", ".join(to_hex(VEIL(place), keep_alpha=True) for place in (0.0, 1.0))
+    colours = own_colours(picture)
+    stripes = [
+        f"{to_hex([part / 255 for part in colour])} {100 * number / len(colours):.0f}% {100 * (number + 1) / len(colours):.0f}%"
+        for number, colour in enumerate(colours)
+    ]
+    return f"linear-gradient(90deg, {veil}), linear-gradient({', '.join(stripes)})"

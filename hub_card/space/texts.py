@@ -1,6 +1,6 @@
 """What the page says."""
 
-from .overlay import Frame, colour_stops
+from .overlay import Frame, scale_background
 
 
 HEADER = """
@@ -49,10 +49,9 @@ def caption_of(frame: Frame | None) -> str:
     """The lines under the map: its colour scale, and the looks if it shows them; for no frame at all why there is none."""
     if frame is None:
         return f"<p>{NO_REFLECTION}</p>"
-    colours = ", ".join(colour_stops())
     legend = (
-        f'<div class="legend"><b>{frame.name}</b><span class="scale">0 %<i style="background: linear-gradient(90deg, '
-        f'{colours})"></i>{frame.most * 100:.0f} % on one patch</span></div>'
+        f'<div class="legend"><b>{frame.name}</b><span class="scale">0 %'
+        f'<i style="background: {scale_background(frame.picture)}"></i>{frame.most * 100:.3g} % on one patch</span></div>'
     )
     lines = []
     for number, looks in enumerate(frame.looks, 1):

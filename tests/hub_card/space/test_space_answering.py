@@ -120,6 +120,13 @@ def test_several_reflections_are_numbered_and_none_is_explained():
     assert NO_REFLECTION in caption_of(None)
 
 
+def test_the_scale_names_small_shares_and_shows_the_picture_under_its_veil():
+    frame = draw_frames(Image.new("RGB", (50, 50), (90, 120, 200)), [np.full((1, 40, 50), 1 / 2000, np.float32)])[1]
+    assert "0.05 % on one patch" in caption_of(frame)
+    assert frame.image.getpixel((9, 9)) == (90, 120, 200)  # uniform attention is as clear as the scale's end
+    assert "#5a78c8 0% 100%" in caption_of(frame)
+
+
 @pytest.mark.parametrize(
     "content, fragment",
     [

@@ -263,7 +263,9 @@ def test_a_phone_scrolls_to_the_answer_once(phone):
     phone.until(lambda: phone.all("#heatmap img") and phone.text("plain"))
     assert phone.run("return scrollY") == 0  # the map and the other answer leave a visitor in peace
     assert phone.run("return document.documentElement.scrollWidth") <= 390
-    phone.run("document.querySelector('#ask').click(); setTimeout(() => scrollTo({top: 200, behavior: 'instant'}), 30)")
+    phone.run(
+        "document.querySelector('#ask').click(); setTimeout(() => scrollTo({top: 200, behavior: 'instant'}), 30)"
+    )
     phone.until(lambda: not phone.all("#heatmap img"))
     phone.until(lambda: phone.all("#heatmap img") and phone.text("plain"))
     assert phone.run("return scrollY") == 200  # so does the answer, where they scrolled
