@@ -284,7 +284,9 @@ def test_no_logits_of_whole_sequences(make_trainer, model, rows, training):
 
 def test_every_sample_every_steps_there_is_a_picture(make_trainer, tmp_path):
     make_trainer(stage="2", max_steps=5, sample_every=2, gradient_accumulation_steps=2, sample_packing=True).train()
-    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == ["step-2.png", "step-4.png"]
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [
+        f"step-{step}-row-{row}.png" for step in (2, 4) for row in (1, 2)
+    ]
 
 
 def test_collapsed_latents_are_said(make_trainer, model, caplog):

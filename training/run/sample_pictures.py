@@ -27,7 +27,7 @@ def save_sample(
     shares: dict[str, float],
     config,
     image_processor,
-    title: str,
+    said: list[str],
 ):
     """Draws the first reflection of a batch.
 
@@ -39,12 +39,11 @@ def save_sample(
         shares (`dict[str, float]`): How much of each lies inside the boxes of the steps.
         config (`PreTrainedConfig`): The model's.
         image_processor (`Qwen2VLImageProcessor`): What cut the pictures into patches.
-        title (`str`): Stands above, with the sample's name.
+        said (`list[str]`): Paragraphs, whole above the pictures.
     """
     pictures, looks, maps = first_reflection(batch, maps, config, image_processor)
-    name = next(name for name, count in zip(batch["sample_ids"], batch["reflections"]) if count)
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.save_figure(draw_sample(pictures, looks, maps, shares, f"{title}: {name}"), path)
+    drawing.save_figure(draw_sample(pictures, looks, maps, shares, said), path)
 
 
 def first_reflection(
@@ -94,7 +93,7 @@ def draw_sample(
     looks: list[tuple[int, list[int]]],
     maps: dict[str, dict[int, torch.Tensor]],
     shares: dict[str, float],
-    title: str,
+    said: list[str],
 ) -> Figure:
     """Draws pictures next to the attention of `"teacher"`, `"student"`, or both: the means, and every step.
 
@@ -105,7 +104,7 @@ def draw_sample(
             all boxes, numbered in the order of looking where there are several.
         maps (`dict[str, dict[int, torch.Tensor]]`): For each name and picture a map of each step, (S, h, w).
         shares (`dict[str, float]`): For each name the share of attention inside the steps' boxes, mean over the steps.
-        title (`str`): Stands above.
+        said (`list[str]`): Paragraphs, whole above the pictures.
     """
     maps = {
         name: {index: attention.detach().float().cpu() for index, attention in of_pictures.items()}
@@ -120,9 +119,9 @@ def draw_sample(
     heights = [PANEL * shape + 0.6 for shape in shapes]
     step_height = max(STEP_PANEL * max(shapes), 0.7) + 0.3
     parts = [sum(heights), step_height * len(lines)]
-    figure = drawing.new_figure((WIDTH, sum(parts) + 0.8), DPI)
+    figure = drawing.new_figure((WIDTH, sum(parts) + 0.2), DPI)
     above, below = figure.subfigures(2, 1, height_ratios=parts)
-    figure.suptitle(drawing.wrap(title, 100), fontsize=11, parse_math=False)
+    drawing.add_title(figure, said, 11)
 
     rows = above.subplots(len(pictures), 1 + len(maps), squeeze=False, height_ratios=heights)
     for panels, (index, picture) in zip(rows, pictures.items()):
@@ -130,7 +129,7 @@ def draw_sample(
         panels[0].set_title("picture" if len(pictures) == 1 else f"picture {index + 1}", fontsize=10.5)
         for axes, of_pictures in zip(panels[1:], maps.values()):
             most = max(seen.mean(0).max().item() for seen in of_pictures.values())
-            colour_bar(above, show(axes, picture, (), of_pictures[index].mean(0), most), axes)
+            colour_bar(above, show(axes, picture, (), of_pictures[index].mean(0), most), axes, picture)
         for axes in panels:
             _outline_path(axes, picture, index, path)
     where = "the box's patches" if len(path) == 1 else "the step's own box"
@@ -151,7 +150,7 @@ def draw_sample(
             name_of_picture = "" if len(pictures) == 1 else f", picture {index + 1}"
             axes.set_title(f"step {step + 1}{name_of_picture}", fontsize=8.5)
         row[0].set_ylabel(name, fontsize=10.5, fontweight="bold")
-        colour_bar(below, shown, row[-1])
+        colour_bar(below, shown, axes, pictures[index])
     return figure
 
 

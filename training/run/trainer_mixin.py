@@ -33,7 +33,7 @@ from .checkpoint_folders import (
 from .latent_metrics import LatentSpread, attention_inside, collapse_message
 from .meters import Meters, sum_over_ranks
 from .model_card import RunOrigin, trainer_card, trainer_facts
-from .sample_pictures import save_sample
+from .sample_rows import SampleCallback
 from .settings import run_settings
 
 
@@ -73,14 +73,14 @@ class RunMixin:
         self._spread = LatentSpread(*self._latents_shape)
         self._collapsed = False
         # Where DAC doesn't train, the student is as it was drawn.
-        self._watched = ("teacher", "student") if "dac" in STAGES[args.stage].trains else ("teacher",)
-        self._drawn_step = None
+        self.watched = ("teacher", "student") if "dac" in STAGES[args.stage].trains else ("teacher",)
         self._clock = None  # when tokens were last counted, and how many there were
         super().__init__(model=model, args=args, **kwargs)
         self.progress = RunProgress(args.stage)
         self.preemption = PreemptionCallback(self.accelerator)
         self.add_callback(self.progress)
         self.add_callback(self.preemption)
+        self.add_callback(SampleCallback(self, self.train_dataset))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """[`~transformers.Trainer.train`], which never resumes from a checkpoint that wasn't written to the end.
@@ -212,7 +212,7 @@ class RunMixin:
 
     @torch.no_grad()
     def record(self, batch, outputs, **means):
-        """Meters a batch of the collator's, counts its tokens, and draws a sample where one is due.
+        """Meters a batch of the collator's and counts its tokens.
 
         `means` are the trainer's own, by the names in `logged_means`: each a sum, and how many it is of.
         """
@@ -224,30 +224,18 @@ class RunMixin:
             if outputs.teacher_latents is not None:
                 distance = latent_distance(outputs.latent_states, outputs.teacher_latents, "l1", 1)
                 means["latent_distance"] = distance, segments
-            maps = {name: getattr(outputs, f"{name}_attention") for name in self._watched}
+            maps = {name: getattr(outputs, f"{name}_attention") for name in self.watched}
             shares = {name: attention_inside(attention, outputs.inside_box) for name, attention in maps.items()}
             for name, share in shares.items():
                 means[f"{name}_inside_box"] = share.sum(), segments
             if training:
                 self._spread.add(outputs.latent_states)
-                self._draw(batch, maps, shares)
         for name, (total, count) in means.items():
             self._meters[mode].add(name, total, count)
         if training:
             self.progress.num_tokens += int(sum_over_ranks(torch.tensor(batch["num_tokens"]), self.accelerator))
         self.progress.skip(batch["skipped"])
         self._metrics[mode]["num_tokens"] = [self.progress.num_tokens]
-
-    def _draw(self, batch, maps: dict[str, torch.Tensor], shares: dict[str, torch.Tensor]):
-        """Draws the batch's first reflection, every `sample_every` steps."""
-        step, every = self.state.global_step + 1, self.args.sample_every
-        if not every or step % every or step == self._drawn_step or not self.is_world_process_zero():
-            return
-        self._drawn_step = step
-        path = Path(self.args.output_dir) / "samples" / f"step-{step}.png"
-        title = f"stage {self.args.stage}, step {step}"
-        first = {name: share[0].item() for name, share in shares.items()}
-        save_sample(path, batch, maps, first, self.model.config, self.processing_class.image_processor, title)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

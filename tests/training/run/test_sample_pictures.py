@@ -69,7 +69,7 @@ def draw(picture, of_names, title="a", **shares):
     """One picture, one box in all steps."""
     steps = len(next(iter(of_names.values())))
     maps = {name: {0: attention} for name, attention in of_names.items()}
-    return draw_sample({0: picture}, [(0, BOX)] * steps, maps, {**dict.fromkeys(maps, 0.0), **shares}, title)
+    return draw_sample({0: picture}, [(0, BOX)] * steps, maps, {**dict.fromkeys(maps, 0.0), **shares}, [title])
 
 
 @pytest.mark.parametrize("size, grid", [((168, 112), (4, 6)), ((2800, 56), (2, 100)), ((56, 840), (30, 2))])
@@ -144,7 +144,7 @@ def test_each_step_of_a_path_is_drawn_over_its_picture_with_its_box():
     looks = [*PATH, *PATH[-1:] * 5]
     student = {index: torch.rand(8, *grid) for index, grid in GRIDS.items()}
     pictures = {0: Image.new("RGB", (168, 112)), 2: Image.new("RGB", (56, 84))}
-    figure = draw_sample(pictures, looks, {"student": student}, {"student": 0.625}, "a")
+    figure = draw_sample(pictures, looks, {"student": student}, {"student": 0.625}, ["a"])
     panels = shown(figure)
     assert len(panels) == 2 * 2 + 8
     for axes, (index, box) in zip(panels[4:], looks):
@@ -166,7 +166,7 @@ def test_each_step_of_a_path_is_drawn_over_its_picture_with_its_box():
 def test_a_box_that_is_looked_at_again_has_both_numbers():
     looks = [(0, BOX), (0, BOX), PATH[0], (0, BOX), (0, BOX)]
     figure = draw_sample(
-        {0: Image.new("RGB", (168, 112))}, looks, {"teacher": {0: maps(5, 4, 6)}}, {"teacher": 1}, "a"
+        {0: Image.new("RGB", (168, 112))}, looks, {"teacher": {0: maps(5, 4, 6)}}, {"teacher": 1}, ["a"]
     )
     assert outlines(shown(figure)[0])[1] == ["1, 3", "2"]
 
@@ -202,7 +202,7 @@ def test_a_run_on_paths_meters_and_draws_them(make_trainer, path_rows, processor
     log = trainer.state.log_history[0]
     assert log["student_inside_box"] == pytest.approx(expected, rel=1e-5)
     assert log["teacher_inside_box"] == pytest.approx(1)
-    assert (tmp_path / "run" / "samples" / "step-1.png").exists()
+    assert (tmp_path / "run" / "samples" / "step-1-row-1.png").exists()
 
 
 @pytest.mark.parametrize("packed", [False, True])
