@@ -80,8 +80,9 @@ class VReflectionSFTConfig(SFTConfig):
         on_bad_row (`str`, *optional*, defaults to `"error"`): What to do with an invalid row (a missing picture, a
             wrong box, too many tokens): `"error"` stops the run; `"skip"` leaves it out, and the run ends with the
             count of such rows and the first ten.
-        sample_every (`int`, *optional*, defaults to `250`): Steps between two pictures of the teacher's and the
-            student's attention, in `samples/` of the output folder; 0 draws none.
+        sample_every (`int`, *optional*, defaults to `250`): Steps between two pictures of the same two training rows,
+            with question, expected and own answer, and the teacher's and the student's attention, in `samples/` of the
+            output folder; 0 draws none.
         predict_with_generate (`bool`, *optional*, defaults to `False`): Whether each evaluation also answers the rows'
             last questions, greedily: `eval_exact_match` as the checkpoint decodes by default, `eval_exact_match_teacher`
             with BCM's latents fed instead, `eval_exact_match_zeros` with zeros; plain fine-tuning has the first alone.
