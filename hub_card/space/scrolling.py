@@ -10,5 +10,5 @@ SHOW_ANSWER = """(answer) => {
     window.askedAt = null;
     const box = document.querySelector("#answers").getBoundingClientRect();
     if (stayed && (box.top < 0 || box.bottom > window.innerHeight))
-        document.querySelector("#results").scrollIntoView({behavior: "smooth"});
+        document.querySelector("#results").scrollIntoView();
 }"""
