@@ -2,7 +2,7 @@
 
 import sys
 
-from .cli import main_train
+from .entry import main_train
 
 
 sys.exit(main_train())

@@ -7,7 +7,6 @@ import sys
 from vreflection_hub_card.errors import InputError
 
 from .commands import ask, card, check, convert, evaluate, merge, publish, space, train
-from .commands.arguments import INTERRUPTED
 
 
 COMMANDS = (ask, train, check, merge, evaluate, convert, card, publish, space)
@@ -17,7 +16,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        `int`: The exit code: 2, with one line on stderr, for wrong input; 1 for a run that failed; 130 for Ctrl+C.
+        `int`: The exit code: 2, with one line on stderr, for wrong input; 1 for a run that failed; 130
+        for a training that Ctrl+C ended.
     """
     options = build_parser().parse_args(argv)
     try:
@@ -27,9 +27,6 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a folder that can't be read, a network that is down
         where = f"{error.filename}: " if error.filename else ""
         return fail(where + (error.strerror or str(error)))
-    except KeyboardInterrupt:
-        print("vreflection: interrupted", file=sys.stderr)
-        return INTERRUPTED
 
 
 def main_train(argv: list[str] | None = None) -> int:

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vreflection_hub_card.embedded import resolve_embedded
 from vreflection_hub_card.errors import InputError
 
 
 # The model's own names, here without importing the model: the command line must parse quickly.
 LATENT_FEEDBACK = ("hidden", "dac")
 ATTENTION_SOURCES = ("dac", "llm")
-INTERRUPTED = 130  # exit code after Ctrl+C, as shells have it
 
 
 def quiet_transformers() -> None:

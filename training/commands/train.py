@@ -5,8 +5,8 @@ import sys
 
 from vreflection_hub_card.errors import InputError
 
+from ..entry import INTERRUPTED
 from ..recipe_files import ACCELERATE_CONFIGS, RECIPES, find_file, shipped
-from .arguments import INTERRUPTED
 
 
 def add_parser(commands) -> None:

@@ -81,7 +81,9 @@ class PreemptionCallback(TrainerCallback):
 
     def _request(self, signum, frame):
         self.requested = signal.Signals(signum)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one is heard at once
+        signal.signal(
+            signal.SIGINT, self._previous[signal.SIGINT] or signal.SIG_DFL
+        )  # the second one is heard at once
 
 
 def outlive_signals(worker_id: int, running: torch.Tensor, then: Callable[[int], None] | None = None):
