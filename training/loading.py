@@ -8,6 +8,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
 from modeling_vreflection.causal_lm_vreflection import MODEL_CLASSES
+from vreflection_hub_card.embedded import resolve_embedded
 
 from .tiny import save_tiny_backbone
 
@@ -20,7 +21,8 @@ def is_stock(model_name_or_path: str, revision: str = "main") -> bool:
 def load_model_and_processor(
     model_name_or_path: str, **kwargs
 ) -> tuple[VReflectionForConditionalGeneration, VReflectionProcessor]:
-    """Loads a V-Reflection checkpoint, or makes one from a stock checkpoint of a backbone."""
+    """Loads a V-Reflection checkpoint (`"vreflection_tiny"`: the embedded one), or makes one from a backbone's stock one."""
+    model_name_or_path = resolve_embedded(model_name_or_path)
     revision = kwargs.get("revision", "main")
     if is_stock(model_name_or_path, revision):
         model, processor = VReflectionForConditionalGeneration.from_backbone(model_name_or_path, **kwargs)
@@ -57,13 +59,14 @@ def write_sharded_token_rows(model: VReflectionForConditionalGeneration):
 
 def load_processor(model_name_or_path: str, revision: str = "main", **config) -> VReflectionProcessor:
     """Loads the processor alone, or makes one; `config` are fields of the model's config."""
+    model_name_or_path = resolve_embedded(model_name_or_path)
     own = AutoConfig.from_pretrained(model_name_or_path, revision=revision)
     if own.model_type in MODEL_CLASSES:
         steps = {name: value for name, value in config.items() if name == "num_latent_tokens"}
         processor_class = MODEL_CLASSES[own.model_type].processor_class
         return processor_class.from_backbone(model_name_or_path, revision=revision, **steps)
     processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision)
-    if "num_latent_tokens" in config:
+    if config.get("num_latent_tokens", processor.num_latent_tokens) != processor.num_latent_tokens:
         set_num_slots(processor, own, config["num_latent_tokens"])
     return processor
 

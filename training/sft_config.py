@@ -153,7 +153,12 @@ class VReflectionSFTConfig(SFTConfig):
                 raise ValueError(f"`{name}` must be one of {names}, got {getattr(self, name)!r}.")
         self._resolve_stage()
         if self.bf16 is None:  # trl's default would refuse to run without such a GPU
-            self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        elif self.bf16 and not self.use_cpu and not is_torch_bf16_gpu_available():
+            raise ValueError(
+                "`bf16` is on, and no GPU here has bfloat16: leave `bf16` out, and it is on where a GPU has it; "
+                "`use_cpu` trains with it on the CPU."
+            )
         for names, holds, rule in (
             ((*WEIGHTS, "sample_every"), lambda x: x >= 0, "not be negative"),
             (("bernoulli_p",), lambda x: 0 <= x <= 1, "lie in [0, 1]"),

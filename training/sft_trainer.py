@@ -1,19 +1,23 @@
 """The method: what each stage trains, and how its losses add up."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer.utils import entropy_from_logits
 
+from modeling_vreflection import VReflectionProcessor
 from vreflection_hub_card.rows import BadRow
 
 from .collator import NON_MODEL_KEYS, VReflectionDataCollator
 from .data.packing import pack_dataset
-from .loading import load_model_and_processor
+from .loading import load_model_and_processor, load_processor
 from .losses import latent_losses
 from .run.exact_match import count_exact_matches, exact_match_ways, share_of_rank
 from .run.meters import sum_over_ranks
@@ -36,16 +40,20 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
     steps and ranks. With `predict_with_generate`, each evaluation also has the shares of exact answers.
 
     Args:
-        model (`str` or `VReflectionForConditionalGeneration`): A model, or a checkpoint to load.
+        model (`str`, `Path` or `VReflectionForConditionalGeneration`): A model, or a checkpoint to load: a folder, a Hub id, or
+            `"vreflection_tiny"`, the embedded one.
         args (`VReflectionSFTConfig`): The configuration.
         data_collator ([`VReflectionDataCollator`], *optional*): By default one for the stage.
-        processing_class (`VReflectionProcessor`, *optional*): The processor; the checkpoint's, if left out.
+        processing_class (`VReflectionProcessor`, *optional*): The processor; the model's checkpoint's, if left out.
+        train_dataset (`Dataset`, `IterableDataset` or `list[dict]`): Rows in the project's format.
+        eval_dataset (*optional*): Likewise, or a dict of several.
         peft_config (`peft.PeftConfig`, *optional*): Adapters for the language model. BCM and DAC, as far as the stage trains
             them, and the latent tokens' embeddings still train as a whole and are saved with the adapters.
         kwargs: Further arguments of [`RunMixin`](run/trainer_mixin.py) and [`~trl.SFTTrainer`].
 
     Raises:
-        ValueError: A stage whose modules the model lacks; a frozen BCM that was never trained; a feedback that the model
+        TypeError: Rows that are neither a data set nor a list of dicts.
+        ValueError: No rows; a model without a checkpoint to find its processor in; a stage whose modules the model lacks; a frozen BCM that was never trained; a feedback that the model
             can't decode with; with flash attention, several packs in a batch; `predict_with_generate` where each rank
             holds a part of the weights.
         FloatingPointError: A loss or latent that is not finite, naming the batch's samples.
@@ -68,11 +76,18 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
         for name in ("formatting_func", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"V-Reflection's rows and losses leave no place for `{name}`: leave it out.")
-        if isinstance(model, str):
-            model, loaded_processor = load_model_and_processor(model, **(args.model_init_kwargs or {}))
+        listed = {
+            name: rows for name in ("train_dataset", "eval_dataset") if isinstance(rows := kwargs.get(name), list)
+        }
+        for name, rows in listed.items():
+            check_list(rows, name)
+        if isinstance(model, (str, Path)):
+            model, loaded_processor = load_model_and_processor(str(model), **(args.model_init_kwargs or {}))
             processing_class = processing_class or loaded_processor
             args.model_init_kwargs = None
         check_model(model, args)
+        if processing_class is None:
+            processing_class = processor_of(model)
         if args.world_size > 1 and not getattr(data_collator, "every_module", True):
             raise ValueError("With several processes the collator needs `every_module=True`, or they may deadlock.")
         stage = STAGES[args.stage]
@@ -98,6 +113,8 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
                 every_module=args.world_size > 1,
             )
         self._segments_in_step = None
+        if "train_dataset" in listed:  # trl looks at its columns, and at nothing else
+            kwargs["train_dataset"] = Dataset.from_dict({"images": [None]})
         super().__init__(
             model=model,
             args=args,
@@ -106,6 +123,7 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        self.train_dataset = listed.get("train_dataset", self.train_dataset)
         if args.predict_with_generate and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(
                 "`predict_with_generate` decodes on each rank by itself, which FSDP and ZeRO-3 don't allow: leave it out, and "
@@ -232,6 +250,25 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
                 **{f"loss_{name[2:].lower()}": (term * num_segments, segments) for name, term in terms.items()},
             )
         return (loss, outputs) if return_outputs else loss
+
+
+def check_list(rows: list, name: str):
+    """Raises where a list isn't one of rows."""
+    if not rows:
+        raise ValueError(f"`{name}` is an empty list.")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise TypeError(f"`{name}[{number}]` must be a row, a dict with `messages`, got `{type(row).__name__}`.")
+
+
+def processor_of(model) -> VReflectionProcessor:
+    """The processor in the checkpoint that a model was loaded from; raises where there is none."""
+    if not model.name_or_path:
+        raise ValueError(
+            "The model was not loaded from a checkpoint, where its processor would be: give a `processing_class`."
+        )
+    revision = getattr(model.config, "_commit_hash", None) or "main"
+    return load_processor(model.name_or_path, revision, num_latent_tokens=model.config.num_latent_tokens)
 
 
 def check_model(model, args: VReflectionSFTConfig):

@@ -11,28 +11,33 @@ from transformers.image_utils import SizeDict
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
 
+from ..embedded import EMBEDDED, EMBEDDED_NAME, resolve_embedded
 from ..errors import InputError
 
 
-EMBEDDED = Path(__file__).parents[1] / "vreflection_tiny"
 # By name: a repository may hold gigabytes of data in other JSON files.
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
 MODEL_FILES = ["config.json", "*_config.json", "*.jinja", "*.safetensors", "*.safetensors.index.json"]
 
 
-def checkpoint_folder(model: str | Path | None = None, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: of a Hub id, which is downloaded first, or without a model of the embedded one.
+def checkpoint_folder(model: str | Path = EMBEDDED_NAME, revision: str | None = None) -> Path:
+    """The folder of a checkpoint, which `from_pretrained` takes.
+
+    Args:
+        model (`str` or `Path`): A folder; a Hub id, which is downloaded first; or `"vreflection_tiny"`, the embedded
+            checkpoint, unless there is a folder of this name.
+        revision (`str`, *optional*): A branch, tag or commit of a Hub id.
 
     Raises:
         InputError: Neither a folder nor an id that the Hub knows; a revision of a folder.
     """
-    folder = EMBEDDED if model is None else Path(model)
-    if revision is not None and (model is None or folder.exists()):
+    folder = Path(resolve_embedded(model))
+    if revision is not None and folder.exists():
         raise InputError(f"revision {revision!r}: only a model on the Hub has revisions")
     if folder.is_dir():
         return folder
-    if model is None:
-        raise InputError(f"this installation holds no embedded checkpoint ({EMBEDDED}); pass a model")
+    if folder == EMBEDDED:
+        raise InputError(f"this installation holds no embedded checkpoint ({EMBEDDED}); name another model")
     if folder.exists():
         raise InputError(f"{model}: not a checkpoint's folder")
     try:

@@ -34,17 +34,16 @@ SEEDS = range(300, 308)
 NEW_TOKENS = 40
 LATENT_TOKENS = 10  # start, eight slots, end
 ROOT = Path(__file__).parents[2]
-MODEL = "hub_card/vreflection_tiny"
+MODEL = str(EMBEDDED)
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
     """A client of the server that docs/serving.md starts, in a process of its own: pinned to `MODEL`."""
     log = tmp_path_factory.mktemp("serve") / "log"
-    (log.parent / "hub_card").symlink_to(ROOT / "hub_card")
     port = free_port()
     code = re.search(r'^python -c "(.*Serve.*)"$', (ROOT / "docs" / "serving.md").read_text(), re.MULTILINE)[1]
-    code = code.replace(f"Serve('{MODEL}'", f"Serve('{MODEL}', port={port}")
+    code = code.replace("Serve(str(folder('vreflection_tiny'))", f"Serve(str(folder('vreflection_tiny')), port={port}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(log.parent / "hf")}
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -251,6 +251,46 @@ def test_functions_that_would_never_be_called_are_refused(model, processor, rows
         VReflectionSFTTrainer(model, args, processing_class=processor, train_dataset=rows, **{name: print})
 
 
+def test_the_processor_is_found_from_the_model(model, checkpoint, processor, rows, tmp_path):
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+    for given in (model, str(checkpoint), checkpoint):
+        trainer = VReflectionSFTTrainer(given, VReflectionSFTConfig(stage="1", **options), train_dataset=rows)
+        for found in (trainer.processing_class, trainer.data_collator.processor):
+            assert found.chat_template == processor.chat_template and found.num_latent_tokens == 8
+    model.name_or_path = ""
+    with pytest.raises(ValueError, match="not loaded from a checkpoint.*give a `processing_class`"):
+        VReflectionSFTTrainer(model, VReflectionSFTConfig(**options), train_dataset=rows)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_plain_list_trains_like_a_data_set(make_trainer, model, rows, packing):
+    """Its rows may have other keys each, and their pictures are the objects that the user has."""
+    text = {"id": "text", "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "red"}]}
+    stored = [rows[0], rows[1], {**text, "images": []}, rows[2]]
+    listed = [{name: rows[0][name] for name in ("images", "messages")}, {**rows[1], "source": "x"}, text, rows[2]]
+    other = copy.deepcopy(model)
+    options = {"sample_packing": packing, "max_steps": 1, "per_device_train_batch_size": 1 if packing else 4}
+    options |= {"optim": "sgd", "weight_decay": 0.0}
+    expected = gradients(make_trainer(Rows(stored), **options))
+    trainer = make_trainer(listed, trained=other, eval_dataset=listed[:1], **options)
+    assert trainer.eval_dataset[0] is listed[0]
+    got = gradients(trainer)
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in got)
+
+
+@pytest.mark.parametrize(
+    "rows, error, message",
+    [
+        ([], ValueError, "`train_dataset` is an empty list"),
+        ([{"messages": []}, "row"], TypeError, r"`train_dataset\[1\]` must be a row.*got `str`"),
+        ((row for row in ()), TypeError, "must be a `Dataset` or `IterableDataset`, got `generator`"),
+    ],
+)
+def test_what_is_no_list_of_rows_is_refused(make_trainer, rows, error, message):
+    with pytest.raises(error, match=message):
+        make_trainer(rows)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_pack_trains_like_its_samples(make_trainer, model, rows, stage):
     other = copy.deepcopy(model)

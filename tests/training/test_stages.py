@@ -82,8 +82,9 @@ def test_bf16_is_off_by_itself_where_no_gpu_has_it(tmp_path):
     if is_torch_bf16_gpu_available():
         pytest.skip("a GPU has it")
     assert not VReflectionSFTConfig(str(tmp_path), report_to="none").bf16
-    with pytest.raises(ValueError, match="bf16"):
+    with pytest.raises(ValueError, match="no GPU here has bfloat16: leave `bf16` out"):
         VReflectionSFTConfig(str(tmp_path), report_to="none", bf16=True)
+    assert VReflectionSFTConfig(str(tmp_path), report_to="none", bf16=True, use_cpu=True).bf16
 
 
 def test_a_weight_of_zero_may_be_given_anywhere():

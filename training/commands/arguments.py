@@ -40,6 +40,11 @@ def writing(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: can't be written ({error.strerror or error})") from error
 
 
+def checkpoint_path(text: str) -> Path:
+    """A checkpoint's folder, for argparse."""
+    return Path(resolve_embedded(text))
+
+
 def natural(text: str) -> int:
     """An integer from 0 on, for argparse."""
     value = int(text)

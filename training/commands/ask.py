@@ -6,6 +6,7 @@ import random
 import sys
 from pathlib import Path
 
+from vreflection_hub_card.embedded import EMBEDDED_NAME
 from vreflection_hub_card.errors import InputError
 
 from .arguments import (
@@ -32,7 +33,11 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("picture", nargs="?", metavar="PICTURE", help="a picture file")
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="the question about it")
-    parser.add_argument("--model", help="a folder or a Hub id (default: the checkpoint embedded in the package)")
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED_NAME,
+        help="a folder, a Hub id, or the embedded checkpoint, %(default)s (the default)",
+    )
     parser.add_argument("--heatmap", type=Path, metavar="FILE", help="draw the looks on the picture into this file")
     parser.add_argument("--per-step", action="store_true", help="a heatmap of each latent step instead of the looks")
     parser.add_argument(

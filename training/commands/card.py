@@ -1,9 +1,8 @@
 """`vreflection card`: the model card of a checkpoint."""
 
 import argparse
-from pathlib import Path
 
-from .arguments import quiet_transformers
+from .arguments import checkpoint_path, quiet_transformers
 
 
 def add_parser(commands) -> None:
@@ -14,7 +13,7 @@ def add_parser(commands) -> None:
         description="Writes README.md and .eval_results/ into a checkpoint's folder, from the checkpoint itself, from what "
         "its training left there, and from result files. What was there under these names is replaced.",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="the checkpoint's folder")
+    parser.add_argument("checkpoint", type=checkpoint_path, metavar="CKPT", help="the checkpoint's folder")
     parser.add_argument(
         "--repo", metavar="ID", help="the Hub id that it will have (default: the folder's name is shown)"
     )

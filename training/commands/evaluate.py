@@ -5,6 +5,7 @@ import datetime
 import json
 from pathlib import Path
 
+from vreflection_hub_card.embedded import EMBEDDED_NAME
 from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS
 from vreflection_hub_card.glyphsearch import DIFFICULTIES
@@ -39,7 +40,12 @@ def add_parser(commands) -> None:
         "--no-python vreflection evaluate …",
     )
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="a folder or a Hub id (default: the embedded checkpoint)")
+    add(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help=f"a folder, a Hub id, or the embedded checkpoint, {EMBEDDED_NAME} (the default)",
+    )
     tasks = ["glyphsearch", *BENCHMARKS]
     any_of = f"glyphsearch, or any of {', '.join(BENCHMARKS)}"
     only = "(default: glyphsearch, which measures more than answers)"
@@ -85,6 +91,7 @@ def run(options: argparse.Namespace) -> None:
         if ignored:
             raise InputError(f"--compare measures nothing: leave {ignored[0]} out")
         return compare_runs(*options.compare)
+    options.model = options.model or EMBEDDED_NAME
     if options.rows is not None:
         foreign = [name for name in ("difficulty", "data") if name in given]
         if foreign:
@@ -178,9 +185,8 @@ def run_glyphsearch(options: argparse.Namespace) -> None:
     finished = datetime.datetime.now(datetime.UTC)
     # The command has every default spelled out and no path of this machine in it.
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in asked.items() if value is not None]
-    name = [] if options.model is None else [description["name"]]
     report = {
-        "command": " ".join(["vreflection evaluate", *name, "--tasks glyphsearch", *flags]),
+        "command": " ".join(["vreflection evaluate", description["name"], "--tasks glyphsearch", *flags]),
         "date": started.isoformat(timespec="seconds"),
         "seconds": round((finished - started).total_seconds(), 1),
         "model": description,

@@ -161,8 +161,9 @@ def repeat_command(
     ]
     reflect = {None: [], True: ["--reflect"], False: ["--no-reflect"]}[settings["reflect"]]
     replaced = ["--replace", *replace] if replace else []
-    name = [] if options.model is None else [description["name"]]
-    return " ".join(["vreflection evaluate", *name, f"--rows {options.rows.name}", *flags, *reflect, *replaced])
+    return " ".join(
+        ["vreflection evaluate", description["name"], f"--rows {options.rows.name}", *flags, *reflect, *replaced]
+    )
 
 
 def print_report(result: dict, output: Path, replaced: bool) -> None:

@@ -2,9 +2,8 @@
 
 import argparse
 from contextlib import nullcontext
-from pathlib import Path
 
-from .arguments import quiet_transformers
+from .arguments import checkpoint_path, quiet_transformers
 
 
 def add_parser(commands) -> None:
@@ -16,7 +15,7 @@ def add_parser(commands) -> None:
         "trust_remote_code, its card must be complete, and no file may be pickle, belong to an optimizer, or hold a local "
         "path or a token. Then one commit replaces what the repository holds, is loaded from the Hub, and is tagged.",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="the checkpoint's folder")
+    parser.add_argument("checkpoint", type=checkpoint_path, metavar="CKPT", help="the checkpoint's folder")
     parser.add_argument("repo", metavar="REPO", help="a Hub id; it is made if it doesn't exist")
     parser.add_argument("--private", action="store_true", help="make it private, if it doesn't exist")
     parser.add_argument(

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from vreflection_hub_card.embedded import EMBEDDED_NAME, is_embedded
 from vreflection_hub_card.errors import InputError
 
 from .arguments import positive, quiet_transformers, writing
@@ -18,7 +19,9 @@ def add_parser(commands) -> None:
         help="open a page to ask about pictures and see where each latent step looks",
         description="Starts the demo page on this machine, for this machine only. It sends nothing anywhere.",
     )
-    parser.add_argument("--model", help="a folder or a Hub id (default: the checkpoint embedded in the package)")
+    parser.add_argument(
+        "--model", help=f"a folder, a Hub id, or the embedded checkpoint, {EMBEDDED_NAME} (the default)"
+    )
     parser.add_argument("--port", type=positive, help="default: the first free one from 7860 on")
     parser.add_argument("--device", help="e.g. cpu or cuda:1 (default: a GPU if there is one)")
     parser.add_argument(
@@ -47,8 +50,8 @@ def run(options: argparse.Namespace) -> None:
         if error.name != "gradio":
             raise
         raise InputError('the page needs gradio: pip install "vreflection[space]"') from error
-    model, processor = load_checkpoint(checkpoint_folder(options.model), options.device)
-    page = build_page(model, processor, embedded=options.model is None)
+    folder = checkpoint_folder(options.model or EMBEDDED_NAME)
+    page = build_page(*load_checkpoint(folder, options.device), embedded=is_embedded(folder))
     try:
         address = launch_page(page, server_name=HOST, server_port=options.port)
     except (OSError, OverflowError) as error:

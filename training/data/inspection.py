@@ -151,9 +151,12 @@ def _image_tokens(images: list[Any], found: Inspection, image_processor, decode:
 
 
 def inspect_rows(
-    dataset: Dataset, processor: VReflectionProcessor, *, num_proc: int | None = None, **options
+    dataset: Dataset | list[dict[str, Any]], processor: VReflectionProcessor, *, num_proc: int | None = None, **options
 ) -> Dataset:
     """The [`Inspection`] of each row as a data set's row, with a progress bar; the options are [`inspect_row`]'s."""
+    if isinstance(dataset, list):  # of which Arrow would have to encode the pictures
+        found = [_inspection(row, processor, **options) for row in dataset]
+        return Dataset.from_list(found, features=INSPECTION_FEATURES)
     inspected = dataset.map(
         partial(_inspection, processor=processor, **options),
         remove_columns=dataset.column_names,

@@ -79,7 +79,7 @@ def pack_samples(
 class PackedDataset(torch.utils.data.Dataset):
     """Packs of rows that can be asked for by number; an item is a list of rows."""
 
-    rows: Dataset
+    rows: Dataset | list[dict[str, Any]]
     packs: list[list[int]]
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class PackedIterableDataset(torch.utils.data.IterableDataset):
 
 
 def pack_dataset(
-    rows: Dataset | IterableDataset,
+    rows: Dataset | IterableDataset | list[dict[str, Any]],
     processor: VReflectionProcessor,
     rule: dict[str, int],
     *,

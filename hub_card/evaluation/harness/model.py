@@ -14,6 +14,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
+from ...embedded import EMBEDDED_NAME
 from ...errors import InputError
 from ...inference.attention_maps import GREEDY
 from ...inference.checkpoints import checkpoint_folder, find_device, load_checkpoint, set_pixel_limits
@@ -36,7 +37,7 @@ class VReflection(lmms):
     since their extractors know no `<answer>` tags. Stop strings are ignored: the harness puts them into tasks that never asked for one.
 
     Args:
-        pretrained (`str`, *optional*): A folder or a Hub id; without it the checkpoint embedded in the package.
+        pretrained (`str`, *optional*, defaults to `"vreflection_tiny"`): See [`checkpoint_folder`].
         revision (`str`, *optional*): A Hub id's branch, tag or commit.
         latent_steps (`int`, *optional*): Latent steps of a reflection; 0 is the plain backbone, at the same number of
             pixels. Defaults to the checkpoint's.
@@ -59,7 +60,7 @@ class VReflection(lmms):
 
     def __init__(
         self,
-        pretrained: str | None = None,
+        pretrained: str = EMBEDDED_NAME,
         revision: str | None = None,
         latent_steps: int | None = None,
         latent_feedback: str | None = None,

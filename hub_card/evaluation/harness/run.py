@@ -30,7 +30,7 @@ KEPT_OF_ANSWERS = ("question", "raw", "text", "reflected", "tokens", "latent_tok
 
 
 def evaluate(
-    model: str | None,
+    model: str,
     tasks: Sequence[str],
     output: Path,
     data: Path | None = None,
@@ -40,7 +40,7 @@ def evaluate(
     """Asks a model the items of benchmarks and writes the scores; called again after it was killed, it continues.
 
     Args:
-        model (`str`, *optional*): A folder or a Hub id; without it the checkpoint embedded in the package.
+        model (`str`): See [`checkpoint_folder`].
         tasks (`Sequence[str]`): Names of `BENCHMARKS`.
         output (`Path`): A folder for this run's files: results, samples, and the answers as they come in.
         data (`Path`, *optional*): A folder with a local copy of each task's data, `TASK/[SUBSET/]SPLIT*.parquet`.

@@ -4,10 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors import safe_open
 
 import modeling_vreflection
-from vreflection_hub_card.inference.checkpoints import EMBEDDED
+import vreflection_hub_card
+from vreflection_hub_card import embedded
+from vreflection_hub_card.embedded import EMBEDDED, is_embedded
+from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.inference.checkpoints import checkpoint_folder
+from vreflection_training.cli import main
 
 
 CODE = Path(modeling_vreflection.__file__).parent
@@ -40,3 +46,43 @@ def test_its_configs_hold_no_training_and_no_path():
     assert generation["latent_steps"] == config["num_latent_tokens"] == 8
     assert not [key for key in config if "lambda" in key or "loss" in key]
     assert "/" not in json.dumps({key: value for key, value in config.items() if key != "auto_map"})
+
+
+def test_one_name_is_its_folder_and_a_folder_of_this_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        checkpoint_folder("vreflection_tiny")
+        == checkpoint_folder()
+        == vreflection_hub_card.checkpoint_folder()
+        == EMBEDDED
+    )
+    assert is_embedded(checkpoint_folder()) and not is_embedded("vreflection_tiny") and not is_embedded(tmp_path)
+    with pytest.raises(InputError, match="only a model on the Hub has revisions"):
+        checkpoint_folder("vreflection_tiny", "v1")
+    (tmp_path / "vreflection_tiny").mkdir()
+    assert checkpoint_folder("vreflection_tiny") == Path("vreflection_tiny") and not is_embedded("vreflection_tiny")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "ask picture.png Where? --model vreflection_tiny",
+        "ask",
+        "card vreflection_tiny",
+        "publish vreflection_tiny me/it --dry-run",
+        "convert vreflection_tiny out",
+        "evaluate vreflection_tiny --limit 1",
+        "evaluate",
+        "train path_tiny --model_name_or_path vreflection_tiny --use_cpu true",
+        "check path_tiny --model_name_or_path vreflection_tiny",
+    ],
+)
+def test_a_command_that_is_given_the_name_takes_the_folder(command, monkeypatch, tmp_path, capsys):
+    """Seen by what it says of a folder that holds nothing."""
+    empty = tmp_path / "installed"
+    empty.mkdir()
+    Image.new("RGB", (56, 56)).save(tmp_path / "picture.png")
+    monkeypatch.setattr(embedded, "EMBEDDED", empty)
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 2
+    assert str(empty) in capsys.readouterr().err
