@@ -13,7 +13,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 from ..errors import InputError
 from ..evaluation.provenance import sha256
 from ..inference.checkpoints import first_line
-from .facts import NO_FACTS, only_drawn, read_training_facts
+from .facts import NO_FACTS, data_sources, read_training_facts
 
 
 CARD, EVAL_RESULTS = "README.md", ".eval_results"
@@ -69,7 +69,8 @@ def wrong_front_matter(card: ModelCard, folder: Path) -> list[str]:
     required = list(REQUIRED)
     if not facts["from_scratch"]:
         required += ["base_model", "base_model_relation"]
-    if not only_drawn(facts):
+    sources = data_sources(facts)
+    if not sources or any("dataset" in source for source in sources):  # else they were drawn, or are on no Hub
         required.append("datasets")
     if not data.get("base_model"):
         required.append("license")

@@ -112,7 +112,8 @@ def describe_source(source: dict[str, Any]) -> str:
     """Where data came from, with the options of reading it."""
     name = source.get("dataset") or source.get("local") or source["format"]
     more = {key: value for key, value in source.items() if key not in ("dataset", "local") and value != name}
-    return code(name) + (f" ({assignments(more)})" if more else "")
+    notes = [*(["local, not on the Hub"] if "local" in source else []), *([assignments(more)] if more else [])]
+    return code(name) + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def describe_steps(run: dict[str, Any]) -> str:

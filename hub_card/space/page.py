@@ -17,6 +17,7 @@ from modeling_vreflection.decoding_vreflection import LATENT_FEEDBACK
 
 from ..errors import InputError
 from ..glyphsearch import draw_chain
+from ..glyphsearch.likeness import unlike_note
 from ..inference.attention_maps import offered_sources
 from .answering import answer_each_way
 from .frames import FrameStore
@@ -65,7 +66,7 @@ def build_page(
                 outputs = add_outputs()
         notes = NOTES.format(reading=READING[offered_sources(model.config)[0]]) + (EMBEDDED_NOTES if embedded else "")
         gr.Markdown(notes, elem_id="notes")
-        add_events(on_gpu(decode), picture, ask, asked, *outputs)
+        add_events(on_gpu(decode), unlike_note if embedded else lambda _: None, picture, ask, asked, *outputs)
     uploads.examples.update(picture.keep_in_cache)
     # Attention is read by hooks on the one model, so one question at a time, and none beside the queue.
     return page.queue(default_concurrency_limit=1, max_size=WAITING_VISITORS, api_open=False)
@@ -178,10 +179,10 @@ def add_heatmap() -> tuple[gr.Image, gr.Slider, gr.HTML]:
     return heatmap, step, caption
 
 
-def add_events(decode, picture, ask, asked, *outputs) -> None:
+def add_events(decode, note_about, picture, ask, asked, *outputs) -> None:
     """Adds what happens when something is pressed, moved or uploaded.
 
-    `decode` is `answer_each_way` with the model; the fields are those of the functions above.
+    `decode` is `answer_each_way` with the model, `note_about` a picture is what stands beside its answer; the fields are those of the functions above.
     """
     hint, results, answer, broken, plain, heatmap, step, caption = outputs
     frames = FrameStore()
@@ -191,8 +192,9 @@ def add_events(decode, picture, ask, asked, *outputs) -> None:
             opened = open_upload(payload["path"], payload["orig_name"])
             check_options(text, count, fed_back)
             frames.put(request.session_hash, [])
+            answer_field = gr.Textbox("", info=note_about(opened) or "")
             yield {
-                **{hint: gr.HTML(visible=False), results: gr.Column(visible=True), answer: "", plain: ""},
+                **{hint: gr.HTML(visible=False), results: gr.Column(visible=True), answer: answer_field, plain: ""},
                 **{
                     broken: gr.Textbox("", visible=bool(zero)),
                     heatmap: None,

@@ -6,7 +6,7 @@ import random
 import sys
 from pathlib import Path
 
-from vreflection_hub_card.embedded import EMBEDDED_NAME
+from vreflection_hub_card.embedded import EMBEDDED_NAME, is_embedded
 from vreflection_hub_card.errors import InputError
 
 from .arguments import (
@@ -62,6 +62,7 @@ def add_parser(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """`vreflection ask`."""
     from vreflection_hub_card.glyphsearch import SPLIT_SIZE, draw_chain
+    from vreflection_hub_card.glyphsearch.likeness import unlike_note
 
     demo = options.picture is None
     if demo:
@@ -97,14 +98,17 @@ def run(options: argparse.Namespace) -> None:
             picture.save(DEMO_PICTURE)
         if not options.json:
             print(f"Scene {seed}, written to {DEMO_PICTURE}; --seed {seed} draws it again.\n{question}")
+    note = unlike_note(picture) if is_embedded(folder) else None
     seen = ask_model(model, processor, picture, question, source, options)
     if options.json:
-        print(json.dumps(as_json(seen, question, source, model.reflection_options(**decoding(options)))))
+        print(json.dumps(as_json(seen, question, source, model.reflection_options(**decoding(options)), note)))
     else:
         verdict = ""
         if demo:
             verdict = "   (right)" if seen.answer == asked.answer else f"   (wrong, it is {asked.answer})"
         print((seen.answer or "An empty answer" if demo else seen.answer) + verdict)
+        if note:
+            print(note)
         if seen.reflections:
             print("\n".join(look_lines(seen.looks, source, picture.size)))
 
@@ -143,7 +147,7 @@ def look_lines(looks: list, source: str, size: tuple[int, int]) -> list[str]:
     return lines
 
 
-def as_json(seen, question: str, source: str, resolved) -> dict:
+def as_json(seen, question: str, source: str, resolved, note: str | None) -> dict:
     """The answer and its looks for programs; boxes are fractions of the picture's sides."""
     looks = []
     for number, reflection in enumerate(seen.reflections, 1):
@@ -152,6 +156,7 @@ def as_json(seen, question: str, source: str, resolved) -> dict:
     return {
         "question": question,
         "answer": seen.answer,
+        "note": note,
         "latent_steps": resolved.latent_steps,
         "latent_feedback": resolved.latent_feedback,
         "source": source,

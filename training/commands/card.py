@@ -30,7 +30,11 @@ def add_parser(commands) -> None:
     parser.add_argument("--license-name", metavar="NAME", help="with --license other, its name")
     parser.add_argument("--license-link", metavar="URL", help="with --license other, where its text is")
     parser.add_argument(
-        "--datasets", nargs="+", default=[], metavar="ID", help="Hub ids of data, beside the recorded ones"
+        "--datasets",
+        nargs="+",
+        default=[],
+        metavar="ID",
+        help="Hub ids of data, besides the recorded ones; local data are named as such",
     )
     parser.add_argument("--tags", nargs="+", default=[], metavar="TAG", help="more tags")
     parser.set_defaults(run=run)

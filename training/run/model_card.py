@@ -48,6 +48,10 @@ OPTIMISER_OPTIONS = (
 )
 
 
+# Of rows that a trainer got from Python, nobody knows from where.
+IN_PYTHON = {"format": "messages", "local": "rows given in Python"}
+
+
 class RunOrigin:
     """What a run started from, noted at its start: its output may land in the folder that it was loaded from.
 
@@ -58,7 +62,7 @@ class RunOrigin:
     def __init__(self, started_from: str | None, sources: list[dict] | None = None, from_scratch: bool = False):
         started_from = None if from_scratch else started_from or None
         self.started_from = started_from and public_name(started_from)
-        self.data = [public_source(source) for source in sources or []]
+        self.data = [public_source(source) for source in sources] if sources else [IN_PYTHON]
         self.earlier = read_training_facts(Path(started_from)) if started_from else None
         if self.earlier is None:
             base_model = None if started_from is None or is_local(started_from) else started_from

@@ -153,6 +153,20 @@ def test_the_training_is_told(folder, facts):
     assert "fine-tuned without reflections" in load(write_card(folder)).text
 
 
+def test_local_data_are_named_as_such_and_need_no_id(folder, facts):
+    (source,) = [source for source in facts["runs"][0]["data"] if "local" in source]
+    assert "/" not in source["local"]
+    facts["runs"][0]["data"] = [source]
+    write_training_facts(folder, facts)
+    write_card(folder)
+    card = check_card(folder)  # without `datasets`
+    assert card.data.datasets is None and f"`{source['local']}` (local, not on the Hub" in section(card, "Training")
+    facts["runs"][0]["data"] = []
+    write_training_facts(folder, facts)
+    with pytest.raises(InputError, match="datasets"):  # nobody knows what it was trained on
+        check_card(folder)
+
+
 def test_two_runs_are_two_columns_and_an_option_of_one_is_empty_in_the_other(folder, facts):
     facts["runs"].append(
         facts["runs"][0] | {"stage": "2", "title": "stage 2, DAC", "options": {"latent_inputs": "dac"}}

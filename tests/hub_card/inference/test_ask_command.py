@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from vreflection_hub_card.glyphsearch import draw_chain, make_scene, scene_seed
+from vreflection_hub_card.glyphsearch.likeness import NOTE
 from vreflection_hub_card.inference.checkpoints import EMBEDDED
 from vreflection_training.cli import main
 
@@ -244,3 +245,16 @@ def test_the_embedded_checkpoint_answers_and_looks(capsys, tmp_path):
     for replaced in ("zeroed", "noise", "shuffled"):
         assert result["interventions"][replaced]["accuracy"]["overall"]["share"] <= 0.5
     assert result["reflection_rate"]["share"] >= 0.95
+
+
+def test_a_picture_unlike_a_scene_gets_a_note_beside_the_embedded_models_answer(ask, picture_file, capsys):
+    make_scene(3).image.save("drawn.png")
+    Image.new("RGB", (90, 60), "white").save("white.png")
+    short = ["--max-new-tokens", "2", "--no-reflect"]
+    for model, picture, noted in (("vreflection_tiny", "drawn.png", False), (str(EMBEDDED), "white.png", True)):
+        assert main(["ask", picture, "Which glyph?", "--model", model, *short]) == 0
+        assert (NOTE in capsys.readouterr().out.splitlines()) == noted
+    assert main(["ask", "white.png", "Which glyph?", "--json", *short]) == 0
+    assert json.loads(capsys.readouterr().out)["note"] == NOTE
+    ask("white.png", "Which glyph?", "--json")
+    assert json.loads(capsys.readouterr().out)["note"] is None
