@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from vreflection_hub_card.errors import InputError
-from vreflection_hub_card.glyphsearch import draw_chain, draw_question
+from vreflection_hub_card.glyphsearch import draw_chain, draw_question, make_scene
+from vreflection_hub_card.glyphsearch.likeness import NOTE
 from vreflection_hub_card.inference.checkpoints import load_checkpoint
 from vreflection_hub_card.inference.drawing import VEIL
 from vreflection_hub_card.inference.encoding import encode_prompts, user_turn
@@ -171,3 +172,19 @@ def test_the_gpu_is_asked_for_on_a_space_only(monkeypatch):
     assert zero_gpu.on_gpu(decode) is decode and marked == [(zero_gpu.GPU_SECONDS, decode)]
     monkeypatch.setitem(sys.modules, "spaces", None)  # a Space without it
     assert zero_gpu.on_gpu(decode) is decode
+
+
+@pytest.mark.parametrize("is_embedded", [True, False])
+def test_a_picture_unlike_a_scene_gets_a_note_beside_the_embedded_models_answer(embedded, is_embedded, tmp_path):
+    page = pytest.importorskip("vreflection_hub_card.space.page", reason='needs pip install "vreflection[space]"')
+    functions = page.build_page(*embedded, embedded=is_embedded).fns.values()
+    (answer_question,) = [one.fn for one in functions if getattr(one.fn, "__name__", "") == "answer_question"]
+    for picture, note in (
+        (Image.new("RGB", (90, 60), "white"), NOTE if is_embedded else ""),
+        (make_scene(3).image, ""),
+    ):
+        picture.save(tmp_path / "picture.png")
+        payload = {"path": str(tmp_path / "picture.png"), "orig_name": "picture.png"}
+        request = SimpleNamespace(session_hash="one")
+        cleared = next(answer_question(payload, "Which glyph?", 8, "dac", False, False, request))
+        assert note in [getattr(field, "info", None) for field in cleared.values()]
