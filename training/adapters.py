@@ -14,7 +14,6 @@ from trl import get_quantization_config as get_stock_quantization_config
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
 from modeling_vreflection.configuration_vreflection import ReflectionConfigMixin
 from vreflection_hub_card.card import read_training_facts, write_training_facts
-from vreflection_hub_card.embedded import EMBEDDED_NAME, is_embedded
 
 from .loading import is_stock, load_model_and_processor
 from .sft_config import VReflectionSFTConfig
@@ -73,9 +72,6 @@ def prepare_adapter(model: PeftModel, args: VReflectionSFTConfig):
     and the token rows are float32, from the base's exact values, since bfloat16 swallows the small steps of an
     optimiser; trl rounds them to bfloat16 on a quantized base. DeepSpeed keeps float32 copies of its own.
     """
-    config = model.peft_config[model.active_adapter]
-    if is_embedded(config.base_model_name_or_path):  # its folder is another one in each installation
-        config.base_model_name_or_path = EMBEDDED_NAME
     upcast = (args.bf16 or args.fp16) and args.deepspeed_plugin is None
     for name in ("bcm", "dac"):
         held = getattr(model.get_base_model().model, name)
