@@ -73,8 +73,14 @@ class ReflectionConfigMixin:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        if self.num_latent_tokens < 1:
-            raise ValueError(f"`num_latent_tokens` must be at least 1, got {self.num_latent_tokens}.")
+        for name in ("num_latent_tokens", "compression_num_heads"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
+        vocab_size = self.text_config.vocab_size
+        for name in ("latent_start_token_id", "latent_token_id", "latent_end_token_id"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not 0 <= value < vocab_size):
+                raise ValueError(f"`{name}` must be one of the {vocab_size} tokens' ids, got {value!r}.")
         hidden_size = self.text_config.hidden_size
         if hidden_size % self.compression_num_heads:
             raise ValueError(

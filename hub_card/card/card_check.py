@@ -10,9 +10,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..evaluation.provenance import sha256
-from ..inference.checkpoints import first_line
 from .facts import NO_FACTS, data_sources, read_training_facts
 
 

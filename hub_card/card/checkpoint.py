@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import get_local_safetensors_metadata
-from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+from huggingface_hub.errors import NotASafetensorsRepoError
 from transformers import GenerationConfig
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from modeling_vreflection import VReflectionConfig
 from modeling_vreflection.decoding_vreflection import ReflectionOptions
 
-from ..errors import InputError
-from ..inference.checkpoints import checkpoint_config, first_line
+from ..errors import InputError, reading
+from ..inference.checkpoints import checkpoint_config
 
 
 # As safetensors names them; tensors of 8 bits and less hold packed numbers, which can't be counted by their shape.
@@ -37,10 +37,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         InputError: No checkpoint, or one without weights in safetensors.
     """
     config = checkpoint_config(folder)
-    try:
+    with reading(folder, "no usable generation_config.json"):
         decoding = ReflectionOptions.resolve(config, GenerationConfig.from_pretrained(folder))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no usable generation_config.json ({first_line(error)})") from error
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         return Checkpoint(config, decoding, adapter=True)
     weights = read_weights(folder)
@@ -57,13 +55,14 @@ def read_weights(folder: Path) -> dict[str, Any] | None:
     Raises:
         InputError: A damaged or missing file; quantized weights, whose parameters can't be counted.
     """
-    try:
-        files = get_local_safetensors_metadata(folder).files_metadata
-    except NotASafetensorsRepoError:
-        return None
-    except (SafetensorsParsingError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder}: its weights are damaged or incomplete ({first_line(error)})") from error
+    with reading(folder, "its weights are damaged or incomplete"):
+        try:
+            files = get_local_safetensors_metadata(folder).files_metadata
+        except NotASafetensorsRepoError:
+            return None
     tensors = {name: tensor for file in files.values() for name, tensor in file.tensors.items()}
+    if not tensors:
+        raise InputError(f"{folder}: its files of weights hold none")
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if packed := sorted(dtypes - set(DTYPE_NAMES)):
         raise InputError(f"{folder}: weights of type {', '.join(packed)} are packed and can't be counted")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..inference.checkpoint_files import read_json_object
 
 
 TRAINING_FACTS = "training_facts.json"
@@ -37,10 +38,7 @@ def read_training_facts(folder: Path) -> dict[str, Any] | None:
     path = folder / TRAINING_FACTS
     if not path.is_file():
         return None
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: no JSON ({error})") from error
+    facts = read_json_object(path)
     check_fields(facts, FIELDS, path)
     if facts["from_scratch"] and facts["base_model"] is not None:
         raise InputError(f"{path}: `from_scratch` is true, and yet there is a `base_model`")

@@ -7,15 +7,16 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
+from transformers.utils import CONFIG_NAME
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration
 
-from ..errors import InputError
-from ..inference.checkpoints import first_line
+from ..errors import InputError, first_line, reading
+from ..inference.checkpoint_files import check_files
 from .folders import atomic_directory, check_free
 from .layouts import MODULES, holds_module, our_names, stored_shape
 from .shards import Stored, Weight, read_headers, write_shards
-from .target import Target, check_checkpoint, describe
+from .target import Target, describe
 
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
@@ -63,13 +64,11 @@ def convert(
         InputError: No checkpoint that can be converted, see `describe` and `read_headers`; an `out` that can't be written.
     """
     check_free(out)
-    check_checkpoint(source)
+    check_files(source)
     stored = read_headers(source)
     target = describe(source, stored, inference_only)
-    try:
+    with reading(source / CONFIG_NAME, "the configuration is wrong"):
         model = empty_model(target, stored)
-    except ValueError as error:
-        raise InputError(f"{source}: the configuration is wrong ({first_line(error)})") from error
     weights, problems = assign(stored, target, model, inference_only)
     if problems:
         raise LayoutError(f"{source}: {len(problems)} weights don't fit, nothing was written", problems)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..errors import InputError
-from ..inference.checkpoints import first_line
+from ..errors import InputError, reading
+from ..inference.checkpoint_files import find_shards
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -35,33 +35,6 @@ class Stored:
             return torch.equal(mine.get_tensor(self.name), theirs.get_tensor(other.name))
 
 
-def find_shards(folder: Path) -> list[Path]:
-    """The files with a checkpoint's weights; an `InputError` where there are none, or not all that the index names."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        if (folder / SAFE_WEIGHTS_NAME).is_file():
-            return [folder / SAFE_WEIGHTS_NAME]
-        if (folder / "adapter_config.json").is_file():
-            raise InputError(f"{folder}: an adapter; merge it into its base first (vreflection merge)")
-        raise InputError(
-            f"{folder}: no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}. Pickled weights (.bin, .pt) are never "
-            "opened, for they can run any code: where you trust them, load them with transformers and `save_pretrained` "
-            "the model, which writes safetensors"
-        )
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: no index of weights") from error
-    if outside:
-        raise InputError(f"{index}: names a file outside the folder, {outside[0]!r}")
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise InputError(
-            f"{folder}: {len(missing)} of {len(names)} files with weights aren't there: {', '.join(missing)}"
-        )
-    return [folder / name for name in names]
-
-
 def read_headers(folder: Path) -> dict[str, Stored]:
     """What the shards of a checkpoint hold, in the order in which it lies there; no weight is read.
 
@@ -69,20 +42,17 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     """
     found = {}
     for path in find_shards(folder):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for name in shard.offset_keys():
-                    header = shard.get_slice(name)
-                    if header.get_dtype() not in DTYPES:
-                        raise InputError(
-                            f"{path}: {name} is {header.get_dtype()}, not a float; quantised weights can't be converted, "
-                            "start from the checkpoint before quantisation"
-                        )
-                    if name in found:
-                        raise InputError(f"{folder}: {name} is in {found[name].file.name} and in {path.name}")
-                    found[name] = Stored(path, name, tuple(header.get_shape()), DTYPES[header.get_dtype()])
-        except SafetensorError as error:
-            raise InputError(f"{path}: damaged or incomplete ({first_line(error)})") from error
+        with reading(path, "damaged or incomplete"), safe_open(path, framework="pt") as shard:
+            for name in shard.offset_keys():
+                header = shard.get_slice(name)
+                if header.get_dtype() not in DTYPES:
+                    raise InputError(
+                        f"{path}: {name} is {header.get_dtype()}, not a float; quantised weights can't be converted, "
+                        "start from the checkpoint before quantisation"
+                    )
+                if name in found:
+                    raise InputError(f"{folder}: {name} is in {found[name].file.name} and in {path.name}")
+                found[name] = Stored(path, name, tuple(header.get_shape()), DTYPES[header.get_dtype()])
     return found
 
 

@@ -6,16 +6,16 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, Qwen2_5_VLConfig
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from modeling_vreflection import VReflectionConfig, VReflectionProcessor
 from modeling_vreflection.decoding_vreflection import ReflectionOptions
 from modeling_vreflection.processing_vreflection import LATENT_TOKENS
 
-from ..errors import InputError
-from ..inference.checkpoints import checkpoint_config, first_line
+from ..errors import InputError, reading
+from ..inference.checkpoint_files import read_json_object
+from ..inference.checkpoints import checkpoint_config
 from .layouts import MODULES, holds_module
 
 
@@ -43,14 +43,6 @@ class Target(NamedTuple):
     stored_vocabulary: int  # the rows of its embeddings, before they grow for such tokens
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Checks that a folder looks like a checkpoint, and names those in it where it is a folder of checkpoints."""
-    if not (folder / "config.json").is_file():
-        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        hint = f"; pass one of the folders in it: {', '.join(inside)}" if inside else ""
-        raise InputError(f"{folder}: no checkpoint, it has no config.json{hint}")
-
-
 def describe(folder: Path, names: Collection[str], inference_only: bool) -> Target:
     """Finds out what a checkpoint with weights of these names is, and what it becomes.
 
@@ -58,8 +50,8 @@ def describe(folder: Path, names: Collection[str], inference_only: bool) -> Targ
         InputError: Neither a Qwen2.5-VL nor made from one; one of ours, but for `inference_only`; files that can't be read,
             or that contradict one another.
     """
-    try:
-        fields, _ = PreTrainedConfig.get_config_dict(folder)
+    with reading(folder):
+        fields = read_json_object(folder / CONFIG_NAME)
         if fields.get("model_type") == VReflectionConfig.model_type:
             if not inference_only:
                 raise InputError(
@@ -76,11 +68,6 @@ def describe(folder: Path, names: Collection[str], inference_only: bool) -> Targ
         decoding = converted_generation_config(folder, config)
         if inference_only:
             config.has_bcm, config.has_dac = False, config.has_dac and decoding.latent_feedback == "dac"
-    except InputError:
-        raise
-    # transformers meets JSON of another shape than it expects with any of these.
-    except (OSError, ValueError, ImportError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise InputError(f"{folder}: can't be read ({first_line(error)})") from error
     return Target(config, processor, decoding, first_new_id, stored_vocabulary)
 
 
@@ -108,12 +95,12 @@ def from_stock_layout(folder: Path, fields: dict, names: Collection[str]) -> tup
         own["patch_positions"] = "sincos"  # as `from_backbone` has it
         own["text_config"]["vocab_size"] = max(vocabulary, ids[-1] + 1)
     own |= dict(zip(("latent_start_token_id", "latent_token_id", "latent_end_token_id"), ids))
-    config = VReflectionConfig(**own)
-    if max(ids) >= config.text_config.vocab_size:
+    if max(ids) >= own["text_config"]["vocab_size"]:
         raise InputError(
             f"{folder}: the tokenizer gives {tokens[ids.index(max(ids))]} the id {max(ids)}, and the embedding has only "
             f"{vocabulary} rows"
         )
+    config = VReflectionConfig(**own)
     processor = VReflectionProcessor.from_backbone(folder, tokens, config.num_latent_tokens, trust_remote_code=False)
     found = tuple(processor.tokenizer.convert_tokens_to_ids(list(tokens)))
     if found != ids:
@@ -162,7 +149,8 @@ def converted_generation_config(folder: Path, config: VReflectionConfig) -> Gene
     """A checkpoint's generation config with how it reflects, by its own states where it carries no DAC."""
     entries = {}
     if (folder / GENERATION_CONFIG_NAME).is_file():
-        entries = GenerationConfig.from_pretrained(folder).to_diff_dict()
+        with reading(folder / GENERATION_CONFIG_NAME):
+            entries = GenerationConfig.from_pretrained(folder).to_diff_dict()
     known = vars(GenerationConfig())
     decoding = GenerationConfig(**{name: value for name, value in entries.items() if name in known})
     decoding.use_cache = True
@@ -173,8 +161,7 @@ def converted_generation_config(folder: Path, config: VReflectionConfig) -> Gene
             setattr(decoding, name, entries[name])
     if not config.has_dac:
         decoding.latent_feedback, decoding.latent_tolerance = "hidden", None
-    try:
+    with reading(folder / GENERATION_CONFIG_NAME, "can't be used"):
         decoding.validate(strict=True)  # else it can be loaded, and not saved
-    except ValueError as error:
-        raise InputError(f"{folder / GENERATION_CONFIG_NAME}: {error}") from error
-    return decoding
+        ReflectionOptions.resolve(config, decoding)
+        return decoding

@@ -2,22 +2,26 @@
 
 from pathlib import Path
 
+import PIL.Image
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from safetensors import SafetensorError
-from transformers import PreTrainedConfig
+from huggingface_hub.errors import HFValidationError
 from transformers.image_utils import SizeDict
+from transformers.utils import CONFIG_NAME
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
 
 from ..embedded import EMBEDDED, EMBEDDED_NAME, resolve_embedded
-from ..errors import InputError
+from ..errors import InputError, first_line, reading
+from .checkpoint_files import check_files, check_whole, read_json_object
+from .encoding import encode_prompts, user_turn
 
 
 # By name: a repository may hold gigabytes of data in other JSON files.
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
 MODEL_FILES = ["config.json", "*_config.json", "*.jinja", "*.safetensors", "*.safetensors.index.json"]
+# What a checkpoint answers when it is loaded: values that nothing can work with are found then, not in the first answer.
+TRIAL = user_turn([PIL.Image.new("RGB", (64, 64))], "?")
 
 
 def checkpoint_folder(model: str | Path = EMBEDDED_NAME, revision: str | None = None) -> Path:
@@ -50,18 +54,12 @@ def checkpoint_folder(model: str | Path = EMBEDDED_NAME, revision: str | None = 
 
 def checkpoint_config(folder: Path) -> VReflectionConfig:
     """Reads a checkpoint's configuration alone; a folder that holds no V-Reflection checkpoint is an `InputError`."""
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no checkpoint, it has no config.json")
-    try:
-        fields, _ = PreTrainedConfig.get_config_dict(folder)
-    except OSError as error:
-        raise InputError(f"{folder}: no checkpoint ({first_line(error)})") from error
+    check_files(folder)
+    fields = read_json_object(folder / CONFIG_NAME)
     if fields.get("model_type") != VReflectionConfig.model_type:
         raise InputError(f"{folder}: no V-Reflection checkpoint, its model type is {fields.get('model_type')!r}")
-    try:
+    with reading(folder / CONFIG_NAME, "the configuration is wrong"):
         return VReflectionConfig.from_dict(fields)
-    except (ValueError, StrictDataclassError) as error:
-        raise InputError(f"{folder}: the configuration is wrong ({first_line(error)})") from error
 
 
 def load_checkpoint(
@@ -85,8 +83,9 @@ def load_checkpoint(
         InputError: No checkpoint, damaged or incomplete weights, weights that aren't finite, no such device, dtype or attention implementation.
     """
     checkpoint_config(folder)
+    check_whole(folder)
     device = find_device(device)
-    try:
+    with reading(folder, "can't be loaded"):
         model, report = VReflectionForConditionalGeneration.from_pretrained(
             folder,
             dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
@@ -94,9 +93,8 @@ def load_checkpoint(
             ignore_mismatched_sizes=True,  # they are reported below, by name
             output_loading_info=True,
         )
+    with reading(folder, "its processor or tokenizer can't be loaded"):
         processor = VReflectionProcessor.from_pretrained(folder)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise InputError(f"{folder}: can't be loaded ({first_line(error)})") from error
     mismatched = {name for name, *_ in report["mismatched_keys"]}
     if wrong := sorted(mismatched | set(report["missing_keys"])):
         raise InputError(f"{folder}: {len(wrong)} weights are missing or of another shape, {wrong[0]} first")
@@ -105,12 +103,37 @@ def load_checkpoint(
             raise InputError(
                 f"{folder}: the weight {name} holds NaN or infinity: the checkpoint is damaged, or its training was"
             )
+    check_processor(folder, processor, model.config)
+    model = model.to(device).eval()
+    with reading(folder, "its model can't answer a question"), torch.random.fork_rng(enabled=device.type == "cuda"):
+        model.reflection_options()
+        model.generate(**encode_prompts(processor, TRIAL, device), max_new_tokens=1, reflect=False)
+    return model, processor
+
+
+def check_processor(folder: str | Path, processor: VReflectionProcessor, config: VReflectionConfig) -> None:
+    """Checks that a processor goes with a model, and prepares a question about a small picture with it.
+
+    Raises:
+        InputError: Other tokens or sizes of patches than the model's; what the chat template or the image processor says.
+    """
     start_id = processor.tokenizer.convert_tokens_to_ids(processor.latent_start_token)
-    if start_id != model.config.latent_start_token_id:
+    if start_id != config.latent_start_token_id:
         raise InputError(
             f"{folder}: the tokenizer doesn't fit the model, it has no token {processor.latent_start_token}"
         )
-    return model.to(device).eval(), processor
+    vision = config.vision_config
+    for name, expected in (
+        ("patch_size", vision.patch_size),
+        ("merge_size", vision.spatial_merge_size),
+        ("temporal_patch_size", vision.temporal_patch_size),
+    ):
+        if (found := getattr(processor.image_processor, name, None)) != expected:
+            raise InputError(f"{folder}: the image processor's `{name}` is {found!r}, and the model's is {expected!r}")
+    with reading(folder, "its chat template or image processor can't prepare a question"):
+        inputs = encode_prompts(processor, TRIAL, "cpu")
+        if config.image_token_id not in inputs["input_ids"]:
+            raise ValueError("there is no place for the picture")
 
 
 def find_device(device: str | torch.device | None = None) -> torch.device:
@@ -132,11 +155,8 @@ def set_pixel_limits(image_processor, min_pixels: int | None = None, max_pixels:
     """
     least = image_processor.size["shortest_edge"] if min_pixels is None else int(min_pixels)
     most = image_processor.size["longest_edge"] if max_pixels is None else int(max_pixels)
-    if not 0 < least <= most:
-        raise InputError(f"`min_pixels` must be above 0 and not above `max_pixels`, got {least} and {most}.")
+    if not (isinstance(least, int) and isinstance(most, int) and 0 < least <= most):
+        raise InputError(
+            f"`min_pixels` must be a number above 0 and not above `max_pixels`, got {least!r} and {most!r}."
+        )
     image_processor.size = SizeDict(shortest_edge=least, longest_edge=most)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, which may be a page."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,13 +6,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import get_local_safetensors_metadata
-from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from huggingface_hub.utils.sha import git_hash
 
 from ..card import CARD, TRAINING_FACTS
-from ..errors import InputError
+from ..errors import InputError, reading
 from ..evaluation.provenance import sha256
-from ..inference.checkpoints import first_line
 
 
 ALLOWED = (
@@ -53,8 +51,6 @@ REFUSED = (
     (r"(.*/)?adapter_[^/]*", "an adapter: make a checkpoint of it first, vreflection merge ADAPTER OUTPUT"),
     (r".*", "no part of a published checkpoint: move them elsewhere (pictures stay if README.md shows them)"),
 )
-# What the client meets damaged weights, or an index of another shape, with.
-UNREADABLE = (NotASafetensorsRepoError, SafetensorsParsingError, OSError, ValueError, TypeError, AttributeError)
 NAMES_SHOWN = 8
 SMALL = 10 * 2**20  # bytes; the Hub takes no larger file but as LFS or Xet
 
@@ -123,10 +119,8 @@ def explain_foreign(foreign: list[str]) -> str:
 
 def check_shards(folder: Path, names: set[str]) -> None:
     """Raises an `InputError` for missing or damaged weights, and for shards of an earlier save, which nothing loads."""
-    try:
+    with reading(folder, "its weights are missing, incomplete or damaged"):
         needed = set(get_local_safetensors_metadata(folder).files_metadata)
-    except UNREADABLE as error:
-        raise InputError(f"{folder}: its weights are missing, incomplete or damaged ({first_line(error)})") from error
     if extra := sorted(name for name in names if name.endswith(".safetensors") and name not in needed):
         raise InputError(
             f"{folder}: {', '.join(extra[:NAMES_SHOWN])}: left from an earlier save, nothing refers to it; delete it"

@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from ..errors import InputError
-from ..inference.checkpoints import first_line
+from ..errors import InputError, first_line
 
 
 # httpx's base class of all that can go wrong on the way; which httpx it is depends on the client's version.
