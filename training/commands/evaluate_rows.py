@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.errors import InputError, reading
 
 from .arguments import writing
 
@@ -32,21 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser, positive) -> None:
 
 def read_rows(path: Path, split: str | None):
     """The rows of a file or folder, by the reader of training; an `InputError` if it can't be read."""
-    from datasets.exceptions import DatasetGenerationError
-
     from ..data.sources import load_rows
 
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if path.is_file() and not path.stat().st_size:
         raise InputError(f"{path}: the file is empty")
-    json_file = path.suffix in (".json", ".jsonl")
+    json_file = path.name.removesuffix(".gz").endswith((".json", ".jsonl"))
     if split is not None and json_file:
         raise InputError(f"{path}: a JSON file has no splits: leave --split out")
-    try:
+    with reading(path, "can't be read as rows"):
         return load_rows([{"path": str(path)} | ({} if json_file else {"split": split})])
-    except (ValueError, DatasetGenerationError) as error:
-        raise InputError(f"{path}: can't be read as rows ({error.__cause__ or error})") from error
 
 
 def run_rows(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Reading JSON files row by row: a file of many rows never sits in memory as Python objects."""
 
 import codecs
+import gzip
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, BinaryIO
 
 import ijson
 
+from vreflection_hub_card.errors import InputError, reading
 from vreflection_hub_card.rows import make_row
 
 
@@ -42,23 +44,36 @@ def read_json_rows(path: str | Path) -> Iterator[dict[str, Any] | ValueError]:
     A line of JSON Lines that is no JSON object comes as a ValueError, for the caller to name the row and go on.
 
     Raises:
-        ValueError: A list that breaks off, or holds something else than objects.
+        InputError: A list that breaks off, or holds something else than objects; a file that isn't UTF-8 text.
     """
-    with open(path, encoding="utf-8-sig") as file:
-        first = file.read(1)
-        while first.isspace():
-            first = file.read(1)
-    return _read_list(path) if first == "[" else _read_lines(path)
+    with reading(path), _open(path) as file:
+        first = file.read(4)
+        if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in first:
+            raise InputError(f"{path} is no UTF-8 text, perhaps UTF-16: save it as UTF-8.")
+        text = first.removeprefix(codecs.BOM_UTF8)
+        while not text.strip() and (text := file.read(1)):
+            pass
+    return _read_list(path) if text.lstrip().startswith(b"[") else _read_lines(path)
+
+
+def _open(path: str | Path) -> BinaryIO:
+    return gzip.open(path) if str(path).endswith(".gz") else open(path, "rb")
 
 
 def _read_lines(path: str | Path) -> Iterator[dict[str, Any] | ValueError]:
-    with open(path, encoding="utf-8-sig") as file:
+    with reading(path), _open(path) as file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line.decode("utf-8"))
+                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair, which no text can hold
+            except UnicodeError as error:
+                yield ValueError(f"{path}, line {number} is not UTF-8: {error}.")
+                continue
+            except (ValueError, RecursionError) as error:
                 yield ValueError(f"{path}, line {number} is not JSON: {error}.")
                 continue
             if not isinstance(row, dict):
@@ -70,30 +85,30 @@ def read_json_object(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The entries of a file that is one JSON object of objects, with their names.
 
     Raises:
-        ValueError: A file that breaks off, is something else, or has no entry.
+        InputError: A file that breaks off, is something else, or has no entry.
     """
     count = 0
     for name, value in _parse(path, "object of objects", lambda file: ijson.kvitems(file, "", use_float=True)):
         if not isinstance(value, dict):
-            raise ValueError(f"{path} must be a JSON object of objects; {name!r} is {value!r}.")
+            raise InputError(f"{path} must be a JSON object of objects; {name!r} is {value!r}.")
         yield name, value
         count += 1
     if count == 0:
-        raise ValueError(f"{path} must be a JSON object of objects, and has none.")
+        raise InputError(f"{path} must be a JSON object of objects, and has none.")
 
 
 def _read_list(path: str | Path) -> Iterator[dict[str, Any]]:
     rows = _parse(path, "list", lambda file: ijson.items(file, "item", use_float=True))
     for count, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise ValueError(f"{path} must hold JSON objects; row {count} is {row!r}.")
+            raise InputError(f"{path} must hold JSON objects; row {count} is {row!r}.")
         yield row
 
 
 def _parse(path: str | Path, what: str, parse: Callable[[BinaryIO], Iterator[Any]]) -> Iterator[Any]:
     """What a parser of ijson finds in a file; `what` is what the file should be, for the error."""
     count = 0
-    with open(path, "rb") as file:
+    with reading(path), _open(path) as file:
         if file.read(3) != codecs.BOM_UTF8:  # which ijson doesn't take
             file.seek(0)
         try:
@@ -102,4 +117,4 @@ def _parse(path: str | Path, what: str, parse: Callable[[BinaryIO], Iterator[Any
                 count += 1
         except ijson.JSONError as error:
             message = f"{path} is not a complete JSON {what}: after {count} rows, {str(error).splitlines()[0]}."
-            raise ValueError(message) from error
+            raise InputError(message) from error

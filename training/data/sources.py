@@ -22,9 +22,11 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
 from vreflection_hub_card import rows as row_format
+from vreflection_hub_card.errors import InputError, first_line
 from vreflection_hub_card.glyphsearch import glyphsearch_curriculum, glyphsearch_dataset
 from vreflection_hub_card.rows import FEATURES, is_given, normalise_row
 
@@ -104,7 +106,7 @@ def load_rows(
             - `format`: `"messages"` (the default), `"llava"`, `"ms_swift"`, `"llama_factory"`, `"visual_cot"`, `"gqa"`,
               `"released"`, `"released_meta"`, `"glyphsearch"` or `"glyphsearch_curriculum"`;
             - `path`: for `"messages"` and other trainers' forms a Hub id, a local folder, or a `.parquet`, `.json` or
-              `.jsonl` file; for `"visual_cot"` a file of the release or the folder with its `*_cot_train.jsonl`; for
+              `.jsonl` file, which may be `.gz`; for `"visual_cot"` a file of the release or the folder with its `*_cot_train.jsonl`; for
               `"gqa"` a file of questions or a folder with several, `*questions*.json`; for `"released"` the authors'
               formatted JSON, for `"released_meta"` their list of such files; for GlyphSearch nothing;
             - `image_folder`: where relative paths of pictures begin, by default at the file's folder; `"released_meta"`
@@ -207,7 +209,18 @@ def _parse(source: dict[str, Any], number: int) -> Source:
 
 
 def _load(source: Source, streaming: bool) -> Dataset | IterableDataset:
-    """Loads a source with the columns of `FEATURES`."""
+    """Loads a source with the columns of `FEATURES`; whatever a library raises, the message names the source."""
+    try:
+        return _load_source(source, streaming)
+    except Exception as error:
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        where = source.path or source.format
+        if isinstance(reason, (ValueError, OSError)) and where in str(reason):
+            raise reason from error
+        raise InputError(f"{where}: can't be read as rows ({first_line(reason)})") from error
+
+
+def _load_source(source: Source, streaming: bool) -> Dataset | IterableDataset:
     if source.format in GLYPHSEARCH:
         return _generate(_scene_rows, streaming, (), name=source.format, options=source.options)
     if source.format == "released_meta":
@@ -356,7 +369,7 @@ def _place_images(row: dict[str, Any], folder: str | None) -> dict[str, Any]:
 
 
 def _is_json(path: str) -> bool:
-    return path.endswith((".json", ".jsonl"))
+    return path.removesuffix(".gz").endswith((".json", ".jsonl"))
 
 
 def _stamps(files: Iterable[str | Path]) -> tuple:
