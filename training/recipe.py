@@ -7,10 +7,11 @@ import torch
 from transformers import set_seed
 from trl import ModelConfig, TrlParser
 
-from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.errors import InputError, first_line
 from vreflection_hub_card.inference.checkpoints import set_pixel_limits
 
 from .recipe_files import RECIPES, find_file
+from .recipe_yaml import check_recipe, read_yaml
 from .script_arguments import VReflectionScriptArguments
 from .sft_config import VReflectionSFTConfig
 
@@ -24,14 +25,23 @@ def read_recipe(arguments: list[str], **kwargs) -> tuple:
     Raises:
         InputError: No such recipe, a wrong value, settings that contradict each other.
     """
-    parser = TrlParser(
+    recipe = find_file(arguments[0], RECIPES, "recipe")
+    parser = RecipeParser(
         (VReflectionScriptArguments, ModelConfig, VReflectionSFTConfig), prog="vreflection train RECIPE"
     )
-    recipe = find_file(arguments[0], RECIPES, "recipe")
+    check_recipe(recipe, read_yaml(recipe), parser.dataclass_types)
     try:
         return parser.parse_args_and_config(["--config", str(recipe), *arguments[1:]], **kwargs)
-    except (ValueError, ImportError) as error:
-        raise InputError(str(error)) from error
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
+        raise InputError(f"{recipe}: {first_line(error)}") from error
+
+
+class RecipeParser(TrlParser):
+    """trl's parser, whose errors are of one line."""
+
+    def error(self, message: str):
+        """Raises instead of printing all options."""
+        raise InputError(message)
 
 
 def parse(arguments: list[str]) -> tuple[VReflectionScriptArguments, ModelConfig, VReflectionSFTConfig]:
