@@ -14,6 +14,7 @@ from trl import get_quantization_config as get_stock_quantization_config
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
 from modeling_vreflection.configuration_vreflection import ReflectionConfigMixin
 from vreflection_hub_card.card import read_training_facts, write_training_facts
+from vreflection_hub_card.errors import InputError
 
 from .loading import is_stock, load_model_and_processor
 from .sft_config import VReflectionSFTConfig
@@ -116,6 +117,10 @@ def load_adapter(adapter: str | Path, **kwargs) -> tuple[PeftModel, VReflectionP
     fields = {name: getattr(config, name) for name in REFLECTION_FIELDS}
     peft_config = PeftConfig.from_pretrained(adapter)
     base_name = peft_config.base_model_name_or_path
+    if Path(base_name).is_absolute() and not Path(base_name).is_dir():
+        raise InputError(
+            f"{adapter}: its base {base_name} is gone: put it back, or name its new place in adapter_config.json"
+        )
     if peft_config.revision is not None:
         fields["revision"] = peft_config.revision
     base, _ = load_model_and_processor(base_name, **{**fields, **kwargs})

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 from transformers import set_seed
+from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, TrlParser
 
-from vreflection_hub_card.errors import InputError, first_line
+from vreflection_hub_card.errors import InputError, reading
 from vreflection_hub_card.inference.checkpoints import set_pixel_limits
 
 from .recipe_files import RECIPES, find_file
@@ -30,10 +31,8 @@ def read_recipe(arguments: list[str], **kwargs) -> tuple:
         (VReflectionScriptArguments, ModelConfig, VReflectionSFTConfig), prog="vreflection train RECIPE"
     )
     check_recipe(recipe, read_yaml(recipe), parser.dataclass_types)
-    try:
+    with reading(recipe, "can't be used"):
         return parser.parse_args_and_config(["--config", str(recipe), *arguments[1:]], **kwargs)
-    except (ValueError, TypeError, ImportError, AttributeError) as error:
-        raise InputError(f"{recipe}: {first_line(error)}") from error
 
 
 class RecipeParser(TrlParser):
@@ -61,7 +60,29 @@ def parse(arguments: list[str]) -> tuple[VReflectionScriptArguments, ModelConfig
         raise InputError(f"`save_dtype` must be one of {', '.join(SAVE_DTYPES)}, got {script.save_dtype!r}.")
     if script.save_dtype is not None and (launched > 1 or model_args.load_in_4bit or model_args.load_in_8bit):
         raise InputError("`save_dtype` converts in one process, and no quantized model: leave it out.")
+    check_reporting(args.report_to)
     return script, model_args, args
+
+
+def check_reporting(report_to: list[str]) -> None:
+    """Checks that what a run reports to is installed, and that wandb needs to ask for no key; without the network.
+
+    Raises:
+        InputError: The name in `report_to`, and what to do.
+    """
+    available = get_available_reporting_integrations()
+    for name in report_to:
+        if name not in (*available, "all", "none"):
+            raise InputError(
+                f"`report_to`: {name!r} is not installed or unknown; there are {', '.join(available) or 'none'}."
+            )
+    if "wandb" in report_to and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        import wandb
+
+        if wandb.api.api_key is None:
+            raise InputError(
+                "`report_to`: wandb has no login: run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline."
+            )
 
 
 def build_processor(script: VReflectionScriptArguments, model_args: ModelConfig):

@@ -171,6 +171,11 @@ class VReflectionSFTConfig(SFTConfig):
                     raise ValueError(f"`{name}` must {rule}, got {getattr(self, name)}.")
         if self.packing or self.eval_packing:
             raise ValueError("trl's `packing` doesn't support images: set `sample_packing=True` instead.")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"Rows have no lengths to sort by before they are packed or padded: `train_sampling_strategy` must be 'random' "
+                f"or 'sequential', got {self.train_sampling_strategy!r}."
+            )
         if self.sample_packing:
             self._check_packing()
         if self.report_to is None:
@@ -267,10 +272,5 @@ class VReflectionSFTConfig(SFTConfig):
     def _check_packing(self):
         if self.latent_inputs == "hidden":
             raise ValueError("`latent_inputs='hidden'` decodes sample by sample: set `sample_packing=False`.")
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"Packs have no lengths to sort by: `train_sampling_strategy` must be 'random' or 'sequential', got "
-                f"{self.train_sampling_strategy!r}."
-            )
         if self.max_length is None:
             self.max_length = PACK_LENGTH

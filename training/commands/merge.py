@@ -2,7 +2,7 @@
 
 import argparse
 
-from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.errors import reading
 
 
 def add_parser(commands) -> None:
@@ -19,9 +19,7 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """`vreflection merge`."""
-    try:
+    with reading(options.adapter, "can't be merged"):
         from ..adapters import merge_adapter
 
         merge_adapter(options.adapter, options.output)
-    except (ValueError, ImportError) as error:
-        raise InputError(str(error)) from error
