@@ -19,7 +19,11 @@ from .results import GLYPHSEARCH_TASK, eval_entries, latents_verdict, model_inde
 
 TEMPLATE = Path(__file__).parent / "card.md"
 OWN_LICENSE = "apache-2.0"  # of weights that began as nothing
-TAGS = ("v-reflection", "qwen2_5_vl", "latent-reasoning", "custom_code")
+BACKBONE_NAMES = {
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "qwen3_vl_moe": "Qwen3-VL mixture of experts",
+}
 EXAMPLE_SEED = 3  # of the scene in the snippets, where a model knows nothing but scenes
 
 
@@ -124,6 +128,8 @@ def render_card(
     SHA-256 of the weights' files.
     """
     title = repo_id.rpartition("/")[2] if repo_id else name
+    backbone = checkpoint.config.backbone_type
+    tags = ("v-reflection", backbone, "latent-reasoning", "custom_code", *sorted(tags))
     trained_on = [source["dataset"] for source in data_sources(facts) if "dataset" in source]
     # The template knows these fields, too.
     data = ModelCardData(
@@ -135,7 +141,7 @@ def render_card(
         base_model_relation=base_model and ("adapter" if checkpoint.adapter else "finetune"),
         datasets=list(dict.fromkeys([*trained_on, *datasets])) or None,
         metrics=["accuracy"],
-        tags=[*TAGS, *sorted(set(tags) - set(TAGS))],
+        tags=list(dict.fromkeys(tags)),
         model_name=title,
         eval_results=model_index(reports) or None,
         **license_details,
@@ -148,6 +154,7 @@ def render_card(
         title=title,
         name=repo_id or name,
         checkpoint=checkpoint,
+        backbone=BACKBONE_NAMES[backbone],
         facts=facts,
         training=training_table(facts),
         options=options_table(facts),

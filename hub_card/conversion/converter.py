@@ -13,6 +13,7 @@ from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGen
 
 from ..errors import InputError, first_line, reading
 from ..inference.checkpoint_files import check_files
+from ..inference.checkpoints import CHECKPOINT_CLASSES
 from .folders import atomic_directory, check_free
 from .layouts import MODULES, holds_module, our_names, stored_shape
 from .shards import Stored, Weight, read_headers, write_shards
@@ -44,7 +45,7 @@ class Conversion(NamedTuple):
 def convert(
     source: Path, out: Path, inference_only: bool = False, max_shard_size: int | str = SHARD_SIZE
 ) -> Conversion:
-    """Converts a checkpoint of the authors' layout, or a Qwen2.5-VL, into a V-Reflection checkpoint.
+    """Converts a checkpoint of the authors' layout, or a stock one of a backbone, into a V-Reflection checkpoint.
 
     Every weight is found or missed before anything is written, and `out` appears in the end, whole.
 
@@ -92,7 +93,7 @@ def convert(
 def empty_model(target: Target, stored: dict[str, Stored]) -> VReflectionForConditionalGeneration:
     """The model that the weights are for, without any memory of its own; in the dtype of the embedding."""
     with torch.device("meta"):
-        model = VReflectionForConditionalGeneration(target.config)
+        model = CHECKPOINT_CLASSES[target.config.model_type](target.config)
     model.generation_config = target.generation_config
     dtypes = [weight.dtype for name, weight in stored.items() if EMBEDDING in our_names(name)]
     return model.to(dtypes[0]) if dtypes else model

@@ -6,16 +6,18 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import NamedTuple
 
-from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig
+from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from modeling_vreflection import VReflectionConfig, VReflectionProcessor
+from modeling_vreflection.causal_lm_vreflection import MODEL_CLASSES
 from modeling_vreflection.decoding_vreflection import ReflectionOptions
 from modeling_vreflection.processing_vreflection import LATENT_TOKENS
 
 from ..errors import InputError, reading
 from ..inference.checkpoint_files import read_json_object
-from ..inference.checkpoints import checkpoint_config
+from ..inference.checkpoints import CHECKPOINT_CLASSES, checkpoint_config
 from .layouts import MODULES, holds_module
 
 
@@ -47,24 +49,28 @@ def describe(folder: Path, names: Collection[str], inference_only: bool) -> Targ
     """Finds out what a checkpoint with weights of these names is, and what it becomes.
 
     Raises:
-        InputError: Neither a Qwen2.5-VL nor made from one; one of ours, but for `inference_only`; files that can't be read,
-            or that contradict one another.
+        InputError: Neither a backbone nor made from one; one of ours, but for `inference_only`; a mixture of experts, whose
+            weights transformers stores in another form; files that can't be read, or that contradict one another.
     """
     with reading(folder):
         fields = read_json_object(folder / CONFIG_NAME)
-        if fields.get("model_type") == VReflectionConfig.model_type:
+        model_type = fields.get("model_type")
+        if model_type in CHECKPOINT_CLASSES:
             if not inference_only:
                 raise InputError(
                     f"{folder}: a V-Reflection checkpoint already; what can be done is to drop what decoding doesn't need, "
                     "with --inference-only"
                 )
             config = checkpoint_config(folder)
-            processor = VReflectionProcessor.from_pretrained(folder)
+            processor = CHECKPOINT_CLASSES[model_type].processor_class.from_pretrained(folder)
             first_new_id, stored_vocabulary = None, config.text_config.vocab_size
-        elif fields.get("model_type") == Qwen2_5_VLConfig.model_type:
+        elif model_type in MODEL_CLASSES and not get_checkpoint_conversion_mapping(model_type):
             config, processor, first_new_id, stored_vocabulary = from_stock_layout(folder, fields, names)
         else:
-            raise InputError(f"{folder}: no Qwen2.5-VL, its model type is {fields.get('model_type')!r}")
+            raise InputError(
+                f"{folder}: its model type is {model_type!r}, which can't be converted file by file"
+                + (": load it with `from_backbone`, and save it" if model_type in MODEL_CLASSES else "")
+            )
         decoding = converted_generation_config(folder, config)
         if inference_only:
             config.has_bcm, config.has_dac = False, config.has_dac and decoding.latent_feedback == "dac"
@@ -72,10 +78,11 @@ def describe(folder: Path, names: Collection[str], inference_only: bool) -> Targ
 
 
 def from_stock_layout(folder: Path, fields: dict, names: Collection[str]) -> tuple:
-    """What a checkpoint becomes whose model type is Qwen2.5-VL's: a `Target` without its generation config."""
+    """What a checkpoint becomes whose model type is a backbone's: a `Target` without its generation config."""
     # No code of the checkpoint's runs.
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    backbone = Qwen2_5_VLConfig.from_dict(fields)
+    model_class = MODEL_CLASSES[fields["model_type"]]
+    backbone = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     known = tokenizer.get_vocab()
     if known.get(IMAGE_TOKEN) != backbone.image_token_id:
         raise InputError(
@@ -100,17 +107,20 @@ def from_stock_layout(folder: Path, fields: dict, names: Collection[str]) -> tup
             f"{folder}: the tokenizer gives {tokens[ids.index(max(ids))]} the id {max(ids)}, and the embedding has only "
             f"{vocabulary} rows"
         )
-    config = VReflectionConfig(**own)
-    processor = VReflectionProcessor.from_backbone(folder, tokens, config.num_latent_tokens, trust_remote_code=False)
+    config = model_class.config_class(**own)
+    processor = model_class.processor_class.from_backbone(
+        folder, tokens, config.num_latent_tokens, trust_remote_code=False
+    )
+    config.think_end_token_id = processor.think_end_token_id
     found = tuple(processor.tokenizer.convert_tokens_to_ids(list(tokens)))
     if found != ids:
         raise InputError(f"{folder}: the tokenizer gives {', '.join(tokens)} the ids {found}, not {ids}")
     return config, processor, first_new_id, vocabulary
 
 
-def architecture(backbone: Qwen2_5_VLConfig) -> dict:
+def architecture(backbone: PreTrainedConfig) -> dict:
     """A backbone's own fields alone: config.json may hold the authors' loss weights, and what a run had set for itself."""
-    own = {name: getattr(backbone, name) for name in inspect.get_annotations(Qwen2_5_VLConfig)}
+    own = {name: getattr(backbone, name) for name in inspect.get_annotations(type(backbone))}
     for part in ("text_config", "vision_config"):
         section = own[part]
         own[part] = {name: getattr(section, name) for name in inspect.get_annotations(type(section))}

@@ -10,6 +10,7 @@ from transformers.image_utils import SizeDict
 from transformers.utils import CONFIG_NAME
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
+from modeling_vreflection.causal_lm_vreflection import MODEL_CLASSES
 
 from ..embedded import EMBEDDED, EMBEDDED_NAME, resolve_embedded
 from ..errors import InputError, first_line, reading
@@ -17,6 +18,8 @@ from .checkpoint_files import check_files, check_whole, read_json_object
 from .encoding import encode_prompts, user_turn
 
 
+# By a checkpoint's model type; `MODEL_CLASSES` has them by their backbone's.
+CHECKPOINT_CLASSES = {model_class.config_class.model_type: model_class for model_class in MODEL_CLASSES.values()}
 # By name: a repository may hold gigabytes of data in other JSON files.
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
 MODEL_FILES = ["config.json", "*_config.json", "*.jinja", "*.safetensors", "*.safetensors.index.json"]
@@ -56,10 +59,10 @@ def checkpoint_config(folder: Path) -> VReflectionConfig:
     """Reads a checkpoint's configuration alone; a folder that holds no V-Reflection checkpoint is an `InputError`."""
     check_files(folder)
     fields = read_json_object(folder / CONFIG_NAME)
-    if fields.get("model_type") != VReflectionConfig.model_type:
-        raise InputError(f"{folder}: no V-Reflection checkpoint, its model type is {fields.get('model_type')!r}")
+    if (model_type := fields.get("model_type")) not in CHECKPOINT_CLASSES:
+        raise InputError(f"{folder}: no V-Reflection checkpoint, its model type is {model_type!r}")
     with reading(folder / CONFIG_NAME, "the configuration is wrong"):
-        return VReflectionConfig.from_dict(fields)
+        return CHECKPOINT_CLASSES[model_type].config_class.from_dict(fields)
 
 
 def load_checkpoint(
@@ -82,11 +85,11 @@ def load_checkpoint(
     Raises:
         InputError: No checkpoint, damaged or incomplete weights, weights that aren't finite, no such device, dtype or attention implementation.
     """
-    checkpoint_config(folder)
+    model_class = CHECKPOINT_CLASSES[checkpoint_config(folder).model_type]
     check_whole(folder)
     device = find_device(device)
     with reading(folder, "can't be loaded"):
-        model, report = VReflectionForConditionalGeneration.from_pretrained(
+        model, report = model_class.from_pretrained(
             folder,
             dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
             attn_implementation=attn_implementation,
@@ -94,7 +97,7 @@ def load_checkpoint(
             output_loading_info=True,
         )
     with reading(folder, "its processor or tokenizer can't be loaded"):
-        processor = VReflectionProcessor.from_pretrained(folder)
+        processor = model_class.processor_class.from_pretrained(folder)
     mismatched = {name for name, *_ in report["mismatched_keys"]}
     if wrong := sorted(mismatched | set(report["missing_keys"])):
         raise InputError(f"{folder}: {len(wrong)} weights are missing or of another shape, {wrong[0]} first")

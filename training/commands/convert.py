@@ -11,8 +11,8 @@ def add_parser(commands) -> None:
     """Adds `vreflection convert`."""
     parser = commands.add_parser(
         "convert",
-        help="turn the authors' checkpoint, or a Qwen2.5-VL, into one that loads here",
-        description="Turns a checkpoint of the authors' released layout, one of LVR's or a stock Qwen2.5-VL into a "
+        help="turn the authors' checkpoint, or a stock backbone, into one that loads here",
+        description="Turns a checkpoint of the authors' released layout, one of LVR's or a stock Qwen2.5-VL or Qwen3-VL into a "
         "V-Reflection checkpoint, with its token names and its decoding code. At most one file of weights is in memory.",
     )
     parser.add_argument("source", metavar="SOURCE", help="a folder or a Hub id")

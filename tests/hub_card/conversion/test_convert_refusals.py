@@ -214,7 +214,7 @@ def store_twice(folder):
         (spoil_width, "the configuration is wrong (hidden_size must be divisible by num_heads"),
         (spoil_decoding, "generation_config.json: can't be used (GenerationConfig is invalid: - `temperature`"),
         (list_instead, "can't be read"),
-        (spoil_type, "no Qwen2.5-VL, its model type is 'llama'"),
+        (spoil_type, "its model type is 'llama', which can't be converted"),
         (spoil_vocabulary, "the id 402, and the embedding has only 388 rows"),
         (spoil_json, "can't be read"),
         (spoil_heads, "`num_latent_tokens` must be at least 1"),
