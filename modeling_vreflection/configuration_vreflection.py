@@ -77,7 +77,7 @@ class ReflectionConfigMixin:
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
         vocab_size = self.text_config.vocab_size
-        for name in ("latent_start_token_id", "latent_token_id", "latent_end_token_id"):
+        for name in ("latent_start_token_id", "latent_token_id", "latent_end_token_id", "think_end_token_id"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 0 <= value < vocab_size):
                 raise ValueError(f"`{name}` must be one of the {vocab_size} tokens' ids, got {value!r}.")
