@@ -94,6 +94,8 @@ def describe(hint: Any) -> str:
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(describe, inner)))
+    if kind is Literal:
+        return f"one of {', '.join(map(str, inner))}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
     names |= {dict: "a mapping", list: "a list"}
     return names.get(kind or hint, getattr(hint, "__name__", str(hint)))
