@@ -13,7 +13,7 @@ from modeling_vreflection.causal_lm_vreflection import MODEL_CLASSES
 from vreflection_hub_card.embedded import resolve_embedded
 from vreflection_hub_card.errors import InputError, reading
 from vreflection_hub_card.inference.checkpoint_files import check_whole
-from vreflection_hub_card.inference.checkpoints import check_processor
+from vreflection_hub_card.inference.checkpoints import check_model, check_processor
 
 from .tiny import save_tiny_backbone
 
@@ -41,7 +41,8 @@ def load_model_and_processor(
     """Loads a V-Reflection checkpoint (`"vreflection_tiny"`: the embedded one), or makes one from a backbone's stock one.
 
     Raises:
-        InputError: No such checkpoint; a file of it that can't be read, by name; a processor that doesn't fit the model.
+        InputError: No such checkpoint; a file of it that can't be read, by name; a processor that doesn't fit the model;
+            weights that aren't finite, or that can't answer a question.
     """
     model_name_or_path = resolve_embedded(model_name_or_path)
     revision = kwargs.get("revision", "main")
@@ -53,6 +54,9 @@ def load_model_and_processor(
             model = AutoModelForImageTextToText.from_pretrained(model_name_or_path, **kwargs)
             processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision)
     check_processor(model_name_or_path, processor, model.config)
+    # Each of several processes may hold a part of the weights, and a quantized model may answer on a GPU alone.
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not getattr(model, "is_quantized", False):
+        check_model(model_name_or_path, model, processor)
     if stock and is_deepspeed_zero3_enabled():
         write_sharded_token_rows(model)
     if not stock and "num_latent_tokens" in kwargs:

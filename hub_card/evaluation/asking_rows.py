@@ -8,7 +8,7 @@ from tqdm import tqdm
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
 
 from ..inference.attention_maps import GREEDY, generate_and_look, offered_sources
-from ..inference.encoding import encode_prompts
+from ..inference.encoding import answer_texts, encode_prompts
 from ..inference.look_boxes import LookBox, look_boxes
 from .harness.answers import AnswerLog
 from .interventions import EXCHANGED, reflection_latents, replace_reflections
@@ -84,7 +84,7 @@ class RowsAsker:
                 if tuple(asked) not in known:
                     known[tuple(asked)] = self._encode(asked)
                 tokens, _ = self._generate(known[tuple(asked)], latents=torch.stack(fed), **self.decoding)
-                self._keep(name, asked, [{"text": text} for text in self._texts(tokens)])
+                self._keep(name, asked, [{"text": text} for text in answer_texts(self.processor, tokens)])
 
     @property
     def reflecting(self) -> list[int]:
@@ -119,9 +119,6 @@ class RowsAsker:
     def _encode(self, batch: Sequence[int]) -> dict:
         return encode_prompts(self.processor, [self.rows[row].conversation() for row in batch], self.model.device)
 
-    def _texts(self, tokens: torch.LongTensor) -> list[str]:
-        return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
-
     def _generate(self, inputs: dict, **options) -> tuple[torch.LongTensor, torch.Tensor]:
         """The new tokens (B, N), and the latents (B, M, D)."""
         result = self.model.generate(**inputs, **GREEDY, **options, return_dict_in_generate=True)
@@ -143,7 +140,7 @@ class RowsAsker:
                 "latent_tokens": int((row == config.latent_token_id).sum()),
                 "looks": [[describe_look(look) for look in look_boxes(maps)] for maps in attention if maps],
             }
-            for text, row, length, attention in zip(self._texts(tokens), tokens, lengths, of_rows)
+            for text, row, length, attention in zip(answer_texts(self.processor, tokens), tokens, lengths, of_rows)
         ]
 
     def _remember(self, batch: Sequence[int], latents: torch.Tensor, tokens: torch.LongTensor) -> None:

@@ -14,7 +14,7 @@ from modeling_vreflection import VReflectionForConditionalGeneration, VReflectio
 
 from ..glyphsearch import CHAIN_KINDS, GLYPHS, Question, Scene, draw_question, scene_seed
 from ..inference.attention_maps import GREEDY, Reflection, generate_and_look, offered_sources
-from ..inference.encoding import encode_prompts, user_turn
+from ..inference.encoding import answer_texts, encode_prompts, user_turn
 from .interventions import EXCHANGED, INTERVENTIONS, first_latents, fit_steps, replace_latents
 from .statistics import proportion
 
@@ -118,7 +118,7 @@ def answer_batch(
         return result.sequences[:, inputs["input_ids"].shape[1] :], result.latents
 
     def decode(tokens: torch.LongTensor, rows: list[int]) -> dict[int, str]:
-        return dict(zip(rows, (text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True))))
+        return dict(zip(rows, answer_texts(processor, tokens)))
 
     all_rows = list(range(len(drawn)))
     inputs = encode(all_rows, all_rows)

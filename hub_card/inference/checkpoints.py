@@ -101,17 +101,27 @@ def load_checkpoint(
     mismatched = {name for name, *_ in report["mismatched_keys"]}
     if wrong := sorted(mismatched | set(report["missing_keys"])):
         raise InputError(f"{folder}: {len(wrong)} weights are missing or of another shape, {wrong[0]} first")
+    check_processor(folder, processor, model.config)
+    model = model.to(device).eval()
+    check_model(folder, model, processor)
+    return model, processor
+
+
+def check_model(folder: str | Path, model: VReflectionForConditionalGeneration, processor: VReflectionProcessor):
+    """Looks for weights that aren't finite, and lets the model answer a question about a small picture.
+
+    Raises:
+        InputError: Such a weight, by name; whatever keeps the model from answering.
+    """
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise InputError(
                 f"{folder}: the weight {name} holds NaN or infinity: the checkpoint is damaged, or its training was"
             )
-    check_processor(folder, processor, model.config)
-    model = model.to(device).eval()
-    with reading(folder, "its model can't answer a question"), torch.random.fork_rng(enabled=device.type == "cuda"):
+    on_gpu = model.device.type == "cuda"
+    with reading(folder, "its model can't answer a question"), torch.random.fork_rng(enabled=on_gpu):
         model.reflection_options()
-        model.generate(**encode_prompts(processor, TRIAL, device), max_new_tokens=1, reflect=False)
-    return model, processor
+        model.generate(**encode_prompts(processor, TRIAL, model.device), max_new_tokens=1, reflect=False)
 
 
 def check_processor(folder: str | Path, processor: VReflectionProcessor, config: VReflectionConfig) -> None:

@@ -1,4 +1,4 @@
-"""From questions about pictures to the model's inputs."""
+"""From questions about pictures to the model's inputs, and from its tokens to answers."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from transformers import BatchFeature
 
 from modeling_vreflection import VReflectionProcessor
+from modeling_vreflection.processing_vreflection import THINK_TOKENS
 
 
 def user_turn(pictures: list[Any], question: str) -> list[dict]:
@@ -24,3 +25,11 @@ def encode_prompts(processor: VReflectionProcessor, conversations: list, device:
         return_tensors="pt",
         processor_kwargs={"padding": True, "padding_side": "left"},
     ).to(device)
+
+
+def answer_texts(processor: VReflectionProcessor, tokens: torch.LongTensor) -> list[str]:
+    """The answers in rows of new tokens (B, N), without reflections and without thoughts in words: "" where these didn't end."""
+    texts = processor.batch_decode(tokens, skip_special_tokens=True)
+    if processor.think_end_token_id is not None:
+        texts = [text.partition(THINK_TOKENS[1])[2] for text in texts]
+    return [text.strip() for text in texts]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
 
 from .attention_maps import SOURCES, Reflection, generate_and_look
-from .encoding import encode_prompts
+from .encoding import answer_texts, encode_prompts
 from .look_boxes import LookBox
 
 
@@ -43,4 +43,4 @@ def look(
     """
     inputs = encode_prompts(processor, messages, model.device)
     tokens, _, reflections = generate_and_look(model, inputs, sources, **options)
-    return Look(processor.decode(tokens[0], skip_special_tokens=True).strip(), reflections[0])
+    return Look(answer_texts(processor, tokens)[0], reflections[0])

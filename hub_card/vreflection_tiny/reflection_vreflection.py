@@ -308,7 +308,8 @@ class ReflectionModelMixin:
         mask, _ = self.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=features)
         deepstack = {}
         if (levels := getattr(encoded, "deepstack_features", None)) is not None:
-            levels = [torch.cat(list(level)) for level in levels]
+            # Older versions of transformers do not split a level into images.
+            levels = [level if isinstance(level, torch.Tensor) else torch.cat(list(level)) for level in levels]
             deepstack = {"visual_pos_masks": mask[..., 0], "deepstack_visual_embeds": levels}
         return embeds.masked_scatter(mask, features), deepstack
 

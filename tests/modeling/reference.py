@@ -128,7 +128,10 @@ class Row:
                 )
             shown = slice(first, first + self.images)
             self.features = list(every.pooler_output[shown])
-            self.levels = [torch.cat(list(level)[shown]) for level in getattr(every, "deepstack_features", ())]
+            levels = getattr(every, "deepstack_features", ())
+            if levels and isinstance(levels[0], torch.Tensor):  # older versions of transformers don't split them
+                levels = [level.split([len(image) for image in every.pooler_output]) for level in levels]
+            self.levels = [torch.cat(list(level)[shown]) for level in levels]
             self.grid_thw = inputs["image_grid_thw"][first : first + self.images]
             self.grids = [(height // 2, width // 2) for _, height, width in self.grid_thw.tolist()]
         self.embeds = stock.get_input_embeddings().weight.detach()[self.ids].clone()

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from transformers.tokenization_utils_base import AddedToken
 
 from modeling_vreflection import VReflectionForConditionalGeneration
+from vreflection_hub_card.inference.encoding import answer_texts
 from vreflection_training.tiny import BACKBONES, save_tiny_backbone
 
 
@@ -264,6 +265,14 @@ def test_thoughts_are_kept_and_the_reflection_is_where_the_answer_is(thinking):
     taught[0]["content"][1]["text"] = "K</think>"
     with pytest.raises(ValueError, match="</think>"):
         processor.apply_chat_template(question + taught, tokenize=False)
+
+
+def test_an_answer_is_what_comes_behind_the_thoughts(thinking, processor):
+    said = "It is red.\n</think>\n\n<|sovt|><|lvr|><|eovt|> K<|im_end|>"
+    tokens = thinking[1].tokenizer(said, return_tensors="pt")["input_ids"]
+    assert answer_texts(thinking[1], tokens) == ["K"]
+    assert answer_texts(thinking[1], tokens[:, :3]) == [""], "the thoughts didn't end"
+    assert answer_texts(processor, processor.tokenizer(" K.", return_tensors="pt")["input_ids"]) == ["K."]
 
 
 def test_thoughts_given_to_a_model_without_any_are_refused(processor):

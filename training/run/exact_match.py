@@ -8,6 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vreflection_hub_card.inference.attention_maps import GREEDY
+from vreflection_hub_card.inference.encoding import answer_texts
 from vreflection_hub_card.rows import BadRow, row_messages
 
 from ..collator import NON_MODEL_KEYS, VReflectionDataCollator
@@ -57,7 +58,7 @@ def count_exact_matches(
         if not inputs["sample_ids"]:  # all were left out
             continue
         prompts, turns = split_at_last_turn(inputs, collator.processor.tokenizer.pad_token_id)
-        expected = texts(collator.processor, turns)
+        expected = answer_texts(collator.processor, turns)
         # One reflection more than the row's still leaves room for its answer, and for what would make it another one.
         room = max(map(len, turns)) + model.config.num_latent_tokens + 3
         fed = {OWN: {}, ZEROS: {"latents": torch.zeros(len(turns), room, hidden_size(model), device=device)}}
@@ -69,7 +70,7 @@ def count_exact_matches(
         for way in fed:
             if way in ways:
                 tokens = model.generate(**prompts, **GREEDY, **fed[way], max_new_tokens=room, use_cache=True)
-                given = texts(collator.processor, tokens[:, prompts["input_ids"].shape[1] :])
+                given = answer_texts(collator.processor, tokens[:, prompts["input_ids"].shape[1] :])
                 matches[way] = sum(one == other for one, other in zip(given, expected))
         for way in ways:
             right[way] += matches.get(way, matches[OWN])
@@ -123,11 +124,6 @@ def split_at_last_turn(batch: dict[str, Any], pad_token_id: int) -> tuple[dict[s
         name: pad_sequence(values, True, PADDING.get(name, pad_token_id), "left") for name, values in prompts.items()
     }
     return inputs | {name: batch[name] for name in ("pixel_values", "image_grid_thw") if name in batch}, turns
-
-
-def texts(processor, sequences) -> list[str]:
-    """What is said in rows of tokens."""
-    return [text.strip() for text in processor.batch_decode(sequences, skip_special_tokens=True)]
 
 
 def hidden_size(model) -> int:

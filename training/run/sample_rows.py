@@ -9,11 +9,12 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vreflection_hub_card.inference.attention_maps import GREEDY
+from vreflection_hub_card.inference.encoding import answer_texts
 from vreflection_hub_card.rows import row_messages
 
 from ..collator import NON_MODEL_KEYS, VReflectionDataCollator
 from ..stages import STAGES
-from .exact_match import count_reflections, split_at_last_turn, texts
+from .exact_match import count_reflections, split_at_last_turn
 from .latent_metrics import attention_inside
 from .sample_pictures import save_sample
 
@@ -80,7 +81,7 @@ class SampleCallback(TrainerCallback):
             room = len(turns[0]) + MORE_TOKENS
             tokens = model.generate(**prompts, **GREEDY, max_new_tokens=room, use_cache=True)
             tokens = tokens[:, prompts["input_ids"].shape[1] :]
-            answer = texts(processor, tokens)[0] or "(an empty answer)"
+            answer = answer_texts(processor, tokens)[0] or "(an empty answer)"
             if tokens.shape[1] == room:
                 answer += f" … (not ended after {room} tokens)"
         if not trainer.is_world_process_zero():
@@ -90,7 +91,7 @@ class SampleCallback(TrainerCallback):
         said = [
             f"stage {args.stage}, step {step}: {batch['sample_ids'][0]}",
             f"Question: {question(row)}",
-            f"Expected: {texts(processor, turns)[0]}",
+            f"Expected: {answer_texts(processor, turns)[0]}",
             f"Answer: {answer}",
         ]
         path = Path(args.output_dir) / "samples" / name

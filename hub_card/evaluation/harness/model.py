@@ -18,7 +18,7 @@ from ...embedded import EMBEDDED_NAME
 from ...errors import InputError
 from ...inference.attention_maps import GREEDY
 from ...inference.checkpoints import checkpoint_folder, find_device, load_checkpoint, set_pixel_limits
-from ...inference.encoding import encode_prompts
+from ...inference.encoding import answer_texts, encode_prompts
 from ..provenance import describe_model
 from ..scorers import tagged
 from .answers import AnswerLog
@@ -168,7 +168,7 @@ class VReflection(lmms):
                 "index": index,
                 "question": question,
                 "raw": self.processor.decode(row, skip_special_tokens=False),
-                "text": self.processor.decode(row, skip_special_tokens=True),
+                "text": answer_texts(self.processor, row[None])[0],
                 "reflected": bool((row == config.latent_start_token_id).any()),
                 "tokens": len(row),
                 "latent_tokens": int((row == config.latent_token_id).sum()),

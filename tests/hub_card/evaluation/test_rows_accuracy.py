@@ -315,7 +315,7 @@ def test_the_command(folder, capsys, monkeypatch, tmp_path_factory):
     report = json.loads(open("evaluation/results.json").read())
     assert list(report) == ["command", "date", "seconds", "model", "options", "limit", "versions", "machine", "tasks"]
     assert report["command"].startswith(
-        "vreflection evaluate --rows my.jsonl --limit 4 --match exact --latent-steps 8"
+        "vreflection evaluate vreflection_tiny --rows my.jsonl --limit 4 --match exact --latent-steps 8"
     )
     assert report["command"].endswith("--batch-size 4 --replace zeroed") and str(folder) not in json.dumps(report)
     assert report["tasks"]["rows"]["accuracy"]["count"] == 4

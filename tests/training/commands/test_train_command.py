@@ -67,7 +67,10 @@ def test_the_feedback_lands_in_the_generation_config_and_no_weight_in_the_config
             ["tiny_base", "--dataset_options", "{difficulty: mixed}"],
             "`dataset_options` must be JSON on the command line",
         ),
-        (["tiny_base", "--min_pixels", "9000000"], "must be above 0 and not above `max_pixels`, got 9000000 and"),
+        (
+            ["tiny_base", "--min_pixels", "9000000"],
+            "must be a number above 0 and not above `max_pixels`, got 9000000 and",
+        ),
         (["tiny_base", "--load_in_4bit", "true"], "set `use_peft: true`"),
         (["tiny_base", "--datasets", "[]"], "Set either `dataset_name` or `datasets`"),
         (["tiny_base", "--accelerate_config", "zero9"], "No configuration of accelerate 'zero9'.*fsdp2"),

@@ -67,7 +67,7 @@ for size in ("hrbench4k", "hrbench8k"):
 def test_every_task_from_its_files_to_its_scores(data, scripted, tmp_path):
     say.doors = [False, True]
     asked = scripted(say)
-    report = evaluate(None, list(ROWS), tmp_path, data, batch_size=3)
+    report = evaluate("vreflection_tiny", list(ROWS), tmp_path, data, batch_size=3)
     assert report == json.loads((tmp_path / "results.json").read_text())
     assert len(asked) == 4 + 3 + 10 + 8 + 8 + 4 + 3
     found = {}
@@ -89,14 +89,14 @@ def test_every_task_from_its_files_to_its_scores(data, scripted, tmp_path):
 
 def test_pictures_reach_the_model(data, scripted, tmp_path):
     asked = scripted(lambda prompt: "A")
-    evaluate(None, ["blink"], tmp_path, data, batch_size=4)
+    evaluate("vreflection_tiny", ["blink"], tmp_path, data, batch_size=4)
     # 56 x 56 pixels are 2 x 2 merged patches, 84 x 84 are 3 x 3.
     assert sorted(prompt.count("<|image_pad|>") for prompt in asked) == [4] * 5 + [4 + 9] * 5
 
 
 def test_questions_of_gqa_find_their_pictures_and_ask_as_in_training(data, scripted, tmp_path):
     asked = scripted(lambda prompt: "yes")
-    report = evaluate(None, ["gqa"], tmp_path, data, batch_size=2)
+    report = evaluate("vreflection_tiny", ["gqa"], tmp_path, data, batch_size=2)
     assert report["tasks"]["gqa"]["data"] == {"folder": "gqa"}
     assert sorted((prompt.count("<|image_pad|>"), re.search(r"thing \d", prompt)[0]) for prompt in asked) == [
         (4, "thing 0"),
@@ -116,21 +116,23 @@ def test_a_question_of_gqa_without_its_picture_ends_the_run_before_it_begins(sma
     asked = scripted(lambda prompt: "A")
     write_files(tmp_path, "gqa", lambda row: None if row["id"] == "n2" else row)
     with pytest.raises(InputError, match="item gqa 20131: its image is missing"):
-        evaluate(None, ["gqa"], tmp_path / "run", tmp_path)
+        evaluate("vreflection_tiny", ["gqa"], tmp_path / "run", tmp_path)
     shutil.rmtree(tmp_path / "gqa/testdev_balanced_images")
     with pytest.raises(InputError, match=r"gqa/testdev_balanced_images: no files testdev\*\.parquet"):
-        evaluate(None, ["gqa"], tmp_path / "run", tmp_path)
+        evaluate("vreflection_tiny", ["gqa"], tmp_path / "run", tmp_path)
     assert asked == []
 
 
 def test_the_embedded_checkpoint_answers(data, tmp_path):
-    report = evaluate(None, ["vstar"], tmp_path, data, limit=2, reflect=True, latent_steps=4, latent_feedback="dac")
+    report = evaluate(
+        "vreflection_tiny", ["vstar"], tmp_path, data, limit=2, reflect=True, latent_steps=4, latent_feedback="dac"
+    )
     assert counts(report["tasks"]["vstar"]["reflection_rate"]) == (2, 2)
     answers = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [answer["latent_tokens"] for answer in answers] == [4, 4]
     assert all("<|lvr|>" in answer["raw"] and "<|" not in answer["text"] for answer in answers)
 
-    plain = evaluate(None, ["vstar"], tmp_path / "plain", data, limit=2, latent_steps=0)
+    plain = evaluate("vreflection_tiny", ["vstar"], tmp_path / "plain", data, limit=2, latent_steps=0)
     assert counts(plain["tasks"]["vstar"]["reflection_rate"]) == (0, 2)
     assert plain["options"]["max_pixels"] == report["options"]["max_pixels"]
     assert plain["command"] == (
@@ -150,7 +152,7 @@ def test_a_missing_picture_ends_the_run_before_it_begins(name, id, column, small
 
     asked = scripted(lambda prompt: "A")
     with pytest.raises(InputError, match=rf"{name} {id}: its image is missing"):
-        evaluate(None, [name], tmp_path / "run", write_files(tmp_path, name, lose))
+        evaluate("vreflection_tiny", [name], tmp_path / "run", write_files(tmp_path, name, lose))
     assert asked == []
 
 
@@ -162,7 +164,7 @@ def test_a_damaged_picture_ends_the_run_with_its_id(small, scripted, tmp_path):
 
     scripted(lambda prompt: "A")
     with pytest.raises(InputError, match="item 4: a picture can't be opened .*damaged or unreadable"):
-        evaluate(None, ["mmvp"], tmp_path / "run", write_files(tmp_path, "mmvp", cut))
+        evaluate("vreflection_tiny", ["mmvp"], tmp_path / "run", write_files(tmp_path, "mmvp", cut))
     assert not (tmp_path / "run" / "results.json").exists()
 
 
@@ -172,12 +174,12 @@ def test_a_missing_item_ends_the_run_before_it_begins(name, where, small, tmp_pa
         return None if row.get("idx", row.get("Index")) in (2, "val_Jigsaw_1") else row
 
     with pytest.raises(InputError, match=f"{where}: . items instead of"):
-        evaluate(None, [name], tmp_path / "run", write_files(tmp_path, name, lose))
+        evaluate("vreflection_tiny", [name], tmp_path / "run", write_files(tmp_path, name, lose))
 
 
 def test_the_published_counts_hold(files, tmp_path):
     with pytest.raises(InputError, match="vstar: 3 items instead of 191"):
-        evaluate(None, ["vstar"], tmp_path, files)
+        evaluate("vreflection_tiny", ["vstar"], tmp_path, files)
 
 
 def test_a_run_goes_on_and_asks_nothing_twice(data, scripted, tmp_path):
@@ -192,37 +194,37 @@ def test_a_run_goes_on_and_asks_nothing_twice(data, scripted, tmp_path):
     asked = scripted(die)
     wanted = ["blink", "vstar"]
     with pytest.raises(Killed):
-        evaluate(None, wanted, tmp_path, data, batch_size=3)
+        evaluate("vreflection_tiny", wanted, tmp_path, data, batch_size=3)
     (file,) = tmp_path.iterdir()
     with file.open("a") as answers:  # a line that the kill cut off
         answers.write('{"task": "vreflection_vstar", "index": 0, "repe')
     before = sorted(asked[:6])
 
     asked = scripted(lambda prompt: "A")
-    report = evaluate(None, wanted, tmp_path, data, batch_size=2)
+    report = evaluate("vreflection_tiny", wanted, tmp_path, data, batch_size=2)
     again = sorted(asked)
     assert len(again) == 13 - 6
 
     whole = scripted(lambda prompt: "A")
-    uninterrupted = evaluate(None, wanted, tmp_path / "whole", data, batch_size=4)
+    uninterrupted = evaluate("vreflection_tiny", wanted, tmp_path / "whole", data, batch_size=4)
     assert sorted(whole) == sorted(before + again)
     for name in ("blink", "vstar"):
         assert report["tasks"][name]["authors"] == uninterrupted["tasks"][name]["authors"]
 
     asked = scripted(lambda prompt: "A")
-    evaluate(None, wanted, tmp_path, data)
+    evaluate("vreflection_tiny", wanted, tmp_path, data)
     assert asked == []
 
 
 def test_answers_of_another_run_are_not_mixed_in(data, scripted, tmp_path):
     scripted(lambda prompt: "A")
-    evaluate(None, ["vstar"], tmp_path / "run", data)
+    evaluate("vreflection_tiny", ["vstar"], tmp_path / "run", data)
     with pytest.raises(InputError, match="latent_steps = 8, not 4"):
-        evaluate(None, ["vstar"], tmp_path / "run", data, latent_steps=4)
+        evaluate("vreflection_tiny", ["vstar"], tmp_path / "run", data, latent_steps=4)
 
     other = write_files(tmp_path, "vstar", lambda row: row | {"text": "Another?\n(A) red\n(B) blue"})
     with pytest.raises(InputError, match="item 0 of vreflection_vstar was another question"):
-        evaluate(None, ["vstar"], tmp_path / "run", other)
+        evaluate("vreflection_tiny", ["vstar"], tmp_path / "run", other)
 
 
 WORKER = """
@@ -245,7 +247,7 @@ def count_and_answer(self, batch):
 
 VReflection._answer = count_and_answer
 shrink(MonkeyPatch())
-evaluate(None, ["vstar", "hrbench4k"], output, data, device="cpu", batch_size=2)
+evaluate("vreflection_tiny", ["vstar", "hrbench4k"], output, data, device="cpu", batch_size=2)
 """
 
 
@@ -275,7 +277,7 @@ def test_two_processes_killed_and_resumed_say_what_one_says(data, tmp_path):
     ]
     assert len({(answer["task"], answer["index"]) for answer in answers}) == len(answers) == 11
 
-    evaluate(None, ["vstar", "hrbench4k"], tmp_path / "one", data, device="cpu", batch_size=2)
+    evaluate("vreflection_tiny", ["vstar", "hrbench4k"], tmp_path / "one", data, device="cpu", batch_size=2)
     reports = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
     assert [report["machine"]["processes"] for report in reports] == [1, 2]
     for name in ("vstar", "hrbench4k"):
