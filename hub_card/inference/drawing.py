@@ -46,6 +46,7 @@ def draw_heatmap(
     answer: str,
     path: Sequence[Box] = (),
     per_step: bool = False,
+    frames: Sequence[str] = (),
 ) -> Figure:
     """Draws where the model looked: its looks on each picture, numbered and joined, or one panel a latent step.
 
@@ -62,6 +63,8 @@ def draw_heatmap(
             order: boxes, corners as fractions of its sides. Drawn as outlines; over the map of one step its own box alone,
             of K boxes the k-th at step k and the last one at all later steps.
         per_step (`bool`, *optional*, defaults to `False`): One panel for each latent step and source.
+        frames (`Sequence[str]`, *optional*): What the pictures are called if they are a clip's frames. Of these only the ones
+            that hold a look are drawn.
 
     Returns:
         `Figure`: Not registered with pyplot; `save_figure` writes it.
@@ -70,7 +73,11 @@ def draw_heatmap(
         ValueError: A map that is negative or not finite, or a step whose maps are zero everywhere.
     """
     pictures = [shrink(picture) for picture in pictures]
-    figure = (_draw_steps if per_step else _draw_looks)(pictures, reflections, path)
+    names = {index: "" if len(pictures) == 1 else f"picture {index + 1}" for index in range(len(pictures))}
+    if frames:
+        looked_at = {look.image_index for reflection in reflections for look in reflection.looks}
+        names = {index: frames[index] for index in sorted(looked_at)}
+    figure = (_draw_steps if per_step else _draw_looks)(pictures, names, reflections, path)
     size = 16 if per_step else 12  # figures of single steps are wider, and shown smaller
     add_title(figure, [question, f"→ {answer or '(an empty answer)'}"], size)
     return figure
@@ -125,22 +132,25 @@ def _letter_width(letter: str) -> float:
     return text_to_path.get_text_width_height_descent(letter, FontProperties(size=1), False)[0]
 
 
-def _draw_looks(pictures: list[Image.Image], reflections: list[Reflection], path: Sequence[Box]) -> Figure:
-    """A panel for each picture, with the looks of all reflections."""
+def _draw_looks(
+    pictures: list[Image.Image], names: dict[int, str], reflections: list[Reflection], path: Sequence[Box]
+) -> Figure:
+    """A panel for each picture that has a name, with the looks of all reflections."""
     looks = [reflection.looks for reflection in reflections]
     seen = [reflection.maps[reflection.source] for reflection in reflections]
-    maps = [look_map(looks, [of_pictures[index] for of_pictures in seen]) for index in range(len(pictures))]
-    most = max(attention.max().item() for attention in maps)
-    heights = [PANEL * panel_shape(picture) for picture in pictures]
+    maps = {index: look_map(looks, [of_pictures[index] for of_pictures in seen]) for index in names}
+    most = max(attention.max().item() for attention in maps.values())
+    heights = [PANEL * panel_shape(pictures[index]) for index in names]
     figure = new_figure((PANEL + 1.2, sum(heights) + 0.4 * len(heights) + 0.4))
-    panels = figure.subplots(len(pictures), squeeze=False, height_ratios=heights)[:, 0]
-    for index, (axes, picture, attention) in enumerate(zip(panels, pictures, maps)):
-        shown = show(axes, picture, (), attention, most)
+    panels = figure.subplots(len(names), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (index, name) in zip(panels, names.items()):
+        picture = pictures[index]
+        shown = show(axes, picture, (), maps[index], most)
         for box in path if index == 0 else ():
             outline_box(axes, picture, box, dashed=True)
         draw_looks(axes, picture, index, looks)
-        if len(pictures) > 1:
-            axes.set_title(f"picture {index + 1}", fontsize=10.5)
+        if name:
+            axes.set_title(name, fontsize=10.5)
         colour_bar(figure, shown, axes, picture)
     steps = sum(reflection.steps for reflection in reflections)
     caption = f"{TITLES[reflections[0].source]}, {steps} latent steps. A box holds half of a look's attention on its picture."
@@ -150,19 +160,20 @@ def _draw_looks(pictures: list[Image.Image], reflections: list[Reflection], path
     return figure
 
 
-def _draw_steps(pictures: list[Image.Image], reflections: list[Reflection], path: Sequence[Box]) -> Figure:
-    """Lines for each picture and source: the picture, and one map for each step."""
+def _draw_steps(
+    pictures: list[Image.Image], names: dict[int, str], reflections: list[Reflection], path: Sequence[Box]
+) -> Figure:
+    """Lines for each picture that has a name and each source: the picture, and one map for each step."""
     lines = []  # heading, picture, boxes, maps (S, h, w), and the steps of the line
     for number, reflection in enumerate(reflections, 1):
-        for index, picture in enumerate(pictures):
-            name = f"picture {index + 1}: " if len(pictures) > 1 else ""
-            if len(reflections) > 1:
-                name = f"reflection {number}, {name}" if name else f"reflection {number}: "
+        for index, name in names.items():
+            name = [f"reflection {number}"] * (len(reflections) > 1) + [name] * (name != "")
+            name = f"{', '.join(name)}: " if name else ""
             for source, maps in reflection.maps.items():
                 for start in range(0, reflection.steps, STEPS_A_LINE):
                     numbers = range(reflection.steps)[start : start + STEPS_A_LINE]
                     heading = f"{name}{TITLES[source]}, {_caption(source, maps[index])}"
-                    lines.append((heading, picture, path if index == 0 else (), maps[index], numbers))
+                    lines.append((heading, pictures[index], path if index == 0 else (), maps[index], numbers))
     columns = 1 + max(len(numbers) for *_, numbers in lines)
     width = STEP_PANEL * columns + 1.3
     headings = [wrap(heading, width - 0.3, HEADING) for heading, *_ in lines]

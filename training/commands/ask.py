@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from vreflection_hub_card.embedded import EMBEDDED_NAME, is_embedded
@@ -28,11 +30,15 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "ask",
         help="ask a question about a picture and see where the model looked",
-        description="Answers a question about a picture. Without any argument: draws a GlyphSearch scene, asks for the "
+        description="Answers a question about a picture, or about a clip's frames. Without any argument: draws a GlyphSearch scene, asks for the "
         f"end of a chain of three shapes, and writes {DEMO_PICTURE} and {DEMO_HEATMAP} into the current folder.",
     )
     parser.add_argument("picture", nargs="?", metavar="PICTURE", help="a picture file")
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="the question about it")
+    parser.add_argument(
+        "--frames", type=Path, metavar="CLIP", help="instead of a picture: a clip, whose frames are asked about"
+    )
+    parser.add_argument("--fps", type=float, metavar="N", help="with --frames: frames to take a second (default: 1)")
     parser.add_argument(
         "--model",
         default=EMBEDDED_NAME,
@@ -64,20 +70,25 @@ def run(options: argparse.Namespace) -> None:
     from vreflection_hub_card.glyphsearch import SPLIT_SIZE, draw_chain
     from vreflection_hub_card.glyphsearch.likeness import unlike_note
 
-    demo = options.picture is None
+    if options.frames is not None:
+        check_frames(options)
+    elif options.fps is not None:
+        raise InputError("--fps says how many frames of a clip to take: add --frames CLIP")
+    demo = options.picture is None and options.frames is None
     if demo:
         seed = random.randrange(10**6) if options.seed is None else options.seed
         if seed >= SPLIT_SIZE:
             raise InputError(f"--seed must be less than {SPLIT_SIZE}")
         heatmap = options.heatmap or DEMO_HEATMAP
         scene, asked = draw_chain("test", seed)
-        picture, question, path = scene.image, asked.text, [item.box for item in asked.path]
+        pictures, question, path = [scene.image], asked.text, [item.box for item in asked.path]
         check_writable(DEMO_PICTURE)
     else:
         if options.seed is not None:
             raise InputError("--seed draws a scene; with a picture there is nothing to draw")
         if options.question is None or not options.question.strip():
-            raise InputError('a question is missing: vreflection ask PICTURE "QUESTION"')
+            given = "PICTURE" if options.frames is None else "--frames CLIP"
+            raise InputError(f'a question is missing: vreflection ask {given} "QUESTION"')
         if options.heatmap is None and options.per_step:
             raise InputError("--per-step says what a heatmap shows: add --heatmap FILE")
         heatmap, question, path = options.heatmap, options.question, []
@@ -86,8 +97,13 @@ def run(options: argparse.Namespace) -> None:
         check_writable(heatmap)
 
     quiet_transformers()
-    if not demo:
-        picture = read_picture(options.picture)
+    seconds = None
+    if options.frames is not None:
+        from vreflection_hub_card.inference.clip_frames import read_frames
+
+        seconds, pictures = zip(*read_frames(options.frames, 1.0 if options.fps is None else options.fps))
+    elif not demo:
+        pictures = [read_picture(options.picture)]
     from vreflection_hub_card.inference.checkpoints import checkpoint_folder, load_checkpoint
 
     folder = checkpoint_folder(options.model)
@@ -95,13 +111,14 @@ def run(options: argparse.Namespace) -> None:
     model, processor = load_checkpoint(folder, options.device)
     if demo:
         with writing(DEMO_PICTURE):
-            picture.save(DEMO_PICTURE)
+            scene.image.save(DEMO_PICTURE)
         if not options.json:
             print(f"Scene {seed}, written to {DEMO_PICTURE}; --seed {seed} draws it again.\n{question}")
-    note = unlike_note(picture) if is_embedded(folder) else None
-    seen = ask_model(model, processor, picture, question, source, options)
+    note = next(filter(None, map(unlike_note, pictures)), None) if is_embedded(folder) else None
+    seen = ask_model(model, processor, pictures, question, source, options)
     if options.json:
-        print(json.dumps(as_json(seen, question, source, model.reflection_options(**decoding(options)), note)))
+        resolved = model.reflection_options(**decoding(options))
+        print(json.dumps(as_json(seen, question, source, resolved, note, seconds)))
     else:
         verdict = ""
         if demo:
@@ -110,7 +127,7 @@ def run(options: argparse.Namespace) -> None:
         if note:
             print(note)
         if seen.reflections:
-            print("\n".join(look_lines(seen.looks, source, picture.size)))
+            print("\n".join(look_lines(seen.looks, source, pictures[0].size, seconds)))
 
     if not seen.reflections:
         missing = f"; {heatmap} is not written, try --reflect" if heatmap is not None else ""
@@ -118,7 +135,8 @@ def run(options: argparse.Namespace) -> None:
     elif heatmap is not None:
         from vreflection_hub_card.inference.drawing import draw_heatmap, save_figure
 
-        figure = draw_heatmap([picture], seen.reflections, question, seen.answer, path, options.per_step)
+        frames = [f"frame {number}, {second:.2f} s" for number, second in enumerate(seconds or (), 1)]
+        figure = draw_heatmap(pictures, seen.reflections, question, seen.answer, path, options.per_step, frames)
         with writing(heatmap):
             save_figure(figure, heatmap)
         outlined = ", with the shapes of the chain outlined" if demo else ""
@@ -132,23 +150,35 @@ def decoding(options: argparse.Namespace) -> dict:
     return {name: getattr(options, name) for name in names}
 
 
-def look_lines(looks: list, source: str, size: tuple[int, int]) -> list[str]:
-    """A table of looks: number, steps, the box in pixels of the picture, and the shares inside and outside."""
+def check_frames(options: argparse.Namespace) -> None:
+    """Checks that a clip comes without pictures, and puts the only text that was given where the question belongs."""
+    if options.question is not None or (options.picture is not None and os.path.exists(options.picture)):
+        raise InputError(f"{options.picture}: a picture and --frames exclude each other, leave one of them out")
+    options.picture, options.question = None, options.picture
+
+
+def look_lines(looks: list, source: str, size: tuple[int, int], seconds: Sequence[float] | None = None) -> list[str]:
+    """A table of looks: number, steps, the frame of a clip, the box in pixels, and the shares inside and outside."""
     whose = {"dac": "DAC's attention", "llm": "the LLM's attention on the picture"}[source]
+    frame = "" if seconds is None else f"{'frame':>5}  {'second':>6}  "
     lines = [
         f"Where it looked, by {whose}; boxes in pixels of {size[0]} x {size[1]}:",
-        f"{'look':>4}  {'steps':>5}  {'x0, y0, x1, y1':<22}  inside  outside",
+        f"{'look':>4}  {'steps':>5}  {frame}{'x0, y0, x1, y1':<22}  inside  outside",
     ]
     for number, look in enumerate(looks, 1):
         steps = str(look.steps[0]) if len(look.steps) == 1 else f"{look.steps[0]}-{look.steps[-1]}"
         corners = ", ".join(str(round(corner * size[index % 2])) for index, corner in enumerate(look.box))
         inside = round(look.inside * 100)
-        lines.append(f"{number:>4}  {steps:>5}  {corners:<22}  {inside:>4} %  {100 - inside:>5} %")
+        if seconds is not None:
+            frame = f"{look.image_index + 1:>5}  {seconds[look.image_index]:>6.2f}  "
+        lines.append(f"{number:>4}  {steps:>5}  {frame}{corners:<22}  {inside:>4} %  {100 - inside:>5} %")
     return lines
 
 
-def as_json(seen, question: str, source: str, resolved, note: str | None) -> dict:
-    """The answer and its looks for programs; boxes are fractions of the picture's sides."""
+def as_json(
+    seen, question: str, source: str, resolved, note: str | None, seconds: Sequence[float] | None = None
+) -> dict:
+    """The answer and its looks for programs; boxes are fractions of the picture's sides, `frame_seconds` a clip's frames."""
     looks = []
     for number, reflection in enumerate(seen.reflections, 1):
         for look in reflection.looks:
@@ -160,6 +190,7 @@ def as_json(seen, question: str, source: str, resolved, note: str | None) -> dic
         "latent_steps": resolved.latent_steps,
         "latent_feedback": resolved.latent_feedback,
         "source": source,
+        "frame_seconds": seconds,
         "looks": looks,
     }
 
@@ -174,7 +205,7 @@ def read_picture(path: str):
         raise InputError(str(error)) from error
 
 
-def ask_model(model, processor, picture, question: str, source: str, options: argparse.Namespace):
+def ask_model(model, processor, pictures, question: str, source: str, options: argparse.Namespace):
     """`look` with the command's options; those that contradict each other or the checkpoint raise an `InputError`."""
     from vreflection_hub_card.inference.encoding import user_turn
     from vreflection_hub_card.inference.look import look
@@ -183,7 +214,7 @@ def ask_model(model, processor, picture, question: str, source: str, options: ar
         return look(
             model,
             processor,
-            user_turn([picture], question),
+            user_turn(list(pictures), question),
             (source,),
             **decoding(options),
             max_new_tokens=options.max_new_tokens,
