@@ -87,7 +87,7 @@ class ReflectionGenerationMixin:
         options = self.reflection_options(latent_steps, latent_feedback, reflect, latent_tolerance, given_config)
         prompts = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
         prompt = next((prompt for prompt in prompts if prompt is not None), None)
-        refuse_other_media(videos=kwargs.get("pixel_values_videos"))
+        refuse_other_media(**kwargs)
         self._check_prompt(prompt)
         if options.can_start:
             if kwargs.get("assistant_model") is not None:

@@ -22,6 +22,7 @@ from .compression_vreflection import (
 )
 from .generation_vreflection import CACHE
 from .outputs_vreflection import VReflectionModelOutputWithPast
+from .processing_vreflection import OTHER_MEDIA, refuse_other_media
 from .regions_vreflection import (
     add_positions,
     box_patches,
@@ -81,6 +82,8 @@ class ReflectionModelMixin:
             if cache is not None:
                 raise ValueError("`cache` and `past_key_values` are two names of one thing: pass one of them.")
             cache = past_key_values
+        refuse_other_media(**kwargs, videos=(mm_encoder_outputs or {}).get("video"))
+        kwargs = {name: value for name, value in kwargs.items() if name not in OTHER_MEDIA}
         prompt = input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling()
         if prompt and (input_ids == self.config.video_token_id).any():
             raise ValueError("`input_ids` hold a video's tokens: V-Reflection looks at pictures, not videos.")

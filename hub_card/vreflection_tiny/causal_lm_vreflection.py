@@ -11,7 +11,7 @@ from transformers.utils import can_return_tuple, logging
 from .compression_vreflection import initialise_queries
 from .decoding_vreflection import ReflectionOptions
 from .outputs_vreflection import VReflectionCausalLMOutputWithPast
-from .processing_vreflection import LATENT_TOKENS, refuse_other_media
+from .processing_vreflection import LATENT_TOKENS
 
 
 logger = logging.get_logger(__name__)
@@ -113,8 +113,6 @@ class ReflectionCausalLMMixin:
                 the batch doesn't allow; fewer latents than slots; both names of the cache; videos; embeddings or a cache
                 beside segments.
         """
-        # The stock names stay in the signature, so that a video is refused and not ignored.
-        refuse_other_media(videos=video_grid_thw if pixel_values_videos is None else pixel_values_videos)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -125,6 +123,10 @@ class ReflectionCausalLMMixin:
             pixel_values=pixel_values,
             image_grid_thw=image_grid_thw,
             mm_token_type_ids=mm_token_type_ids,
+            # The stock names of a video stay in the signature, so that it is refused and not ignored.
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
+            second_per_grid_ts=second_per_grid_ts,
             mm_encoder_outputs=mm_encoder_outputs,
             boxes=boxes,
             latent_inputs=latent_inputs,

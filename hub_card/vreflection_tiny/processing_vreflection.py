@@ -106,6 +106,8 @@ CHAT_TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' + ('<think>\\n' if thinks else '') -}}
 {%- endif -%}
 """
+# Arguments of the stock processors, of `forward` and of `generate` that come with videos or audio.
+OTHER_MEDIA = ("videos", "audio", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 # Of `from_pretrained`, where a file of the Hub is and how to get it.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # U+2060, invisible: put into a token's name where text holds it, so that it isn't the token.
@@ -260,6 +262,7 @@ class ReflectionProcessorMixin:
         refuse_other_media(**processor_kwargs)
         single = isinstance(conversation[0], dict)
         for messages in [conversation] if single else conversation:
+            refuse_other_parts(messages)
             self._refuse_special_tokens(messages)
         boxes = [rendered_reflections(messages) for messages in ([conversation] if single else conversation)]
         if kwargs.get("tokenize") and any(boxes):
@@ -309,11 +312,26 @@ class ReflectionProcessorMixin:
         return reflections
 
 
-def refuse_other_media(videos=None, audio=None, **kwargs):
-    """Raises a `ValueError` where videos or audio are given."""
-    for name, value in (("videos", videos), ("audio", audio)):
-        if value is not None:
-            raise ValueError(f"V-Reflection looks at pictures: pass `images`, not `{name}`.")
+def refuse_other_media(**kwargs):
+    """Raises a `ValueError` where one of `OTHER_MEDIA` is given."""
+    for name in OTHER_MEDIA:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"V-Reflection looks at pictures: pass `images`, not `{'audio' if name == 'audio' else 'videos'}`."
+            )
+
+
+def refuse_other_parts(messages: list[dict]):
+    """Raises a `ValueError` where a message holds a video or audio, before anything of it is loaded or fetched."""
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        for part in content if isinstance(content, (list, tuple)) else ():
+            kind = str(part.get("type"))
+            if "video" in kind or "audio" in kind:
+                raise ValueError(
+                    f"Message {number} ({message.get('role')}) holds a part of type {kind!r}, and V-Reflection looks at "
+                    "pictures: pass a video's frames as pictures."
+                )
 
 
 class VReflectionProcessor(ReflectionProcessorMixin, Qwen2_5_VLProcessor):

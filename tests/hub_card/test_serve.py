@@ -51,7 +51,9 @@ def client(tmp_path_factory):
         )
     try:
         wait_until_healthy(port, lambda: process.poll() is None, log.read_text)
-        yield client_of(port)
+        started = client_of(port)
+        started.log = log
+        yield started
     finally:
         process.kill()
         process.wait(30)
@@ -305,6 +307,22 @@ def test_a_pin_alone_stops_no_code(modules_cache, tmp_path):
             intruder = write_intruder(tmp_path / send.__name__)
             send(client, intruder)
             assert (intruder / "ran").exists()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_a_video_is_refused_and_not_fetched(client, path):
+    part = {"type": "video_url", "video_url": {"url": "http://localhost:9/clip.mp4"}}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "Which glyph?"}]}]
+    name = "input" if path.endswith("responses") else "messages"
+    before = len(client.log.read_text())
+    assert post(client, path, {"model": MODEL, name: messages}) == (500, "Internal Server Error")
+    deadline = time.monotonic() + 30
+    while "ValueError: " not in (log := client.log.read_text()[before:]):  # written after the answer
+        assert time.monotonic() < deadline, log
+        time.sleep(0.05)
+    reason = next(line for line in log.splitlines() if line.startswith("ValueError: "))
+    assert "Message 0 (user) holds a part of type 'video', and V-Reflection looks at pictures" in reason
+    assert "localhost:9" not in log
 
 
 def test_a_request_may_name_a_picture_by_its_path(client, tmp_path):

@@ -112,6 +112,50 @@ def test_videos_are_refused_by_forward_and_generate(embedded, latent_inputs, giv
             model.generate(**inputs, **given, max_new_tokens=4)
 
 
+VIDEO = {
+    "pixel_values_videos": torch.zeros(16, 1176),
+    "video_grid_thw": torch.tensor([[1, 4, 4]]),
+    "second_per_grid_ts": torch.ones(1),
+    "mm_encoder_outputs": {"video": torch.zeros(4, 192)},
+}
+
+
+@pytest.mark.parametrize("latent_inputs", [None, "hidden", "dac"])
+@pytest.mark.parametrize("name", VIDEO)
+def test_what_comes_with_a_video_is_refused_without_its_tokens(embedded, latent_inputs, name):
+    model, processor = embedded
+    answer = [{"type": "reflection", "box": [0, 0, 1, 1]}, {"type": "text", "text": "K"}]
+    messages = [QUESTION, {"role": "assistant", "content": answer}][: 1 if latent_inputs is None else 2]
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=latent_inputs is None, **OPTIONS)
+    if name == "mm_encoder_outputs":
+        inputs.pop("pixel_values")
+    for call in (model, model.model):  # trl calls the inner one
+        with pytest.raises(ValueError, match="pass `images`, not `videos`"):
+            call(**inputs, latent_inputs=latent_inputs, **{name: VIDEO[name]})
+    if latent_inputs is None and name != "mm_encoder_outputs":
+        with pytest.raises(ValueError, match="pass `images`, not `videos`"):
+            model.generate(**inputs, max_new_tokens=16, **{name: VIDEO[name]})
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize("kind", ["video", "video_url", "audio", "input_audio"])
+def test_videos_and_audio_in_messages_are_refused_before_they_are_fetched(embedded, monkeypatch, role, kind):
+    _, processor = embedded
+    fetched = []
+    for loader in ("load_video", "load_audio"):
+        monkeypatch.setattr(
+            f"transformers.processing_utils.{loader}", lambda *_, **__: fetched.append(1), raising=False
+        )
+    messages = [QUESTION, {"role": role, "content": [{"type": kind, "url": "http://localhost:9/a.mp4"}]}]
+    for conversation in (messages, [messages, messages]):
+        for options in ({"tokenize": False}, OPTIONS):
+            with pytest.raises(ValueError) as error:
+                processor.apply_chat_template(conversation, **options)
+            assert f"Message 1 ({role}) holds a part of type '{kind}'" in str(error.value)
+            assert "pass a video's frames as pictures" in str(error.value)
+    assert not fetched
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused_for_inference(checkpoint, value):
     model = VReflectionForConditionalGeneration.from_pretrained(checkpoint)
