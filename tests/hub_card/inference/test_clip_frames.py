@@ -138,7 +138,7 @@ def test_frames_are_asked_about_and_named(tiny_folder, capsys, monkeypatch):
         (["--frames", "text.mp4", "What?"], "text.mp4: damaged, or no clip"),
         (["--frames", "empty.mp4", "What?"], "empty.mp4: damaged, or no clip"),
         (["--frames", "sound.wav", "What?"], "sound.wav: holds no moving picture"),
-        (["--frames", "list.m3u8", "What?"], "list.m3u8: damaged, or no clip"),
+        (["--frames", "list.m3u8", "What?"], "list.m3u8: damaged, or no clip (Invalid data"),
         (["--frames", "clip.mp4", "--fps", "0", "What?"], "must be above 0"),
         (["--frames", "long.mp4", "--fps", "4", "What?"], f"more than {MAX_FRAMES} frames"),
         (["--frames", "thin.mp4", "What?"], "one side may be at most 200 times the other"),

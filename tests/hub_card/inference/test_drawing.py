@@ -1,5 +1,6 @@
 """Figures hold what they promise, for odd pictures and texts too."""
 
+import re
 from itertools import combinations, product
 
 import numpy as np
@@ -223,3 +224,18 @@ def test_maps_that_are_none_are_refused(value, per_step):
     maps[1, 2, 3] = value
     with pytest.raises(ValueError, match="finite"):
         draw_heatmap([Image.new("RGB", (9, 9))], [Reflection(2, {"dac": [maps]})], "?", "!", per_step=per_step)
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+def test_of_a_clip_only_the_frames_with_looks_are_drawn_and_named(per_step):
+    maps = [torch.full((8, 6, 6), 1e-4) for _ in range(4)]
+    maps[3][:5, 1, 1] = maps[1][5:, 2, 3] = 1.0
+    pictures = [Image.new("RGB", (60, 60), colour) for colour in ("red", "lime", "blue", "white")]
+    names = [f"frame {number}, {number / 2:.2f} s" for number in range(1, 5)]
+    figure = draw_heatmap(pictures, [Reflection(8, {"dac": maps})], "Where?", "There", per_step=per_step, frames=names)
+    assert re.findall(r"frame \d, \d\.\d\d s", texts(figure)) == [names[1], names[3]]
+    drawn = [
+        axes.images[0].get_array() for axes in figure.axes if axes.images and axes.images[0].get_array().ndim == 3
+    ]
+    colours = [tuple(picture[30, 30]) for picture in drawn if picture.shape[0] == 60]
+    assert list(dict.fromkeys(colours)) == [(0, 255, 0), (255, 255, 255)]
