@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from vreflection_hub_card.glyphsearch import draw_question
+from vreflection_hub_card.inference.clip_frames import MAX_FRAMES
 from vreflection_training.cli import main
 
 
@@ -47,6 +48,35 @@ def test_the_tutorials_row_and_recipe_pass_the_check(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     assert main(["check", "kitchen.yaml"]) == 0
     assert re.search(r"^rows +1$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_rows_of_frames_pass_the_check(tmp_path, monkeypatch, capsys):
+    page = (DOCS / "moving_pictures.md").read_text()
+    (tmp_path / "rows.json").write_text(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1])
+    (tmp_path / "clip").mkdir()
+    for number in range(2):
+        Image.new("RGB", (224, 168), "white").save(tmp_path / "clip" / f"{number}.jpg")
+    recipe = "model_name_or_path: vreflection_tiny\ndataset_name: rows.json\noutput_dir: out\nmax_steps: 1\n"
+    (tmp_path / "clip.yaml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "clip.yaml"]) == 0
+    assert re.search(r"^rows +2$", capsys.readouterr().out, re.MULTILINE)
+    assert f"At most {MAX_FRAMES} frames" in page
+
+
+def test_what_a_backbone_takes_exists():
+    text = (DOCS / "adding_a_backbone.md").read_text()
+    code = "".join(path.read_text() for path in ROOT.glob("modeling_vreflection/*.py"))
+    files = set(re.findall(r"`((?:\w+/)*\w+\.py)`", text)) - {"modeling_NAME_vreflection.py"}
+    assert len(files) > 5
+    assert not [
+        file for file in files if not any((ROOT / folder / file).is_file() for folder in (".", "modeling_vreflection"))
+    ]
+    table = re.search(r"\| the mixins use.*?\n\n", text, re.DOTALL)[0]
+    names = set(re.findall(r"`([a-z_]{5,})[`(]", table))
+    assert len(names) > 12 and not [name for name in names if name not in code]
+    assert set(re.findall(r"`(Reflection\w+Mixin)`", text)) == set(re.findall(r"class (Reflection\w+Mixin)\b", code))
+    assert {"BACKBONES", "CLASSES", "MODEL_CLASSES"} <= set(re.findall(r"`([A-Z_]+)`", text))
 
 
 @pytest.mark.slow
