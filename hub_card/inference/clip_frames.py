@@ -49,7 +49,8 @@ def read_frames(path: str | Path, fps: float = 1.0, max_frames: int = MAX_FRAMES
 
     frames, first, last_span, end = [], None, -1, 0.0
     try:
-        with av.open(str(path)) as container:  # a playlist's addresses aren't followed, by FFmpeg's own default
+        # The whole path, for FFmpeg takes what stands before a colon for a protocol. A playlist's addresses it doesn't follow.
+        with av.open(str(path.resolve()), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise InputError(f"{path}: holds no moving picture")
             stream = container.streams.video[0]

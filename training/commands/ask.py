@@ -30,8 +30,8 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "ask",
         help="ask a question about a picture and see where the model looked",
-        description="Answers a question about a picture, or about a clip's frames. Without any argument: draws a GlyphSearch scene, asks for the "
-        f"end of a chain of three shapes, and writes {DEMO_PICTURE} and {DEMO_HEATMAP} into the current folder.",
+        description="Answers a question about a picture, or about a clip's frames. Without any argument: draws a "
+        f"GlyphSearch scene, asks for the end of a chain of three shapes, and writes {DEMO_PICTURE} and {DEMO_HEATMAP} into the current folder.",
     )
     parser.add_argument("picture", nargs="?", metavar="PICTURE", help="a picture file")
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="the question about it")

@@ -63,6 +63,20 @@ def test_a_clip_that_was_held_upright_is_upright():
     assert np.abs(np.asarray(picture, dtype=float) - np.rot90(np.asarray(make_scene(3).image), -1)).mean() < 10
 
 
+def test_odd_names_and_titles_are_read():
+    with av.open("clip.mp4", "w") as container:
+        container.metadata["title"] = "XXXX"
+        stream = container.add_stream("mpeg4", rate=RATE)
+        stream.width = stream.height = 168
+        stream.pix_fmt = "yuv420p"
+        for frame in (av.VideoFrame.from_image(make_scene(1).image), None):
+            container.mux(stream.encode(frame))
+    content = open("clip.mp4", "rb").read()
+    assert content.count(b"XXXX") == 1
+    open("10:30 clip.mp4", "wb").write(content.replace(b"XXXX", b"\xfc\xff\xfe\xe9"))  # no UTF-8
+    assert len(read_frames("10:30 clip.mp4")) == 1
+
+
 def test_more_frames_than_the_most_are_refused():
     write_clip("clip.mp4", range(6))
     assert len(read_frames("clip.mp4", RATE, max_frames=6)) == 6
