@@ -7,11 +7,11 @@ from pathlib import Path
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
-from transformers import BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, GenerationConfig
 from trl import ModelConfig
 from trl import get_quantization_config as get_stock_quantization_config
 
-from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
+from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
 from modeling_vreflection.configuration_vreflection import ReflectionConfigMixin
 from vreflection_hub_card.card import read_training_facts, write_training_facts
 from vreflection_hub_card.errors import InputError
@@ -21,8 +21,6 @@ from .sft_config import VReflectionSFTConfig
 
 
 LANGUAGE_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# The vision encoder's other names for its linear layers; its MLPs share theirs with the language model.
-VISION_LAYERS = ("attn.qkv", "attn.proj", "merger.mlp.0", "merger.mlp.2")
 VOCABULARY = ("embed_tokens", "lm_head")
 # The fields that decide what BCM and DAC are and do: an adapter means the same only on a base that has them too.
 REFLECTION_FIELDS = tuple(name for name in ReflectionConfigMixin.__annotations__ if not name.endswith("_token_id"))
@@ -35,12 +33,13 @@ def complete_peft_config(
 
     That is BCM and DAC as far as the stage trains them, in `modules_to_save`, and the rows of the three latent tokens,
     in `trainable_token_indices`: of the input embeddings, and of the output head where it isn't tied to them. On a
-    stock Qwen2.5-VL the module that the stage leaves alone is saved too, since it was drawn at random and another draw
+    stock backbone the module that the stage leaves alone is saved too, since it was drawn at random and another draw
     would come with the reload; [`prepare_adapter`] keeps it as it is.
 
     The adapters go where `target_modules` says, by default to the linear layers of the language model, and with
     `freeze_vision=False` of the vision encoder. They never go into BCM or DAC, which train whole, nor into a frozen
-    vision encoder, though some of their layers have the same names.
+    vision encoder, though some of their layers have the same names. The experts of a mixture are no linear layers: of
+    its language model the default reaches the attention alone.
 
     Returns a copy; what the user passed is not changed.
 
@@ -113,7 +112,7 @@ def load_adapter(adapter: str | Path, **kwargs) -> tuple[PeftModel, VReflectionP
         ValueError: A base whose latent tokens have other ids than the adapter's.
     """
     adapter = str(adapter)
-    config = VReflectionConfig.from_pretrained(adapter)
+    config = AutoConfig.from_pretrained(adapter)
     fields = {name: getattr(config, name) for name in REFLECTION_FIELDS}
     peft_config = PeftConfig.from_pretrained(adapter)
     base_name = peft_config.base_model_name_or_path
@@ -130,7 +129,7 @@ def load_adapter(adapter: str | Path, **kwargs) -> tuple[PeftModel, VReflectionP
             f"{base_name!r} has them at {base.config.latent_token_ids}: this is another base than it was trained on."
         )
     base.generation_config = GenerationConfig.from_pretrained(adapter)
-    return PeftModel.from_pretrained(base, adapter), VReflectionProcessor.from_pretrained(adapter)
+    return PeftModel.from_pretrained(base, adapter), AutoProcessor.from_pretrained(adapter)
 
 
 def merge_adapter(adapter: str | Path, output_dir: str | Path, **kwargs):
@@ -170,7 +169,7 @@ def _complete_targets(config: LoraConfig, names: list[str], args: VReflectionSFT
     """Sets `target_modules` and `exclude_modules`."""
     closed = r"model\.(bcm|dac|visual)\..+" if args.freeze_vision else r"model\.(bcm|dac)\..+"
     if config.target_modules is None:
-        config.target_modules = set(LANGUAGE_LAYERS + (() if args.freeze_vision else VISION_LAYERS))
+        config.target_modules = set(LANGUAGE_LAYERS) if args.freeze_vision else "all-linear"
     elif config.target_modules != "all-linear":
         _check_targets(config, names, args, closed)
     theirs = config.exclude_modules
@@ -201,7 +200,7 @@ def _check_targets(config: LoraConfig, names: list[str], args: VReflectionSFTCon
     if not args.freeze_vision and not in_vision and "visual" not in (config.modules_to_save or ()):
         raise ValueError(
             "`freeze_vision=False`, but nothing in `target_modules` is in the vision encoder, which would stay as it "
-            f"is: add {', '.join(VISION_LAYERS)}, or leave `freeze_vision` out."
+            "is: add names of its layers, set 'all-linear', or leave `freeze_vision` out."
         )
 
 

@@ -1,4 +1,4 @@
-"""Random backbones of four sizes, and models of both classes on one set of weights, in memory once."""
+"""Sizes of backbones: with random weights, without memory, and models of both classes on one set of weights, in memory once."""
 
 import copy
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, set_seed
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
+from modeling_vreflection.causal_lm_vreflection import MODEL_CLASSES
 from modeling_vreflection.processing_vreflection import LATENT_TOKENS
 from vreflection_hub_card.inference.checkpoints import EMBEDDED
 
@@ -21,7 +22,7 @@ MAX_PATCHES = 5120  # the paper's limit (4.1), in merged patches
 
 @dataclass(frozen=True)
 class Backbone:
-    """A size of Qwen2.5-VL and of its pictures; `backbones.yaml` explains the fields."""
+    """A size of a backbone and of its pictures; `backbones.yaml` explains the fields."""
 
     note: str
     text: dict
@@ -30,6 +31,8 @@ class Backbone:
     dtype: str
     side: int = 16
     mix_divisor: int = 1
+    model_type: str = Qwen2_5_VLConfig.model_type
+    source: str | None = None
 
 
 BACKBONES = {
@@ -37,6 +40,19 @@ BACKBONES = {
     for name, fields in yaml.safe_load(Path(__file__).with_name("backbones.yaml").read_text()).items()
     if not name.startswith("_")
 }
+# Those that the benchmarks can run: of the embedded checkpoint's kind, whose tokens and processor they take.
+RUNNABLE = [name for name, backbone in BACKBONES.items() if backbone.model_type == Qwen2_5_VLConfig.model_type]
+PUBLISHED = [name for name, backbone in BACKBONES.items() if backbone.source is not None]
+
+
+def meta_model(backbone: Backbone) -> PreTrainedModel:
+    """Our model of a size, without memory."""
+    model_class = MODEL_CLASSES[backbone.model_type]
+    config = model_class.config_class(
+        text_config=backbone.text, vision_config=backbone.vision, tie_word_embeddings=backbone.tied
+    )
+    with torch.device("meta"):
+        return model_class(config)
 
 
 def random_model(

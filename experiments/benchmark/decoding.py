@@ -33,7 +33,16 @@ from vreflection_hub_card.glyphsearch import draw_question
 from vreflection_hub_card.inference.checkpoints import checkpoint_folder, find_device, load_checkpoint
 from vreflection_hub_card.inference.encoding import encode_prompts, user_turn
 
-from .backbones import BACKBONES, CELL, Backbone, count_parameters, model_on, random_model, weight_bytes
+from .backbones import (
+    BACKBONES,
+    CELL,
+    RUNNABLE,
+    Backbone,
+    count_parameters,
+    model_on,
+    random_model,
+    weight_bytes,
+)
 from .rounds import PeakMemory, open_result, paired_ratio, pick_clock, rotated, save_result, spread
 
 
@@ -311,7 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
         "processor's time, which a busy machine disturbs less.",
     )
     parser.add_argument("model", nargs="?", help="a folder or a Hub id (default: the embedded checkpoint)")
-    parser.add_argument("--backbone", choices=BACKBONES, help="random weights of this size instead of a checkpoint")
+    parser.add_argument("--backbone", choices=RUNNABLE, help="random weights of this size instead of a checkpoint")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the result file")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds (default: 9)")
     parser.add_argument("--text-steps", type=int, default=16, metavar="N", help="of an answer (default: 16)")

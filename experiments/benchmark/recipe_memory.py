@@ -1,49 +1,63 @@
-"""Memory of the recipes for stage `path` on a GPU, estimated on the meta device: `python -m experiments.benchmark.recipe_memory`.
+"""Memory of recipes on a GPU, estimated on the meta device: `python -m experiments.benchmark.recipe_memory`.
 
 Counted are the weights: those that train in float32, with their gradients and AdamW's two averages, the others in bf16; then
 what gradient checkpointing keeps of a full pack, and what the feed-forward part of a layer keeps while it is computed again.
+Where DAC fills the slots, a step has two passes, and the layers' inputs of both are kept.
 Not counted: attention's buffers, pictures while they are encoded, copies and buffers of the engine, fragmentation.
 """
 
+from collections.abc import Collection
+
 import torch
+import yaml
 from torch.autograd.graph import saved_tensors_hooks
 
-from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration
 from vreflection_training.adapters import LANGUAGE_LAYERS
+from vreflection_training.recipe_files import RECIPES as FOLDER
+from vreflection_training.stages import STAGES
 
-from .backbones import BACKBONES
+from .backbones import BACKBONES, meta_model
 
 
 # The recipe, its backbone, the GPUs that share weights and optimiser, the rank of its adapters.
-RECIPES = {"path_3b": ("3b", 8, None), "path_7b": ("7b", 8, None), "path_7b_lora": ("7b", 1, 64)}
+RECIPES = {
+    "path_3b": ("3b", 8, None),
+    "path_7b": ("7b", 8, None),
+    "path_7b_lora": ("7b", 1, 64),
+    "qwen3_vl_4b_path": ("qwen3_vl_4b", 8, None),
+    "qwen3_vl_8b_path": ("qwen3_vl_8b", 8, None),
+    "qwen3_vl_8b_path_lora": ("qwen3_vl_8b", 1, 64),
+    **{
+        f"qwen3_vl_{size}_{stage}": (f"qwen3_vl_{size}", 8, None)
+        for size in ("4b", "8b")
+        for stage in ("stage1", "stage2")
+    },
+}
 PACK = 16_384  # tokens
 TRAINED_BYTES = 16  # float32: weight, gradient, two averages
 FROZEN_BYTES = 2
 ACTIVATION_BYTES = 2
 
 
-def meta_model(size: str) -> VReflectionForConditionalGeneration:
-    """A model of a backbone's size without memory."""
-    backbone = BACKBONES[size]
-    config = VReflectionConfig(
-        text_config=backbone.text, vision_config=backbone.vision, tie_word_embeddings=backbone.tied
-    )
-    with torch.device("meta"):
-        return VReflectionForConditionalGeneration(config)
+def count(*modules) -> int:
+    """How many parameters modules have."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def count_parameters(model, rank: int | None) -> tuple[int, int]:
-    """How many parameters train, and how many are only held."""
-    held = sum(parameter.numel() for parameter in model.parameters())
-    vision = sum(parameter.numel() for parameter in model.model.visual.parameters())
+def count_parameters(model, rank: int | None, trains: Collection[str] = ("bcm", "dac")) -> tuple[int, int]:
+    """How many parameters train, and how many are only held; `trains` says which of BCM and DAC train."""
+    held = count(model)
     if rank is None:
-        return held - vision, vision
+        frozen = count(
+            model.model.visual, *(getattr(model.model, part) for part in ("bcm", "dac") if part not in trains)
+        )
+        return held - frozen, frozen
     adapters = sum(
         rank * (module.in_features + module.out_features)
         for name, module in model.model.language_model.named_modules()
         if name.rpartition(".")[2] in LANGUAGE_LAYERS
     )
-    whole = sum(parameter.numel() for part in (model.model.bcm, model.model.dac) for parameter in part.parameters())
+    whole = count(*(getattr(model.model, part) for part in trains))
     rows = 3 * model.config.text_config.hidden_size * (1 if model.config.tie_word_embeddings else 2)
     return adapters + whole + rows, held
 
@@ -72,9 +86,11 @@ def kept_activations(model) -> tuple[int, int]:
 def estimate(recipe: str) -> dict[str, float]:
     """GB a GPU: what is held and trained, and the two parts of [`kept_activations`]."""
     size, gpus, rank = RECIPES[recipe]
-    model = meta_model(size)
-    trained, frozen = count_parameters(model, rank)
+    model = meta_model(BACKBONES[size])
+    options = yaml.safe_load((FOLDER / f"{recipe}.yaml").read_text())
+    trained, frozen = count_parameters(model, rank, STAGES[str(options["stage"])].trains)
     checkpoints, within = kept_activations(model)
+    checkpoints *= 2 if options["latent_inputs"] == "dac" else 1
     shared = (trained * TRAINED_BYTES + frozen * FROZEN_BYTES) / gpus
     return {"states": shared / 1e9, "layers": checkpoints / 1e9, "within": within / 1e9}
 

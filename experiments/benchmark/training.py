@@ -29,7 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from vreflection_training import VReflectionSFTConfig, VReflectionSFTTrainer
 from vreflection_training.data.packing import pack_dataset
 
-from .backbones import BACKBONES, Backbone, count_parameters, model_on, random_model
+from .backbones import BACKBONES, RUNNABLE, Backbone, count_parameters, model_on, random_model
 from .random_rows import LIMITS, VISUAL_COT_NOTE, as_dataset, draw_grid, random_row
 from .rounds import PeakMemory, open_result, paired_ratio, pick_clock, rotated, save_result, spread
 
@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
         description="Measures training steps of trl's plain fine-tuning, of ours, of stage 1 and of stage 2 with each "
         "`latent_inputs`, and packing against padding, on random weights and samples.",
     )
-    parser.add_argument("--backbone", choices=BACKBONES, default="small", help="default: small, for a CPU")
+    parser.add_argument("--backbone", choices=RUNNABLE, default="small", help="default: small, for a CPU")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the result file")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds (default: 9)")
     parser.add_argument("--device", choices=TURNS, default="cpu", help="default: cpu")

@@ -32,8 +32,17 @@ PATH = {
     "path_tiny": "tiny_stage1",
 }
 PATH_LARGE = [name for name in PATH if name != "path_tiny"]
-ADAPTERS = [LORA, "path_7b_lora"]
-LARGE = [*PAPER, LORA, *RELEASED, *PATH_LARGE]
+# On the other backbone, beside what each repeats.
+QWEN3 = {
+    "qwen3_vl_8b_path_lora": "path_7b_lora",
+    **{
+        f"qwen3_vl_{size}_{run}": f"{'path_7b' if run == 'path' else f'qwen2_5_vl_7b_{run}'}"
+        for size in ("4b", "8b")
+        for run in ("path", "stage1", "stage2")
+    },
+}
+ADAPTERS = [LORA, "path_7b_lora", "qwen3_vl_8b_path_lora"]
+LARGE = [*PAPER, LORA, *RELEASED, *PATH_LARGE, *QWEN3]
 TINY = ["tiny_base", "tiny_stage1", "tiny_stage2", "path_tiny", "tiny_qwen3_vl_base", "tiny_qwen3_vl"]
 # What a machine without a GPU can't do.
 ON_CPU = "--use_cpu true --dtype float32 --attn_implementation sdpa".split()
@@ -41,6 +50,11 @@ SHORT = (
     "--max_steps 2 --warmup_steps 0 --gradient_accumulation_steps 1 --dataloader_num_workers 0 --save_strategy no "
     "--sample_every 0 --report_to none --logging_steps 1 --disable_tqdm true"
 ).split()
+
+
+def side(name: str) -> int:
+    """Pixels that an image token is wide and high."""
+    return 32 if name in QWEN3 else 28
 
 
 def read(name: str) -> dict:
@@ -75,8 +89,8 @@ def test_the_head_says_how_to_run_it(name):
 def test_what_the_paper_gives_for_all_runs(name):
     options = read(name)
     expected = {
-        "min_pixels": 128 * 28 * 28,
-        "max_pixels": 5120 * 28 * 28,
+        "min_pixels": 128 * side(name) ** 2,
+        "max_pixels": 5120 * side(name) ** 2,
         "sample_packing": True,
         "max_samples_per_pack": 4,
         "long_sample_length": 4095 if name in RELEASED else 4096,  # the released code's test is >=
@@ -200,6 +214,14 @@ def test_the_runs_of_the_paper_differ_in_what_they_say_only():
     }
 
 
+@pytest.mark.parametrize("name, model", QWEN3.items())
+def test_another_backbone_is_another_model_and_its_pixels(name, model):
+    assert difference(name, model) == {"output_dir", "model_name_or_path", "min_pixels", "max_pixels"}
+    if not name.endswith("stage2"):
+        size = name.split("_")[2].upper()
+        assert read(name)["model_name_or_path"] == f"Qwen/Qwen3-VL-{size}-Instruct"
+
+
 def test_a_step_sees_as_many_packs_on_one_gpu_with_lora_as_on_eight():
     for name, full in ((LORA, "qwen2_5_vl_7b_stage1"), ("path_7b_lora", "path_7b")):
         assert read(name)["gradient_accumulation_steps"] == 8 * read(full)["gradient_accumulation_steps"]
@@ -207,7 +229,11 @@ def test_a_step_sees_as_many_packs_on_one_gpu_with_lora_as_on_eight():
 
 @pytest.mark.parametrize(
     "first, second",
-    [(f"qwen2_5_vl_{size}_stage1", f"qwen2_5_vl_{size}_stage2") for size in ("7b", "3b")] + [tuple(RELEASED)],
+    [
+        (f"{model}_stage1", f"{model}_stage2")
+        for model in ("qwen2_5_vl_7b", "qwen2_5_vl_3b", "qwen3_vl_4b", "qwen3_vl_8b")
+    ]
+    + [tuple(RELEASED)],
 )
 def test_stage_2_starts_from_stage_1(first, second):
     assert read(second)["model_name_or_path"] == read(first)["output_dir"]
@@ -282,17 +308,23 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     write_visual_cot(place / "data")
     write_gqa(place / "data")
-    stock = save_tiny_backbone(place / "stock")
+    for name in ("qwen2_5_vl", "qwen3_vl"):
+        save_tiny_backbone(place / name, model_type=name)
     architecture = read("released_code")["model_options"]
-    starts = {read(name)["model_name_or_path"]: {} for name in ("qwen2_5_vl_7b_stage2", "qwen2_5_vl_3b_stage2")}
-    starts[read("released_code_stage2")["model_name_or_path"]] = architecture
-    for folder, options in starts.items():
+    for name in (recipe for recipe in LARGE if recipe.endswith("stage2")):
+        stock, folder = place / stock_folder(name), read(name)["model_name_or_path"]
+        options = architecture if name in RELEASED else {}
         model, processor = VReflectionForConditionalGeneration.from_backbone(stock, dtype=torch.float32, **options)
         with torch.no_grad():
             model.model.bcm.norm.bias.fill_(0.01)  # counts as trained
         for part in (model, processor):
             part.save_pretrained(place / folder)
     return place
+
+
+def stock_folder(name: str) -> str:
+    """The tiny stock folder in the place of a recipe's backbone."""
+    return "qwen3_vl" if name in QWEN3 else "qwen2_5_vl"
 
 
 def write_visual_cot(folder: Path):
@@ -364,12 +396,12 @@ def test_half_of_the_rows_of_a_path_at_7b_are_gqas_and_some_have_no_reflection(p
 
 @pytest.fixture
 def dry_run(place, tmp_path, monkeypatch):
-    """Builds a recipe's trainer, from the tiny model instead of Qwen2.5-VL, and trains two steps."""
+    """Builds a recipe's trainer, from the tiny model instead of the published one, and trains two steps."""
     monkeypatch.chdir(place)
 
     def run(name):
         start = read(name)["model_name_or_path"]
-        start = "stock" if start is not None and start.startswith("Qwen/") else start
+        start = stock_folder(name) if start is not None and start.startswith("Qwen/") else start
         parsed = parse([name, "--model_name_or_path", start, "--output_dir", str(tmp_path), *ON_CPU, *SHORT])
         trainer = build_trainer(*parsed)
         before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
@@ -381,7 +413,14 @@ def dry_run(place, tmp_path, monkeypatch):
 
 
 # One of each kind; CI runs the others, too.
-QUICK = ("path_3b", "path_7b_lora", "qwen2_5_vl_7b_stage1", "qwen2_5_vl_7b_stage2")
+QUICK = (
+    "path_3b",
+    "path_7b_lora",
+    "qwen2_5_vl_7b_stage1",
+    "qwen2_5_vl_7b_stage2",
+    "qwen3_vl_8b_path",
+    "qwen3_vl_4b_stage2",
+)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +449,7 @@ def test_dry_run(dry_run, name):
     batch = next(iter(trainer.get_train_dataloader()))
     assert len(batch["input_ids"]) == 1 and len(batch["sample_ids"]) == 4
     assert (batch["image_grid_thw"].prod(-1) // 4 >= 128).all()
-    assert trainer.processing_class.image_processor.size["longest_edge"] == 5120 * 28 * 28
+    assert trainer.processing_class.image_processor.size["longest_edge"] == 5120 * side(name) ** 2
 
     # Architecture and names of the tokens: from stage 1's recipe, and from its checkpoint in stage 2.
     config, tokenizer = trainer.model.config, trainer.processing_class.tokenizer

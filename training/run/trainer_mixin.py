@@ -13,7 +13,7 @@ from accelerate.utils import is_peft_model
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
-from modeling_vreflection import VReflectionForConditionalGeneration
+from modeling_vreflection.causal_lm_vreflection import MODEL_CLASSES
 from vreflection_hub_card.card import save_card, write_training_facts
 from vreflection_hub_card.folder_lock import locked_folder
 
@@ -181,7 +181,7 @@ class RunMixin:
         sharded = self.model
         if not is_peft_model(sharded):
             with torch.device("meta"):
-                self.model = VReflectionForConditionalGeneration(sharded.config)
+                self.model = MODEL_CLASSES[sharded.config.backbone_type](sharded.config)
             self.model.generation_config = sharded.generation_config
         try:
             yield
