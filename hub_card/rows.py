@@ -21,6 +21,8 @@ FEATURES = Features(
         "messages": List(
             {
                 "role": Value("string"),
+                # An assistant's thoughts in words, of a backbone that thinks before it answers.
+                "reasoning_content": Value("string"),
                 "content": List(
                     {
                         "type": Value("string"),
@@ -120,6 +122,7 @@ def row_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
         raise BadRow(f"{name}: no `messages`, nor `question` and `answer`; the row has {given}.", "messages")
     cleaned = [_clean_message(message, name) for message in messages]
     _check_texts(cleaned, bool(row_images(row)), name)
+    _check_past_thoughts(cleaned, name)
     try:
         return prepare_multimodal_messages(cleaned, images=row_images(row))
     except ValueError as error:
@@ -223,10 +226,7 @@ def normalise_row(row: dict[str, Any], row_id: str, dataset: str) -> dict[str, A
                 raise BadRow(
                     f"a picture must be a path, a dict with `path` or `bytes`, or a PIL image, got {image!r}."
                 )
-        messages = [
-            {"role": message["role"], "content": [_plain_part(part) for part in message["content"]]}
-            for message in messages
-        ]
+        messages = [{**message, "content": [_plain_part(part) for part in message["content"]]} for message in messages]
     except BadRow as error:
         return make_bad_row(row_id, dataset, str(error).removeprefix(f"Sample {row_id}").removeprefix(":").strip())
     return make_row(row_id, dataset, images, messages)
@@ -274,12 +274,20 @@ def _clean_message(message: Any, name: str) -> dict[str, Any]:
         roles = ", ".join(PARTS)
         raise BadRow(f"{name}: a message needs `content` and a `role` of {roles}, got {message!r}.", "messages")
     role = message["role"]
-    if unknown := [key for key in message if key not in ("role", "content") and is_given(message[key])]:
+    thoughts = (
+        {"reasoning_content": message["reasoning_content"]} if is_given(message.get("reasoning_content")) else {}
+    )
+    keys = ("role", "content", *(thoughts if role == "assistant" else ()))
+    if unknown := [key for key in message if key not in keys and is_given(message[key])]:
         raise BadRow(
-            f"{name}: a message holds role and content, and nothing reads {unknown[0]!r}: {message!r}.", "unknown key"
+            f"{name}: a message holds role and content, an assistant's also `reasoning_content`, and nothing reads "
+            f"{unknown[0]!r}: {message!r}.",
+            "unknown key",
         )
+    if thoughts and not isinstance(thoughts["reasoning_content"], str):
+        raise BadRow(f"{name}: `reasoning_content` must be a text, got {thoughts['reasoning_content']!r}.", "messages")
     if isinstance(content, str):
-        return {"role": role, "content": content}
+        return {"role": role, **thoughts, "content": content}
     if not _is_list(content) or not all(isinstance(part, dict) and part.get("type") for part in content):
         raise BadRow(f"{name}: `content` must be text or parts with a `type`, got {content!r}.", "messages")
     parts = [{key: value for key, value in part.items() if value is not None} for part in content]
@@ -298,7 +306,18 @@ def _clean_message(message: Any, name: str) -> dict[str, Any]:
                 f"{name}: a part of type {part['type']!r} holds {keys} besides its type, not {unknown[0]!r}: {shown!r}.",
                 "unknown key",
             )
-    return {"role": role, "content": parts}
+    return {"role": role, **thoughts, "content": parts}
+
+
+def _check_past_thoughts(messages: list[dict[str, Any]], name: str):
+    """Raises where thoughts stand before the last question: the chat template would drop them, and train on the answer."""
+    last = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=0)
+    if any("reasoning_content" in message for message in messages[:last]):
+        raise BadRow(
+            f"{name}: it has `reasoning_content` before the last question, where thoughts are forgotten: make a row of each "
+            "turn.",
+            "past thoughts",
+        )
 
 
 def _check_texts(messages: list[dict[str, Any]], pictures: bool, name: str):
@@ -309,7 +328,8 @@ def _check_texts(messages: list[dict[str, Any]], pictures: bool, name: str):
         for part in ([text_part(message["content"])] if isinstance(message["content"], str) else message["content"])
     ]
     pictures = pictures or any(part["type"] == "image" for part in parts)
-    for text in (part["text"] for part in parts if part["type"] == "text"):
+    thoughts = [message["reasoning_content"] for message in messages if "reasoning_content" in message]
+    for text in (*thoughts, *(part["text"] for part in parts if part["type"] == "text")):
         if pictures and (found := PLACEHOLDER.search(text)):
             raise BadRow(
                 f"{name}: {found[0]} stands in the text of a row with pictures, and would be read as text. Write "

@@ -2,7 +2,8 @@
 
 import torch
 from randomise import randomise
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.tokenization_utils_base import AddedToken
 
 from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_training.tiny import save_tiny_backbone
@@ -17,6 +18,16 @@ def save_strong_backbone(folder, model_type: str):
             if parameter.ndim >= 2:
                 parameter *= 1.4
     model.save_pretrained(folder)
+    return folder
+
+
+def save_thinking_backbone(folder):
+    """Writes a stock folder whose prompts open thoughts in words, as those of a backbone that thinks do."""
+    save_strong_backbone(folder, "qwen3_vl")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    tokenizer.chat_template = "{{- '<|im_start|>assistant\\n<think>\\n' }}"
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -111,7 +111,7 @@ class VReflectionDataCollator:
         try:
             messages = read_messages(row, self.reflect)
             images = iter([load_image(image, self.processor.image_processor) for image in pictures(messages)])
-            count = len(check_messages(messages, f"Sample {name}", row, self.processor.num_latent_tokens))
+            count = len(check_messages(messages, f"Sample {name}", row, self.processor))
             for message in messages:
                 message["content"] = [
                     {**part, "image": next(images)} if part["type"] == "image" else part for part in message["content"]

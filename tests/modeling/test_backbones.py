@@ -6,10 +6,9 @@ import pytest
 import torch
 from isolation import run_isolated
 from reference import BOXES, OpenReflections, Row, answer, ask, attend, decode_uncached, encode, picture
-from tiny_models import make_random_model, make_stock, save_strong_backbone
+from tiny_models import make_random_model, make_stock, save_strong_backbone, save_thinking_backbone
 from torch.nn.functional import log_softmax
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, Qwen2Config
-from transformers.tokenization_utils_base import AddedToken
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Config
 
 from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.inference.encoding import answer_texts
@@ -239,11 +238,7 @@ def test_prompts_have_the_backbones_own_format(own):
 @pytest.fixture(scope="module")
 def thinking(tmp_path_factory):
     """A model of a backbone that thinks in words, whose stock template opens the thoughts, and its processor."""
-    folder = save_strong_backbone(tmp_path_factory.mktemp("thinking"), "qwen3_vl")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
-    tokenizer.chat_template = "{{- '<|im_start|>assistant\\n<think>\\n' }}"
-    tokenizer.save_pretrained(folder)
+    folder = save_thinking_backbone(tmp_path_factory.mktemp("thinking"))
     return VReflectionForConditionalGeneration.from_backbone(folder, dtype=torch.float32)
 
 

@@ -56,22 +56,29 @@ def pictures(messages: list[dict[str, Any]]) -> list[Any]:
 
 
 def check_messages(
-    messages: list[dict[str, Any]], name: str, row: dict[str, Any], num_latent_tokens: int | None
+    messages: list[dict[str, Any]], name: str, row: dict[str, Any], processor: VReflectionProcessor
 ) -> list[int]:
     """Checks what needs neither pixels nor tokens, and counts the boxes of each reflection that is rendered.
 
     Raises:
         BadRow: No assistant's turn; a reflection of a past turn; a box that isn't one, or of a picture that isn't there; a
-            path that is empty, or longer than the `num_latent_tokens` steps of a reflection.
-        ValueError: Reflections, and no `num_latent_tokens`.
+            path that is empty, or longer than the processor's `num_latent_tokens` steps of a reflection; thoughts, and a
+            processor whose backbone has none.
+        ValueError: Reflections, and a processor without `num_latent_tokens`.
     """
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow(f"{name} has nothing to learn from: no assistant's turn.", "nothing to learn")
     check_past_reflections(messages, row)
+    if processor.think_end_token_id is None and any("reasoning_content" in message for message in messages):
+        raise BadRow(
+            f"{name} has `reasoning_content`, and this model has not learned to think in words: leave it out, or start from "
+            "a backbone that thinks.",
+            "thoughts",
+        )
     images = len(pictures(messages))
     try:
         return [
-            len(read_path(part, images, num_latent_tokens, number))
+            len(read_path(part, images, processor.num_latent_tokens, number))
             for number, part in enumerate(rendered_reflections(messages))
         ]
     except ReflectionPartError as error:
@@ -98,7 +105,7 @@ def inspect_row(
     try:
         messages = read_messages(row, reflect)
         image_tokens = _image_tokens(pictures(messages), found, processor.image_processor, decode, name)
-        found.path_lengths = check_messages(messages, name, row, processor.num_latent_tokens)
+        found.path_lengths = check_messages(messages, name, row, processor)
         try:
             text = processor.apply_chat_template(messages, tokenize=False)
         except ValueError as error:
