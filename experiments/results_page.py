@@ -11,6 +11,8 @@ from pathlib import Path
 from vreflection_hub_card.evaluation.report import glyphsearch_table
 
 from .benchmark.benchmark_tables import decoding_tables, training_tables
+from .benchmark.sizes import RESULT as SIZES_RESULT
+from .benchmark.sizes import sizes_table
 from .chains.table import TABLES, read_results, time_table
 from .chains.train import RESULTS as CHAINS_RESULTS
 
@@ -29,6 +31,7 @@ RENDERERS: Renderers = {
     "glyphsearch mixed": (glyphsearch_table, EMBEDDED_RESULTS / "vreflection_tiny_mixed.json"),
     "study": (str.strip, STUDY_RESULTS / "tables.md"),
     "glyphsearch chains": (glyphsearch_table, EMBEDDED_RESULTS / "vreflection_tiny_chains.json"),
+    "sizes": (sizes_table, SIZES_RESULT),
     "training small": (training_tables, BENCHMARK_RESULTS / "training_small.json"),
     "decoding 7b": (decoding_tables, BENCHMARK_RESULTS / "decoding_7b_cpu.json"),
     "decoding 3b dac": (decoding_tables, BENCHMARK_RESULTS / "decoding_3b_dac_cpu.json"),

@@ -109,6 +109,11 @@ def model_on(
     return model.to(weights["lm_head.weight"].device)
 
 
+def count(*modules) -> int:
+    """How many parameters modules have, tied ones once."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
 def count_parameters(weights: dict[str, torch.Tensor]) -> dict:
     """Parameters of the whole model, tied ones once, of its parts, and what BCM and DAC add to the stock model's."""
     distinct = {weight.data_ptr(): weight for weight in weights.values()}

@@ -16,7 +16,7 @@ from vreflection_training.adapters import LANGUAGE_LAYERS
 from vreflection_training.recipe_files import RECIPES as FOLDER
 from vreflection_training.stages import STAGES
 
-from .backbones import BACKBONES, meta_model
+from .backbones import BACKBONES, count, meta_model
 
 
 # The recipe, its backbone, the GPUs that share weights and optimiser, the rank of its adapters.
@@ -37,11 +37,6 @@ PACK = 16_384  # tokens
 TRAINED_BYTES = 16  # float32: weight, gradient, two averages
 FROZEN_BYTES = 2
 ACTIVATION_BYTES = 2
-
-
-def count(*modules) -> int:
-    """How many parameters modules have."""
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def count_parameters(model, rank: int | None, trains: Collection[str] = ("bcm", "dac")) -> tuple[int, int]:
