@@ -1,18 +1,20 @@
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
+from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_training import VReflectionSFTConfig, VReflectionSFTTrainer
 from vreflection_training.tiny import save_tiny_backbone
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """A V-Reflection folder with random weights."""
+def checkpoint(request, tmp_path_factory):
+    """A V-Reflection folder with random weights, on the backbone of a test's parameter or of `--backbone`."""
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
-    backbone = save_tiny_backbone(tmp_path_factory.mktemp("stock"))
+    model_type = getattr(request, "param", request.config.getoption("--backbone"))
+    backbone = save_tiny_backbone(tmp_path_factory.mktemp("stock"), model_type=model_type)
     for part in VReflectionForConditionalGeneration.from_backbone(backbone, dtype=torch.float32):
         part.save_pretrained(folder)
     return folder
@@ -20,13 +22,13 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def processor(checkpoint):
-    return VReflectionProcessor.from_pretrained(checkpoint)
+    return AutoProcessor.from_pretrained(checkpoint)
 
 
 @pytest.fixture
 def model(checkpoint):
     """A fresh model with a BCM that counts as trained."""
-    model = VReflectionForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
     with torch.no_grad():
         model.model.bcm.norm.bias.fill_(0.01)
     return model

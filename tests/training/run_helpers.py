@@ -1,8 +1,13 @@
 """What several tests of runs need."""
 
+import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
+
+
+# Of a test that builds on `checkpoint`. With `--backbone` the whole of a module runs on the other one.
+on_both_backbones = pytest.mark.parametrize("checkpoint", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
 
 
 class Rows(TorchDataset):

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from run_helpers import Rows, gradients, moved
+from transformers import AutoModelForImageTextToText
 
-from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.glyphsearch import make_scene
 from vreflection_training import VReflectionDataCollator
 
@@ -93,14 +93,15 @@ def expected_loss(model, processor, args, samples):
     for sample in samples:
         batch = VReflectionDataCollator(processor, config)([sample])
         ids, labels = batch["input_ids"][0], batch["labels"][0]
-        features, grids = [], []
+        features, grids, deepstack = [], [], {}
         if "pixel_values" in batch:
             with torch.no_grad():
-                features = list(
-                    backbone.get_image_features(
-                        batch["pixel_values"], batch["image_grid_thw"], return_dict=True
-                    ).pooler_output
-                )
+                encoded = backbone.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
+            features = list(encoded.pooler_output)
+            if hasattr(encoded, "deepstack_features"):  # what Qwen3-VL adds to the first layers' states
+                levels = [torch.cat(level) for level in encoded.deepstack_features]
+                seen = (ids == config.image_token_id)[None]
+                deepstack = {"visual_pos_masks": seen, "deepstack_visual_embeds": levels}
             grids = [(height // 2, width // 2) for _, height, width in batch["image_grid_thw"].tolist()]
         embeds = backbone.get_input_embeddings().weight[ids]
         if features:
@@ -108,9 +109,10 @@ def expected_loss(model, processor, args, samples):
         types = (ids == config.image_token_id).int()[None]
         positions, _ = backbone.get_rope_index(ids[None], types, image_grid_thw=batch.get("image_grid_thw"))
 
-        def run(embeds, positions=positions):
+        def run(embeds, positions=positions, deepstack=deepstack):
             language_model = backbone.language_model
-            return language_model(inputs_embeds=embeds[None], position_ids=positions, use_cache=False)[0][0]
+            states = language_model(inputs_embeds=embeds[None], position_ids=positions, use_cache=False, **deepstack)
+            return states[0][0]
 
         slots = (ids == config.latent_token_id).nonzero()[:, 0]
         teacher, targets = [], []
@@ -151,9 +153,7 @@ def expected_loss(model, processor, args, samples):
 
 @pytest.fixture
 def model(checkpoint):
-    model = VReflectionForConditionalGeneration.from_pretrained(
-        checkpoint, dtype=torch.float32, patch_positions="none"
-    )
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32, patch_positions="none")
     with torch.no_grad():
         model.model.bcm.norm.bias.fill_(0.01)
     return model
@@ -169,8 +169,11 @@ SGD = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 1, "weight_decay": 0.0
 
 
 @pytest.mark.parametrize(
-    "form, way",
-    [(form, "one batch") for form in FORMS] + [(form, way) for form in list(FORMS)[:2] for way in list(WAYS)[1:]],
+    "checkpoint, form, way",
+    [("qwen2_5_vl", form, "one batch") for form in FORMS]
+    + [("qwen2_5_vl", form, way) for form in list(FORMS)[:2] for way in list(WAYS)[1:]]
+    + [("qwen3_vl", form, way) for form, way in zip(("one pass", "two passes", "two passes", "one pass"), WAYS)],
+    indirect=["checkpoint"],
 )
 def test_losses_and_gradients_against_plain_torch(make_trainer, model, processor, form, way):
     reference = copy.deepcopy(model)
@@ -187,7 +190,7 @@ def test_losses_and_gradients_against_plain_torch(make_trainer, model, processor
         for name, parameter in reference.named_parameters()
     }
     difference = sum((got[name] - value).square().sum() for name, value in expected.items()).sqrt()
-    assert difference < 1e-6 * sum(value.square().sum() for value in expected.values()).sqrt()
+    assert difference < 2e-6 * sum(value.square().sum() for value in expected.values()).sqrt()
     for name, value in expected.items():
         # Float32 rounds by the size of a weight, which the gradient was taken from, and of the largest gradients.
         scale = max(1.0, value.abs().max().item())

@@ -1,14 +1,15 @@
 import copy
 import importlib.util
 import logging
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from run_helpers import Rows, gradients, moved
+from run_helpers import Rows, gradients, moved, on_both_backbones
+from transformers import AutoModelForImageTextToText
 
-from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_training import VReflectionDataCollator, VReflectionSFTConfig, VReflectionSFTTrainer
 from vreflection_training.collator import NON_MODEL_KEYS
@@ -16,6 +17,7 @@ from vreflection_training.losses import latent_losses, states_learn
 from vreflection_training.stages import STAGES
 
 
+@on_both_backbones
 @pytest.mark.parametrize(
     "options, trained, frozen",
     [
@@ -147,7 +149,7 @@ def test_stage_2_refuses_an_untrained_teacher_unless_allowed(make_trainer, model
 
 @pytest.mark.parametrize("latent_inputs", ["hidden", "dac"])
 def test_stage_2_runs_without_any_teacher(make_trainer, checkpoint, latent_inputs):
-    model = VReflectionForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32, has_bcm=False)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32, has_bcm=False)
     options = {"stage": "2", "latent_inputs": latent_inputs, "allow_untrained_bcm": True, "max_steps": 1}
     # Questions of several lengths: without a teacher the states fill the slots, which then start in one column.
     rows = glyphsearch_dataset("train", 16, "mixed")
@@ -192,6 +194,7 @@ def test_a_frozen_vision_encoder_is_not_run_backwards(make_trainer, model, froze
     assert [features.requires_grad for features in graphs] == [not frozen]
 
 
+@on_both_backbones
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradient_checkpointing_changes_nothing(make_trainer, model, stage):
     other = copy.deepcopy(model)
@@ -291,6 +294,7 @@ def test_what_is_no_list_of_rows_is_refused(make_trainer, rows, error, message):
         make_trainer(rows)
 
 
+@on_both_backbones
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_pack_trains_like_its_samples(make_trainer, model, rows, stage):
     other = copy.deepcopy(model)
@@ -308,6 +312,23 @@ def test_a_pack_trains_like_its_samples(make_trainer, model, rows, stage):
         assert name not in one or two[name] == pytest.approx(one[name], rel=1e-4), name
     assert one["padding"] > 0 and two["padding"] == 0
     assert one["reflections"] == (0.75 if stage != "sft" else 0.0)
+
+
+@on_both_backbones
+@pytest.mark.parametrize("region_pooling", ["patch", "roi_align"])
+def test_both_poolings_train(make_trainer, checkpoint, region_pooling):
+    model = AutoModelForImageTextToText.from_pretrained(
+        checkpoint, dtype=torch.float32, region_pooling=region_pooling, patch_positions="none"
+    )
+    before = copy.deepcopy(model.state_dict())
+    trainer = make_trainer(
+        trained=model, sample_packing=True, per_device_train_batch_size=1, gradient_checkpointing=True
+    )
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    changed = {name.split(".")[1] for name in moved(before, model.state_dict()) if name != "lm_head.weight"}
+    assert changed == {"language_model", "bcm", "dac"}
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -13,6 +13,7 @@ LIMITS = {
     "paper": (128 * 28 * 28, 5120 * 28 * 28),
     "stock": (56 * 56, 1280 * 28 * 28),
     "narrow": (256 * 28 * 28, 256 * 28 * 28),
+    "qwen3_vl": (128 * 32 * 32, 5120 * 32 * 32),
 }
 EXTREME = [
     (1, 1), (1, 200), (200, 1), (13, 14), (14, 14), (15, 43), (27, 5000), (28, 28), (41, 42), (42, 42), (5000, 26),
@@ -25,6 +26,8 @@ def image_processor(request):
     processor = tiny_image_processor()
     shortest, longest = LIMITS[request.param]
     processor.size = {"shortest_edge": shortest, "longest_edge": longest}
+    if request.param == "qwen3_vl":
+        processor.patch_size = 16
     return processor
 
 

@@ -43,7 +43,15 @@ def texts(figure):
     return [text for axes in all_axes(figure) for text in (axes.get_title(), axes.get_xlabel(), axes.get_ylabel())]
 
 
-@pytest.mark.parametrize("image_processor", [tiny_image_processor(), Qwen2VLImageProcessor()], ids=["tiny", "stock"])
+# Qwen3-VL's, of the same class as Qwen2.5-VL's.
+QWEN3 = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+@pytest.mark.parametrize(
+    "image_processor",
+    [tiny_image_processor(), Qwen2VLImageProcessor(), Qwen2VLImageProcessor(**QWEN3)],
+    ids=["tiny", "stock", "qwen3_vl"],
+)
 def test_pictures_come_back_as_the_model_saw_them(image_processor):
     pictures = [noise(168, 84), noise(201, 310), noise(333, 90), noise(90, 90)]
     batch = image_processor(pictures, return_tensors="pt")
