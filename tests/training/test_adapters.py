@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
+from run_helpers import on_both_backbones
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from trl import ModelConfig
 
 from modeling_vreflection.generation_vreflection import CACHE
@@ -20,6 +21,7 @@ from vreflection_training.adapters import (
     load_adapter,
     merge_adapter,
 )
+from vreflection_training.loading import load_model_and_processor
 from vreflection_training.stages import STAGES
 from vreflection_training.tiny import save_tiny_backbone
 
@@ -80,7 +82,7 @@ def make_trainer(processor, rows):
 
 
 def load(folder, **kwargs):
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **kwargs)
+    return load_model_and_processor(str(folder), dtype=torch.float32, **kwargs)[0]
 
 
 @pytest.fixture(
@@ -195,8 +197,9 @@ def test_the_adapter_and_the_merged_model_answer_alike(run):
     assert torch.equal(merged.generate(**prompt, **options), expected)
 
 
-def test_on_a_stock_base_the_untrained_module_is_saved_and_stays(make_trainer, tmp_path):
-    stock = save_tiny_backbone(tmp_path / "stock")
+def test_on_a_stock_base_the_untrained_module_is_saved_and_stays(make_trainer, checkpoint, tmp_path):
+    model_type = AutoConfig.from_pretrained(checkpoint).backbone_type
+    stock = save_tiny_backbone(tmp_path / "stock", model_type=model_type)
     trainer = make_trainer(stock, tmp_path / "run", stage="1")
     dac = trainer.model.get_base_model().model.dac
     before = {name: value.clone() for name, value in dac.state_dict().items()}
@@ -235,6 +238,36 @@ def test_gradient_checkpointing_changes_nothing(make_trainer, bases, tmp_path, s
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("checkpoint", ["qwen3_vl"], indirect=True)
+@pytest.mark.parametrize("freeze_vision", [True, False])
+def test_an_adapter_of_the_other_backbone_loads_and_merges(make_trainer, bases, tmp_path, freeze_vision):
+    trainer = make_trainer(bases[True], tmp_path / "run", stage="path", freeze_vision=freeze_vision)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert not any(".base_layer." in name for name in moved)
+    parts = {"attn.qkv", "attn.proj", "mlp.linear_fc1", "merger.linear_fc2", "deepstack_merger_list.1.linear_fc1"}
+    adapted = {part for part in parts if any(f"{part}.lora_B" in name for name in moved)}
+    assert adapted == (set() if freeze_vision else parts)
+    trainer.save_model(str(tmp_path / "adapter"))
+    again, processor = load_adapter(tmp_path / "adapter", dtype=torch.float32)
+    assert not differing(again, trainer.model) and type(processor) is type(trainer.processing_class)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModel.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    assert type(merged).__name__ == "VReflectionQwen3VLForConditionalGeneration"
+    assert merged.generation_config.latent_feedback == "dac"
+    expected = outputs(trainer.model, trainer, "bcm")
+    for name in ("logits", "student_latents"):
+        torch.testing.assert_close(outputs(merged, trainer, "bcm")[name], expected[name], atol=1e-5, rtol=0)
+
+
+def test_of_a_mixture_of_experts_the_attention_alone_is_adapted(tmp_path):
+    model = load(save_tiny_backbone(tmp_path, model_type="qwen3_vl_moe"))
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    expected = {f"model.language_model.layers.{layer}.self_attn.{name}" for layer in range(4) for name in attention}
+    assert adapted(model, LoraConfig(), stage="path") == expected
+
+
 def settings(output_dir="unused", **options):
     return VReflectionSFTConfig(output_dir=output_dir, use_cpu=True, bf16=False, report_to="none", **options)
 
@@ -247,15 +280,22 @@ def adapted(model, peft_config, **options):
     }
 
 
-@pytest.mark.parametrize("targets", [None, ["q_proj", "up_proj"], "all-linear", r".*\.(q_proj|up_proj)"])
+@on_both_backbones
+@pytest.mark.parametrize("form", ["default", "names", "all-linear", "pattern"])
 @pytest.mark.parametrize("freeze_vision", [True, False])
-def test_adapters_never_go_into_bcm_dac_or_a_frozen_vision_encoder(bases, targets, freeze_vision):
+def test_adapters_never_go_into_bcm_dac_or_a_frozen_vision_encoder(bases, form, freeze_vision):
     model = load(bases[True])
+    names = (
+        "q_proj",
+        "up_proj",
+        *(() if freeze_vision else ("linear_fc1",)),
+    )  # the last is in Qwen3-VL's vision encoder
+    targets = {"names": list(names), "pattern": rf".*\.({'|'.join(names)})", "all-linear": form}.get(form)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     allowed = ("model.language_model.",) if freeze_vision else ("model.language_model.", "model.visual.")
     expected = {name for name in linear if name.startswith(allowed)}
-    if targets not in (None, "all-linear"):
-        expected = {name for name in expected if name.endswith(("q_proj", "up_proj"))}
+    if form in ("names", "pattern"):
+        expected = {name for name in expected if name.endswith(names)}
     peft_config = LoraConfig(target_modules=targets)
     assert adapted(model, peft_config, stage="joint", freeze_vision=freeze_vision) == expected
     # What the user passed stays what it was.
@@ -287,7 +327,7 @@ def test_what_the_user_asks_for_is_kept(bases):
     "fields, options, message",
     [
         ({"modules_to_save": ["bcm"]}, {"stage": "2"}, "'bcm' means model.bcm, which stage '2'"),
-        ({"modules_to_save": ["norm"]}, {"stage": "1"}, "'norm' means model.bcm.norm"),
+        ({"modules_to_save": ["norm"]}, {"stage": "1"}, r"'norm' means model\.(bcm|visual\.merger)\.norm"),
         ({"modules_to_save": ["visual"]}, {}, "'visual' means model.visual"),
         ({"modules_to_save": ["lm_head"]}, {}, "tied to the input embeddings"),
         ({"trainable_token_indices": {"lm_head": [3]}}, {}, "tied to the input embeddings"),
