@@ -13,7 +13,7 @@ from run_helpers import moved
 from safetensors.torch import load_file
 
 from vreflection_hub_card.inference.checkpoints import EMBEDDED
-from vreflection_training.loading import load_model_and_processor
+from vreflection_training.loading import build_tiny
 
 
 pytestmark = pytest.mark.slow
@@ -39,6 +39,7 @@ RUNS = {
     # So DDP wants a gradient of every parameter in every step, and in the last two none reaches BCM.
     "path": {"latent_inputs": "dac", "dac_inputs_share": 0.5, "ddp_find_unused_parameters": False},
     "sft": {"stage": "sft", "freeze_vision": False},
+    "path, qwen3_vl": {"sample_every": 2},
 }
 
 
@@ -52,15 +53,22 @@ def zero(stage):
     }
 
 
-def start(folder, checkpoint, processes, environment=None, deepspeed=None):
+def model_of(name):
+    return "qwen3_vl" if "qwen3_vl" in name else "qwen2_5_vl"
+
+
+def start(folder, stage_1, processes, environment=None, deepspeed=None):
     """Trains all runs, one after the other, in some processes."""
     common = {"save_strategy": "no", "per_device_train_batch_size": 2 // processes, "deepspeed": deepspeed, **SGD}
     specs = [
-        {"checkpoint": str(checkpoint), "options": {"output_dir": str(folder / name), **common, **options}}
+        {
+            "checkpoint": str(stage_1[model_of(name)]),
+            "options": {"output_dir": str(folder / name), **common, **options},
+        }
         for name, options in RUNS.items()
     ]
     saving = {"output_dir": str(folder / "resumed"), "save_strategy": "steps", "save_steps": 2}
-    broken = {"checkpoint": str(checkpoint), "options": {**common, **PACKED, **saving}}
+    broken = {"checkpoint": str(stage_1["qwen2_5_vl"]), "options": {**common, **PACKED, **saving}}
     resume = str(folder / "resumed" / "checkpoint-2")
     specs += [broken, {**broken, "resume": resume}]
     if environment is None:  # DDP, or one process
@@ -76,21 +84,23 @@ def start(folder, checkpoint, processes, environment=None, deepspeed=None):
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     command = [sys.executable, *launcher, str(WORKER), str(folder / "specs.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **(environment or {})}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
 @pytest.fixture(scope="module")
-def stage_1(tmp_path_factory, checkpoint):
-    """A checkpoint with a BCM that counts as trained."""
-    folder = tmp_path_factory.mktemp("stage_1")
-    model, processor = load_model_and_processor(str(checkpoint), dtype="float32")
-    with torch.no_grad():
-        model.model.bcm.norm.bias.fill_(0.01)
-    for part in (model, processor):
-        part.save_pretrained(folder)
-    return folder
+def stage_1(tmp_path_factory):
+    """For each backbone a checkpoint with a BCM that counts as trained."""
+    folders = {}
+    for name in ("qwen2_5_vl", "qwen3_vl"):
+        model, processor = build_tiny(0, name, dtype=torch.float32)
+        with torch.no_grad():
+            model.model.bcm.norm.bias.fill_(0.01)
+        folders[name] = tmp_path_factory.mktemp(name)
+        for part in (model, processor):
+            part.save_pretrained(folders[name])
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +149,14 @@ def test_two_processes_equal_one(alone, together, name):
     """Steps in which one rank has no box, or no picture, included: nobody waits for ever."""
     folder, twice = together
     assert_same(result(alone / name), result(folder / name), twice)
+
+
+def test_sample_pictures_are_drawn_while_the_other_process_waits_or_takes_part(together):
+    folder, _ = together
+    drawn = sorted(path.name for path in (folder / "path, qwen3_vl" / "samples").iterdir())
+    assert drawn == [f"step-{step}-row-{row}.png" for step in (2, 4) for row in (1, 2)]
+    config = json.loads((folder / "path, qwen3_vl" / "config.json").read_text())
+    assert config["architectures"] == ["VReflectionQwen3VLForConditionalGeneration"]
 
 
 def test_a_resumed_run_of_two_processes_equals_the_uninterrupted_one(together):

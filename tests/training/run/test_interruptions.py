@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import IterableDataset
-from run_helpers import Rows, moved
+from run_helpers import Rows, moved, on_both_backbones
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.errors import InputError
@@ -37,6 +37,7 @@ def stream():
     return IterableDataset.from_generator(lambda: iter(SCENES))
 
 
+@on_both_backbones
 @pytest.mark.parametrize(
     "dataset, options",
     [
@@ -62,7 +63,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     straight.train()
     saving = {"output_dir": str(tmp_path / "b"), "save_strategy": "steps", "save_steps": 1}
     make_trainer(dataset, trained=other, **options, **saving).train()
-    fresh = VReflectionForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    fresh = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
     resumed = make_trainer(dataset, trained=fresh, **options, **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
     assert not moved(model.state_dict(), fresh.state_dict())
