@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 from datasets import Dataset, Image, List, load_from_disk
 from PIL import Image as Picture
+from transformers import Qwen2VLImageProcessor
 
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_hub_card.rows import BadRow
@@ -109,6 +110,21 @@ def test_a_measured_row_is_as_long_as_the_collators(processor, collate, name, re
 @pytest.mark.parametrize("size", SIZES)
 def test_pictures_of_odd_sizes_count_as_the_collator_makes_them(processor, collate, size):
     check_agreement({**GOOD["one"], "images": [picture(*size)]}, processor, collate)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_image_tokens_of_32_pixels_count_as_the_collator_makes_them(processor, model, size):
+    """Qwen3-VL's image processor is of the same class, with larger patches."""
+    limits = {"shortest_edge": 4 * 32 * 32, "longest_edge": 64 * 32 * 32}
+    larger = copy.copy(processor)
+    larger.image_processor = Qwen2VLImageProcessor(
+        patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3, size=limits
+    )
+
+    def collate(rows, reflect):
+        return VReflectionDataCollator(larger, model.config, reflect=reflect)(rows)
+
+    check_agreement({**GOOD["one"], "images": [picture(*size)]}, larger, collate)
 
 
 def test_a_reflection_costs_its_slots_and_two_tokens(processor):
