@@ -6,10 +6,10 @@ from PIL import Image
 from tiny_models import save_thinking_backbone
 
 from modeling_vreflection import VReflectionForConditionalGeneration
+from vreflection_hub_card.inference.encoding import answer_texts
 from vreflection_hub_card.rows import FEATURES, BadRow, normalise_row, row_messages
 from vreflection_training import VReflectionDataCollator
 from vreflection_training.data.inspection import inspect_row
-from vreflection_training.run.exact_match import texts
 
 
 ASK = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which glyph?"}]}
@@ -68,5 +68,5 @@ def test_thoughts_in_a_wrong_place_or_form_make_a_bad_row(messages, message):
 
 def test_an_answer_is_compared_without_its_thoughts(thinking, processor):
     tokens = thinking[1].tokenizer(["It is red.\n</think>\n\nK<|im_end|>", "No end"])["input_ids"]
-    assert texts(thinking[1], tokens) == ["K", "No end"]
-    assert texts(processor, processor.tokenizer(["a</think>K"])["input_ids"]) == ["a</think>K"]
+    assert answer_texts(thinking[1], tokens) == ["K", ""]
+    assert answer_texts(processor, processor.tokenizer(["a</think>K"])["input_ids"]) == ["a</think>K"]
