@@ -120,14 +120,8 @@ class ReflectionModelMixin:
             self._check_unfilled(input_ids, boxes)
         if mm_encoder_outputs is not None:  # transformers before 5.20 doesn't know it
             inputs["mm_encoder_outputs"] = mm_encoder_outputs
-        return super().forward(
-            **inputs,
-            **{CACHE: cache},
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            pixel_values=pixel_values,
-            **kwargs,
-        )
+        inputs |= {CACHE: cache, "inputs_embeds": inputs_embeds, "use_cache": use_cache, "pixel_values": pixel_values}
+        return super().forward(**inputs, **kwargs)
 
     # `generate` reads the parameters' names.
     def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor | None = None, **kwargs):

@@ -326,7 +326,7 @@ def test_looks_reach_the_pictures_wherever_they_are_kept(
         count = len(row.fed)
         assert count == result.latent_counts[index]
         if count:
-            torch.testing.assert_close(result.latents[index, :count], torch.stack(row.fed), atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(result.latents[index, :count], torch.stack(row.fed), atol=5e-3, rtol=5e-3)
         assert not result.latents[index, count:].any() and not result.latent_attention[index, count:].any()
         patches = sum(map(len, row.features))
         seen = result.latent_attention[index, :count]
