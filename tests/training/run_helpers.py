@@ -7,7 +7,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 
 # Of a test that builds on `checkpoint`. With `--backbone` the whole of a module runs on the other one.
-on_both_backbones = pytest.mark.parametrize("checkpoint", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
+on_both_backbones = pytest.mark.parametrize(
+    "checkpoint", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.slow)], indirect=True
+)
 
 
 class Rows(TorchDataset):

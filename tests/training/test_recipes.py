@@ -419,7 +419,6 @@ QUICK = (
     "qwen2_5_vl_7b_stage1",
     "qwen2_5_vl_7b_stage2",
     "qwen3_vl_8b_path",
-    "qwen3_vl_4b_stage2",
 )
 
 
