@@ -1,5 +1,6 @@
 """Errors that a user can put right: the command prints the message as one line, without a traceback."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,12 @@ def reading(what: str | Path, problem: str = "can't be read") -> Iterator[None]:
         raise
     except Exception as error:  # tokenizers raises `Exception` itself, others KeyError, RecursionError, ...
         raise InputError(f"{what}: {problem} ({first_line(error)})") from error
+
+
+def refuse_special(path: str | Path) -> None:
+    """An `InputError` for a pipe or a device: it can't be read twice, and might never end."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise InputError(f"{path}: a pipe or a device, not a file")
 
 
 def first_line(error: Exception) -> str:

@@ -3,8 +3,9 @@
 import argparse
 import importlib.metadata
 import sys
+import traceback
 
-from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.errors import InputError, first_line
 
 from .commands import ask, card, check, convert, evaluate, merge, publish, space, train
 
@@ -16,8 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        `int`: The exit code: 2, with one line on stderr, for wrong input; 1 for a run that failed; 130
-        for a training that Ctrl+C ended.
+        `int`: The exit code: 2, with one line on stderr, for wrong input; 1 for a run that failed, with
+        one line for an error that nobody foresaw, too; 130 for a training that Ctrl+C ended.
     """
     options = build_parser().parse_args(argv)
     try:
@@ -27,6 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a folder that can't be read, a network that is down
         where = f"{error.filename}: " if error.filename else ""
         return fail(where + (error.strerror or str(error)))
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        return fail(unforeseen(error), 1)
 
 
 def main_train(argv: list[str] | None = None) -> int:
@@ -35,10 +40,20 @@ def main_train(argv: list[str] | None = None) -> int:
     return main(argv if argv and argv[0] in ("check", "merge") else ["train", *argv])
 
 
-def fail(message: str) -> int:
+def fail(message: str, code: int = 2) -> int:
     """Prints what went wrong in one line, and returns the exit code for it."""
     print("vreflection: " + " ".join(message.split()), file=sys.stderr)
-    return 2
+    return code
+
+
+def unforeseen(error: Exception) -> str:
+    """An error of the program's or a library's own, with its place."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    # From a worker of the data loader an error comes with its traceback as the message; its last line is the error.
+    message = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else first_line(error)
+    return (
+        f"{type(error).__name__}: {message} (at {place.filename}:{place.lineno}; PYTHONDEVMODE=1 shows the traceback)"
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -38,6 +38,11 @@ def read_recipe(arguments: list[str], **kwargs) -> tuple:
 class RecipeParser(TrlParser):
     """trl's parser, whose errors are of one line."""
 
+    def set_defaults_with_config(self, **config) -> list[str]:
+        """Takes numbers as the command line has them: only texts are converted to the type of their field."""
+        numbers = {key: str(value) for key, value in config.items() if type(value) in (int, float)}
+        return super().set_defaults_with_config(**config | numbers)
+
     def error(self, message: str):
         """Raises instead of printing all options."""
         raise InputError(message)
@@ -48,6 +53,8 @@ def parse(arguments: list[str]) -> tuple[VReflectionScriptArguments, ModelConfig
     script, model_args, args = read_recipe(arguments)
     if (script.from_scratch is None) == (model_args.model_name_or_path is None):
         raise InputError("Set either `model_name_or_path` or `from_scratch`.")
+    if args.model_init_kwargs is not None:
+        raise InputError("`model_init_kwargs` would be ignored: set `model_options` instead.")
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != args.world_size:
         raise InputError(f"{launched} processes were launched, and each would train alone: is there a usable GPU?")

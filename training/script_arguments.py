@@ -53,6 +53,9 @@ class VReflectionScriptArguments:
                     setattr(self, name, json.loads(value))
                 except json.JSONDecodeError as error:
                     raise ValueError(f"`{name}` must be JSON on the command line, got {value!r} ({error}).") from error
+            kind, what = (list, "a list of mappings") if name.endswith("datasets") else (dict, "a mapping")
+            if not isinstance(value := getattr(self, name), (kind, type(None))):
+                raise ValueError(f"`{name}` must be {what}, got {value!r}.")
 
     @property
     def sources(self) -> list[dict]:

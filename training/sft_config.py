@@ -1,6 +1,7 @@
 """The configuration of `VReflectionSFTTrainer`: trl's, and the options of V-Reflection."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 from transformers.hf_argparser import HfArg
 from transformers.integrations.integration_utils import is_trackio_available
@@ -19,16 +20,26 @@ WEIGHTS = tuple(dict.fromkeys(name for weights in LOSS_WEIGHTS.values() for name
 # Of trl's and transformers' arguments, those that would be ignored, and the values that ask for nothing.
 UNSUPPORTED = {
     "completion_only_loss": (None, False),
+    "dataset_kwargs": (None, {}, {"skip_prepare_dataset": True}),
     "dataset_text_field": ("text",),
     "label_smoothing_factor": (0.0,),
     "loss_type": ("nll",),
     "packing_strategy": ("bfd",),
+    "pad_token": (None,),
     "pad_to_multiple_of": ("auto", None),
     "padding_free": (False,),
     "router_aux_loss_coef": (None, 0.0),
     "shuffle_dataset": (False,),
+    "trust_remote_code": (False,),
     "truncation_mode": ("keep_start",),
 }
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+KEYWORDS = (
+    "lr_scheduler_kwargs",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing_kwargs",
+    "model_init_kwargs",
+)
 
 
 @dataclass
@@ -159,12 +170,25 @@ class VReflectionSFTConfig(SFTConfig):
                 "`bf16` is on, and no GPU here has bfloat16: leave `bf16` out, and it is on where a GPU has it; "
                 "`use_cpu` trains with it on the CPU."
             )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            # An endless `max_grad_norm` measures gradients and clips none.
+            if isinstance(value, float) and not (
+                math.isfinite(value) or (field.name, value) == ("max_grad_norm", math.inf)
+            ):
+                raise ValueError(f"`{field.name}` must be a finite number, got {value}.")
         for names, holds, rule in (
-            ((*WEIGHTS, "sample_every"), lambda x: x >= 0, "not be negative"),
+            ((*WEIGHTS, "sample_every", "dataloader_num_workers"), lambda x: x >= 0, "not be negative"),
+            (("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), lambda x: x >= 0, "not be negative"),
+            (("adam_beta1", "adam_beta2"), lambda x: 0 <= x < 1, "lie in [0, 1)"),
             (("bernoulli_p",), lambda x: 0 <= x <= 1, "lie in [0, 1]"),
             (("dac_inputs_share",), lambda x: 0 < x <= 1, "lie in (0, 1]"),
             (("attention_temperature", "attention_epsilon"), lambda x: x > 0, "be above 0"),
-            (("max_samples_per_pack", "long_sample_length", "packing_lookahead"), lambda x: x >= 1, "be at least 1"),
+            (
+                (*COUNTS, "max_samples_per_pack", "long_sample_length", "packing_lookahead"),
+                lambda x: x >= 1,
+                "be at least 1",
+            ),
         ):
             for name in names:
                 if not holds(getattr(self, name)):
@@ -186,8 +210,11 @@ class VReflectionSFTConfig(SFTConfig):
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator reads ids, messages and images.")
         # The collator renders and tokenizes, pictures included; trl's own preparation doesn't support reflections.
-        self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
+        for name in KEYWORDS:
+            if not isinstance(value := getattr(self, name), (dict, type(None))):
+                raise ValueError(f"`{name}` must be a mapping, got {value!r}.")
         if self.hub_token is not None:
             raise ValueError(
                 "`hub_token` would be written into training_args.bin, which is pushed: leave it out and run `hf auth login`, "

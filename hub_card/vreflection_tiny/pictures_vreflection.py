@@ -121,6 +121,12 @@ def read_header(
         raise PictureError(f"{source}: pictures aren't fetched from the web; download it, and give its path")
     if isinstance(source, str) and not os.path.exists(source):
         name, source = decode_base64(source, name)
+    elif (
+        isinstance(source, (str, Path))
+        and not (os.path.isfile(source) or os.path.isdir(source))
+        and os.path.exists(source)
+    ):
+        raise PictureError(f"{name or source}: a pipe or a device, not a file")  # might never end
     elif hasattr(source, "__array__"):
         source = picture_of_array(source, name or "the array")
     name = name or (source if isinstance(source, (str, Path)) else getattr(source, "filename", None)) or "the picture"

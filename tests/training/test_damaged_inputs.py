@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
+from modeling_vreflection.pictures_vreflection import PictureError, open_picture
 from vreflection_hub_card.errors import InputError
 from vreflection_training.data.json_files import read_json_rows
+from vreflection_training.data.sources import load_rows
 from vreflection_training.recipe import check_reporting, parse
 
 
@@ -67,3 +70,13 @@ def test_a_file_of_another_encoding_and_a_compressed_one(tmp_path):
 def test_reports_that_nobody_can_take():
     with pytest.raises(InputError, match="nowhere"):
         check_reporting(["nowhere"])
+
+
+@pytest.mark.parametrize("path", ["pipe.jsonl", "/dev/zero"])
+@pytest.mark.parametrize("form", ["messages", "visual_cot"])
+def test_what_never_ends_is_not_read(tmp_path, path, form):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(InputError, match="a pipe or a device"):
+        load_rows([{"path": str(tmp_path / path), "format": form}])
+    with pytest.raises(PictureError, match="a pipe or a device"):
+        open_picture(str(tmp_path / path))

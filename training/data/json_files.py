@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import ijson
 
-from vreflection_hub_card.errors import InputError, reading
+from vreflection_hub_card.errors import InputError, reading, refuse_special
 from vreflection_hub_card.rows import make_row
 
 
@@ -57,6 +57,7 @@ def read_json_rows(path: str | Path) -> Iterator[dict[str, Any] | ValueError]:
 
 
 def _open(path: str | Path) -> BinaryIO:
+    refuse_special(path)
     return gzip.open(path) if str(path).endswith(".gz") else open(path, "rb")
 
 

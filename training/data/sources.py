@@ -26,7 +26,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
 from vreflection_hub_card import rows as row_format
-from vreflection_hub_card.errors import InputError, first_line
+from vreflection_hub_card.errors import InputError, first_line, refuse_special
 from vreflection_hub_card.glyphsearch import glyphsearch_curriculum, glyphsearch_dataset
 from vreflection_hub_card.rows import FEATURES, is_given, normalise_row
 
@@ -181,6 +181,7 @@ def _parse(source: dict[str, Any], number: int) -> Source:
         return parsed
     if not isinstance(parsed.path, str):
         raise ValueError(f"{where} needs `path`, got {parsed.path!r}.")
+    refuse_special(parsed.path)
     if parsed.format == "released_meta" and parsed.image_folder is not None:
         raise ValueError(f"{where}: a meta file names its own image folders: leave `image_folder` out.")
     if parsed.image_folder is not None and not os.path.isdir(parsed.image_folder):

@@ -1,0 +1,78 @@
+"""Values that no training can use are named before it starts; an error that nobody foresaw is one line."""
+
+import pytest
+import torch
+
+from vreflection_hub_card.errors import InputError
+from vreflection_training import cli
+from vreflection_training.recipe import parse
+
+
+GOOD = "from_scratch: qwen2_5_vl\ndataset_name: glyphsearch\nuse_cpu: true\nbf16: false\nreport_to: none\n"
+
+
+def parse_recipe(folder, lines: str):
+    (folder / "recipe.yaml").write_text(GOOD + lines + "\n")
+    return parse([str(folder / "recipe.yaml"), "--output_dir", str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("lines", "named"),
+    [
+        ("learning_rate: .nan", "learning_rate"),
+        ("warmup_steps: .inf", "warmup_steps"),
+        ("attention_temperature: .inf", "attention_temperature"),
+        ("weight_decay: -1", "weight_decay"),
+        ("max_grad_norm: -1", "max_grad_norm"),
+        ("adam_beta2: 1", "adam_beta2"),
+        ("adam_epsilon: -1", "adam_epsilon"),
+        ("dataloader_num_workers: -1", "dataloader_num_workers"),
+        ("gradient_accumulation_steps: 0", "gradient_accumulation_steps"),
+        ("lr_scheduler_kwargs: abc", "lr_scheduler_kwargs"),
+        ('dataset_options: "5"', "dataset_options"),
+        ('eval_datasets: "{}"\neval_strategy: steps', "eval_datasets"),
+        ("dataset_kwargs: {add_special_tokens: true}", "dataset_kwargs"),
+        ("model_init_kwargs: {dtype: float16}", "model_options"),
+        ("pad_token: x", "pad_token"),
+        ("trust_remote_code: true", "trust_remote_code"),
+    ],
+)
+def test_a_value_that_no_training_can_use(tmp_path, lines, named):
+    with pytest.raises(InputError, match=named):
+        parse_recipe(tmp_path, lines)
+
+
+def test_numbers_become_the_type_of_their_field(tmp_path):
+    *_, args = parse_recipe(tmp_path, "adam_beta1: 0\nmax_grad_norm: .inf\ndataloader_drop_last: 0\nrun_name: 2024")
+    assert [args.adam_beta1, args.max_grad_norm, args.run_name] == [0.0, float("inf"), "2024"]
+    assert type(args.adam_beta1) is float and args.dataloader_drop_last is False
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("one\ntwo"), "RuntimeError: one (at "),
+        (KeyError("x"), "KeyError"),
+        (
+            RuntimeError(
+                "Caught it in a worker.\nOriginal Traceback (most recent call last):\n  File\nIndexError: it"
+            ),
+            "IndexError: it",
+        ),
+    ],
+)
+def test_an_unforeseen_error_is_one_line(monkeypatch, capsys, error, said):
+    def load(*arguments):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+
+    class Command:
+        @staticmethod
+        def add_parser(commands):
+            commands.add_parser("fault").set_defaults(run=lambda options: torch.load("x"))
+
+    monkeypatch.setattr(cli, "COMMANDS", [Command])
+    assert cli.main(["fault"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and said in lines[0]
