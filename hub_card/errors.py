@@ -17,6 +17,7 @@ def reading(what: str | Path, problem: str = "can't be read") -> Iterator[None]:
     Raises:
         InputError: Instead of any other error within.
     """
+    refuse_special(what)
     try:
         yield
     except InputError:

@@ -178,7 +178,11 @@ class VReflectionSFTConfig(SFTConfig):
             ):
                 raise ValueError(f"`{field.name}` must be a finite number, got {value}.")
         for names, holds, rule in (
-            ((*WEIGHTS, "sample_every", "dataloader_num_workers"), lambda x: x >= 0, "not be negative"),
+            (
+                (*WEIGHTS, "sample_every", "dataloader_num_workers", "neftune_noise_alpha"),
+                lambda x: x >= 0,
+                "not be negative",
+            ),
             (("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), lambda x: x >= 0, "not be negative"),
             (("adam_beta1", "adam_beta2"), lambda x: 0 <= x < 1, "lie in [0, 1)"),
             (("bernoulli_p",), lambda x: 0 <= x <= 1, "lie in [0, 1]"),
@@ -191,8 +195,8 @@ class VReflectionSFTConfig(SFTConfig):
             ),
         ):
             for name in names:
-                if not holds(getattr(self, name)):
-                    raise ValueError(f"`{name}` must {rule}, got {getattr(self, name)}.")
+                if (value := getattr(self, name)) is not None and not holds(value):
+                    raise ValueError(f"`{name}` must {rule}, got {value}.")
         if self.packing or self.eval_packing:
             raise ValueError("trl's `packing` doesn't support images: set `sample_packing=True` instead.")
         if self.train_sampling_strategy not in ("random", "sequential"):

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from ..errors import InputError
+from ..errors import InputError, reading
 from ..evaluation.benchmarks import BENCHMARKS
 from ..evaluation.provenance import sha256
 from ..glyphsearch import draw_chain
@@ -98,10 +98,8 @@ def read_study(path: Path) -> str:
     Raises:
         InputError: A file that can't be read, or without tables.
     """
-    try:
+    with reading(path, "can't be read as a study's tables"):
         text = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: can't be read as a study's tables ({error})") from error
     if not text.startswith("| arm |"):
         raise InputError(f"{path}: holds no tables of the study; a tables.md of experiments/study does")
     return text

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, EvalResultEntry
 
 from modeling_vreflection.decoding_vreflection import ReflectionOptions
 
-from ..errors import InputError
+from ..errors import InputError, reading
 from ..evaluation.benchmarks import BENCHMARKS
 from ..evaluation.interventions import INTERVENTIONS, NEEDED, OWN
 from ..evaluation.report import glyphsearch_table, percent, with_interval
@@ -53,10 +53,8 @@ def read_results(paths: Sequence[str | Path], hashes: dict[str, str]) -> list[di
 
 def read_report(path: Path, hashes: dict[str, str]) -> dict[str, Any]:
     """Reads a result file; raises an `InputError` unless a card can quote all of it."""
-    try:
+    with reading(path, "can't be read as a result file"):
         report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: can't be read as a result file ({error})") from error
     try:
         if not isinstance(report["model"], dict) or report["model"].get("sha256") != hashes:
             raise InputError(f"{path}: measured with other weights than these; measure this checkpoint")

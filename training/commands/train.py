@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.errors import InputError, first_line
 
 from ..entry import INTERRUPTED
 from ..recipe_files import ACCELERATE_CONFIGS, RECIPES, find_file, shipped
@@ -43,6 +43,10 @@ def run(options: argparse.Namespace) -> int:
         trainer = build_trainer(script, model_args, args)
     except (ValueError, ImportError) as error:  # a model, data set or engine that can't be used
         raise InputError(str(error)) from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever a library makes of a value that it can't use
+        raise InputError(f"{options.recipe}: no trainer can be built from it ({first_line(error)})") from error
     code = 0
     try:
         finished = train(trainer, script)

@@ -18,7 +18,10 @@ NO_WEIGHT = (
 TRAINING = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "optim_args",
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed", "train_sampling_strategy",
+    "bf16", "fp16", "neftune_noise_alpha", "eos_token", "chat_template_path",
 )  # fmt: skip
+# Of the model's, those that no weight tells.
+MODEL = ("region_pooling", "patch_positions", "dac_queries", "query_position")
 LOOKED_AT = 16
 
 
@@ -30,6 +33,11 @@ def run_settings(trainer) -> dict[str, Any]:
     names = [name for name in (*own, "max_length", *TRAINING) if name not in NO_WEIGHT]
     settings = {name: getattr(args, name) for name in names}
     settings["samples a step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    settings["use_seedable_sampler"] = args.accelerator_config.use_seedable_sampler
+    settings["dtype"] = str(trainer.model.dtype)
+    settings |= {name: getattr(trainer.model.config, name) for name in MODEL}
+    pixels = trainer.processing_class.image_processor.size
+    settings |= {"min_pixels": pixels["shortest_edge"], "max_pixels": pixels["longest_edge"]}
     settings["adapter"] = is_peft_model(trainer.model)
     settings["training rows"] = describe_rows(trainer.train_dataset)
     return json.loads(json.dumps(settings, default=str))

@@ -2,6 +2,8 @@
 
 import shutil
 
+import pytest
+
 from vreflection_hub_card.card import TRAINING_FACTS, check_card
 from vreflection_hub_card.inference.checkpoints import EMBEDDED
 from vreflection_training.cli import main
@@ -24,3 +26,11 @@ def test_a_card_with_what_the_command_says(tmp_path, capsys):
     assert main(["card", str(folder), *given, *license]) == 0
     assert check_card(folder).data.license_name == "mine"
     assert "[mine](https://example.org/mine)" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("option", ["--results", "--study"])
+def test_a_device_is_no_file_of_results(tmp_path, capsys, option):
+    """/dev/full never ends: it filled the memory."""
+    shutil.copytree(EMBEDDED, tmp_path / "mine")
+    assert main(["card", str(tmp_path / "mine"), option, "/dev/full"]) == 2
+    assert "/dev/full: a pipe or a device" in capsys.readouterr().err

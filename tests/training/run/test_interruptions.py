@@ -228,6 +228,8 @@ def test_a_stage_is_not_resumed_from_another(make_trainer, tmp_path):
         ({"weight_decay": 0.1}, "`weight_decay` was 0.0 and is 0.1"),
         ({"per_device_train_batch_size": 1}, "`samples a step` was 2 and is 1"),
         ({"seed": 7}, "`seed` was 42 and is 7"),
+        ({"bf16": True}, "`bf16` was False and is True"),
+        ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` was None and is 5.0"),
         ({"alignment": "symmetric"}, "`alignment` was 'stochastic' and is 'symmetric'"),
         ({"dataset": Rows(SCENES[:8])}, "`training rows` was '8 rows, .*' and is '8 rows"),
     ],
@@ -235,6 +237,18 @@ def test_a_stage_is_not_resumed_from_another(make_trainer, tmp_path):
 def test_a_run_is_not_resumed_with_other_settings_or_rows(make_trainer, finished_run, change, message):
     with pytest.raises(ValueError, match=message + ".*Set them back to resume, or begin a new run from its weights"):
         make_trainer(**{**saving(finished_run), **change}).train(resume_from_checkpoint=True)
+
+
+def test_a_run_is_not_resumed_with_other_pictures_or_another_model(make_trainer, finished_run):
+    trainer = make_trainer(**saving(finished_run))
+    before = copy.copy(trainer.processing_class.image_processor.size), trainer.model.config.region_pooling
+    try:
+        trainer.processing_class.image_processor.size.longest_edge -= 1
+        trainer.model.config.region_pooling = "roi_align"
+        with pytest.raises(ValueError, match="`region_pooling` was 'patch' and is 'roi_align', .*`max_pixels` was"):
+            trainer.train(resume_from_checkpoint=True)
+    finally:
+        trainer.processing_class.image_processor.size, trainer.model.config.region_pooling = before
 
 
 @pytest.fixture(scope="module")
