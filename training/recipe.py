@@ -1,6 +1,7 @@
 """From a recipe and the options after it to a trainer: YAML files, their parser, and what they name."""
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -53,6 +54,15 @@ def parse(arguments: list[str]) -> tuple[VReflectionScriptArguments, ModelConfig
     script, model_args, args = read_recipe(arguments)
     if (script.from_scratch is None) == (model_args.model_name_or_path is None):
         raise InputError("Set either `model_name_or_path` or `from_scratch`.")
+    if not model_args.use_peft:
+        for option in fields(model_args):
+            given, default = getattr(model_args, option.name), getattr(ModelConfig, option.name, None)
+            if option.name.startswith(("lora_", "use_rslora", "use_dora")) and given != default:
+                raise InputError(
+                    f"`{option.name}` is for adapters: set `use_peft: true`, or leave it out, got {given!r}."
+                )
+    if args.eval_on_start and script.eval_datasets is None:
+        raise InputError("`eval_on_start` needs `eval_datasets`.")
     if args.model_init_kwargs is not None:
         raise InputError("`model_init_kwargs` would be ignored: set `model_options` instead.")
     launched = int(os.environ.get("WORLD_SIZE", 1))

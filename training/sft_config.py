@@ -34,6 +34,7 @@ UNSUPPORTED = {
     "truncation_mode": ("keep_start",),
 }
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+WITH_OWN_RULES = ("latent_inputs", "attention_target", "dac_inputs_share")
 KEYWORDS = (
     "lr_scheduler_kwargs",
     "gradient_checkpointing_kwargs",
@@ -283,6 +284,11 @@ class VReflectionSFTConfig(SFTConfig):
             "attention_target", stage.attention_target and ATTENTION_TARGETS, stage.attention_target, "L_attn"
         )
         self._choose("latent_feedback", LATENT_FEEDBACK, stage.slots.get(self.latent_inputs), "")
+        read_by_some = {name for one in STAGES.values() for name in one.options}
+        for option in fields(self):
+            given = getattr(self, option.name)
+            if option.name in read_by_some.difference(stage.options, WITH_OWN_RULES) and given != option.default:
+                raise ValueError(f"`stage={self.stage!r}` doesn't use `{option.name}`: leave it out, got {given!r}.")
         if self.dac_inputs_share != 1 and (self.stage, self.latent_inputs) != ("path", "dac"):
             raise ValueError(
                 "`dac_inputs_share` says how many steps of stage 'path' fill the slots with DAC's latents: set "

@@ -34,6 +34,13 @@ def parse_recipe(folder, lines: str):
         ("dataset_kwargs: {add_special_tokens: true}", "dataset_kwargs"),
         ("model_init_kwargs: {dtype: float16}", "model_options"),
         ("pad_token: x", "pad_token"),
+        ("stage: path\nalignment: joint", "stage='path'` doesn't use `alignment`"),
+        ("stage: 1\nattention_temperature: 2", "stage='1'` doesn't use `attention_temperature`"),
+        ("stage: 2\nbcm_receives_ce: false", "stage='2'` doesn't use `bcm_receives_ce`"),
+        ("stage: sft\nslot_ce: true", "stage='sft'` doesn't use `slot_ce`"),
+        ("lora_r: 4", "`lora_r` is for adapters"),
+        ("eval_on_start: true", "eval_datasets"),
+        ("neftune_noise_alpha: -1", "neftune_noise_alpha"),
         ("trust_remote_code: true", "trust_remote_code"),
     ],
 )
