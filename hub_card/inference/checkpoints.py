@@ -120,7 +120,9 @@ def check_model(folder: str | Path, model: VReflectionForConditionalGeneration, 
             )
     on_gpu = model.device.type == "cuda"
     with reading(folder, "its model can't answer a question"), torch.random.fork_rng(enabled=on_gpu):
-        model.reflection_options()
+        stored = model.generation_config
+        # A call may say 0 steps where the checkpoint says to reflect; a checkpoint that says both is wrong.
+        model.reflection_options(getattr(stored, "latent_steps", None), reflect=getattr(stored, "reflect", None))
         model.generate(**encode_prompts(processor, TRIAL, model.device), max_new_tokens=1, reflect=False)
 
 

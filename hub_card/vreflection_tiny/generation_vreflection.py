@@ -71,8 +71,9 @@ class ReflectionGenerationMixin:
 
         Raises:
             ValueError: A mode that would silently do without latents: assisted decoding, prompt lookup,
-                `use_cache=False`, continuous batching, tokens of a reflection in the prompt; no room for an answer; videos; with
-                `"dac"`, pictures that this call doesn't hold, or `reflect=True` and a row without a picture.
+                `use_cache=False`, continuous batching, tokens of a reflection in the prompt; padding on the right; no room for
+                an answer; videos; with `"dac"`, pictures that this call doesn't hold, or `reflect=True` and a row without a
+                picture.
         """
         if self.config.latent_token_id is None:
             raise ValueError(
@@ -88,7 +89,7 @@ class ReflectionGenerationMixin:
         prompts = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
         prompt = next((prompt for prompt in prompts if prompt is not None), None)
         refuse_other_media(**kwargs)
-        self._check_prompt(prompt)
+        self._check_prompt(prompt, kwargs.get("attention_mask"))
         if options.can_start:
             if kwargs.get("assistant_model") is not None:
                 raise ValueError(unsupported("assisted decoding (`assistant_model`)", "leave `assistant_model` out"))
@@ -121,7 +122,12 @@ class ReflectionGenerationMixin:
                 result[name] = value
         return result
 
-    def _check_prompt(self, prompt: torch.Tensor | None):
+    def _check_prompt(self, prompt: torch.Tensor | None, attention_mask: torch.Tensor | None):
+        if getattr(attention_mask, "ndim", 0) == 2 and attention_mask.shape[1] and not attention_mask[:, -1].all():
+            raise ValueError(
+                "The prompts are padded on the right, and answers would go on from the padding: set `padding_side='left'` on "
+                "the processor's tokenizer."
+            )
         if prompt is None or prompt.is_floating_point():
             return
         if (prompt == self.config.video_token_id).any():

@@ -164,3 +164,21 @@ def test_weights_that_are_not_finite_are_refused_for_inference(checkpoint, value
     model.save_pretrained(checkpoint)
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
         load_checkpoint(checkpoint, "cpu")
+
+
+def test_prompts_padded_on_the_right_are_refused(embedded):
+    model, processor = embedded
+    inputs = processor.apply_chat_template([QUESTION], add_generation_prompt=True, **OPTIONS)
+    grown = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    for name, value in grown.items():
+        if name in inputs:
+            inputs[name] = torch.nn.functional.pad(inputs[name], (0, 2), value=value)
+    with pytest.raises(ValueError, match="padded on the right"):
+        model.generate(**inputs, max_new_tokens=1)
+
+
+def test_a_stored_reflection_of_no_steps_is_refused(checkpoint):
+    path = checkpoint / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"reflect": True, "latent_steps": 0}))
+    with pytest.raises(InputError, match="contradict each other"):
+        load_checkpoint(checkpoint, "cpu")

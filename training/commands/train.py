@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from vreflection_hub_card.errors import InputError, first_line
+from vreflection_hub_card.errors import InputError, first_line, reading
 
 from ..entry import INTERRUPTED
 from ..recipe_files import ACCELERATE_CONFIGS, RECIPES, find_file, shipped
@@ -75,10 +75,13 @@ def launch(arguments: list[str]) -> int:
     engine = find_file(arguments[at + 1], ACCELERATE_CONFIGS, "configuration of accelerate")
     arguments = arguments[:at] + arguments[at + 2 :]
 
+    from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     from ..recipe import read_recipe
 
+    with reading(engine, "no configuration of accelerate"):
+        load_config_from_file(str(engine))
     *_, for_accelerate = read_recipe(arguments, return_remaining_strings=True, separate_remaining_strings=True)
     own, unknown = [], list(for_accelerate)  # those that the parser left over, in the order in which they came
     for word in arguments:

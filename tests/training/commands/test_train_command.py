@@ -152,3 +152,9 @@ def test_check_wants_no_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["check", "qwen2_5_vl_7b_stage1"]) == 2
     assert "data/images" in capsys.readouterr().err
+
+
+def test_a_configuration_of_accelerate_that_is_none(run, tmp_path, capsys):
+    (tmp_path / "engine.yaml").write_text("a: [1")
+    assert run("tiny_base", "--accelerate_config", str(tmp_path / "engine.yaml")) == 2
+    assert "engine.yaml: no configuration of accelerate" in capsys.readouterr().err
