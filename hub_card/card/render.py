@@ -11,6 +11,7 @@ from ..errors import InputError, reading
 from ..evaluation.benchmarks import BENCHMARKS
 from ..evaluation.provenance import sha256
 from ..glyphsearch import draw_chain
+from ..whole_files import replacing
 from .card_check import CARD, EVAL_RESULTS, is_hub_id
 from .checkpoint import Checkpoint, read_checkpoint
 from .facts import NO_FACTS, data_sources, only_drawn, options_table, read_training_facts, training_table
@@ -169,11 +170,15 @@ def render_card(
 
 def save_card(card: ModelCard, folder: Path, entries: dict | None = None) -> Path:
     """Writes a card and its `.eval_results/TASK.yaml`, one for each of `entries`; of an earlier card nothing is left."""
-    for task in BENCHMARKS:
-        (folder / EVAL_RESULTS / f"{task}.yaml").unlink(missing_ok=True)
-    for task, entry in (entries or {}).items():
+    entries = entries or {}
+    for task, entry in entries.items():
         (folder / EVAL_RESULTS).mkdir(exist_ok=True)
         content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
-        (folder / EVAL_RESULTS / f"{task}.yaml").write_text(content, encoding="utf-8")
-    card.save(folder / CARD)
+        with replacing(folder / EVAL_RESULTS / f"{task}.yaml") as draft:
+            draft.write_text(content, encoding="utf-8")
+    with replacing(folder / CARD) as draft:
+        card.save(draft)
+    for task in BENCHMARKS:
+        if task not in entries:
+            (folder / EVAL_RESULTS / f"{task}.yaml").unlink(missing_ok=True)
     return folder / CARD

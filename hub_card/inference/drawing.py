@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 from PIL import Image
 
+from ..whole_files import replacing
 from .attention_maps import Reflection
 from .look_boxes import Box
 from .look_drawing import draw_looks, look_map
@@ -93,7 +94,8 @@ def add_title(figure: Figure, paragraphs: Sequence[str], size: float) -> None:
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Writes a figure in the format that the path's suffix names, one of `FIGURE_FORMATS`."""
-    figure.savefig(path, facecolor="white")
+    with replacing(path) as draft:
+        figure.savefig(draft, facecolor="white")
 
 
 def shrink(picture: Image.Image) -> Image.Image:

@@ -9,6 +9,7 @@ from vreflection_hub_card.embedded import EMBEDDED_NAME
 from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS
 from vreflection_hub_card.glyphsearch import DIFFICULTIES
+from vreflection_hub_card.whole_files import replacing
 
 from . import evaluate_rows
 from .arguments import LATENT_FEEDBACK, check_writable, natural, positive, quiet_transformers, writing
@@ -195,7 +196,8 @@ def run_glyphsearch(options: argparse.Namespace) -> None:
         "tasks": {"glyphsearch": result},
     }
     with writing(output):
-        output.write_text(json.dumps(report, indent=2) + "\n")
+        with replacing(output) as draft:
+            draft.write_text(json.dumps(report, indent=2) + "\n")
     print_accuracy("glyphsearch", result["accuracy"]["overall"])
     print(f"All results are in {output}.")
 

@@ -94,6 +94,7 @@ def evaluate(
     from vreflection_hub_card.evaluation.rows_accuracy import ask_and_summarise, decoding_options
     from vreflection_hub_card.inference.checkpoints import checkpoint_folder, load_checkpoint, set_pixel_limits
     from vreflection_hub_card.inference.drawing import save_figure
+    from vreflection_hub_card.whole_files import replacing
 
     started = datetime.datetime.now(datetime.UTC)
     folder = checkpoint_folder(options.model, options.revision)
@@ -136,9 +137,8 @@ def evaluate(
     }
     lines = "".join(json.dumps(sample) + "\n" for sample in evaluation.samples)
     for name, text in ((SAMPLES, lines), (RESULTS, json.dumps(report, indent=2) + "\n")):
-        draft = options.output / f"{name}.part"
-        draft.write_text(text)
-        draft.replace(options.output / name)
+        with replacing(options.output / name) as draft:
+            draft.write_text(text)
     if replace and evaluation.result["accuracy_of_reflecting"]["count"]:
         save_figure(draw_dependence(evaluation.result), options.output / FIGURE)
     return report

@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vreflection_hub_card.whole_files import replacing
+
 
 BAR = 40
 
@@ -57,4 +59,5 @@ def save_histogram(lengths: Sequence[int], path: str | Path, limits: dict[str, i
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, facecolor="white")
+    with replacing(path) as draft:
+        figure.savefig(draft, facecolor="white")

@@ -11,6 +11,7 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from loguru import logger
 
+from ...whole_files import replacing
 from ..benchmarks import BENCHMARKS, Benchmark
 from ..comparison import SAMPLES
 from ..provenance import describe_machine, describe_versions
@@ -141,6 +142,5 @@ def summarise_samples(benchmark: Benchmark, samples: list[dict], limit: int | No
 
 def write(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    draft = path.with_suffix(".part")
-    draft.write_text(text)
-    draft.replace(path)
+    with replacing(path) as draft:
+        draft.write_text(text)
