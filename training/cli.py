@@ -51,9 +51,9 @@ def unforeseen(error: Exception) -> str:
     place = traceback.extract_tb(error.__traceback__)[-1]
     # From a worker of the data loader an error comes with its traceback as the message; its last line is the error.
     message = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else first_line(error)
-    return (
-        f"{type(error).__name__}: {message} (at {place.filename}:{place.lineno}; PYTHONDEVMODE=1 shows the traceback)"
-    )
+    kind = type(error).__name__
+    message = message if message.startswith(kind) else f"{kind}: {message}"
+    return f"{message} (at {place.filename}:{place.lineno}; PYTHONDEVMODE=1 shows the traceback)"
 
 
 def build_parser() -> argparse.ArgumentParser:

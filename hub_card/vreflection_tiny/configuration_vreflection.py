@@ -70,6 +70,10 @@ class ReflectionConfigMixin:
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        self.check_reflection()
+
+    def check_reflection(self):
+        """Raises a ValueError for a field of the reflection's with a value that isn't allowed."""
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")

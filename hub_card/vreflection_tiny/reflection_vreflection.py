@@ -43,6 +43,7 @@ class ReflectionModelMixin:
 
     def __init__(self, config):
         super().__init__(config)
+        config.check_reflection()  # `from_pretrained` sets fields after the config was checked
         size = (config.text_config.hidden_size, config.compression_num_heads, config.num_latent_tokens)
         self.bcm = BoxGuidedCompression(*size) if config.has_bcm else None
         self.dac = DynamicAutoregressiveCompression(*size, config.dac_queries) if config.has_dac else None

@@ -49,6 +49,24 @@ def test_a_value_that_no_training_can_use(tmp_path, lines, named):
         parse_recipe(tmp_path, lines)
 
 
+@pytest.mark.parametrize(
+    ("command", "line", "named"),
+    [
+        ("train", "model_options: {region_pooling: max}", "region_pooling"),
+        ("train", "model_options: {compression_num_heads: 7}", "compression_num_heads"),
+        ("train", "model_options: {num_latent_tokens: 0}", "num_latent_tokens"),
+        ("train", "log_level: nowhere", "recipe.yaml"),
+        ("train", "dataset_options: {split: train, count: two}", "recipe.yaml"),
+        ("check", "dataset_options: {split: train, count: two}", "recipe.yaml"),
+    ],
+)
+def test_what_no_model_or_data_can_have_is_one_line(tmp_path, capsys, command, line, named):
+    options = "" if "dataset_options" in line else "dataset_options: {split: train, count: 2}\n"
+    (tmp_path / "recipe.yaml").write_text(f"{GOOD}{options}{line}\noutput_dir: {tmp_path / 'out'}\n")
+    assert cli.main([command, str(tmp_path / "recipe.yaml")]) == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_numbers_become_the_type_of_their_field(tmp_path):
     *_, args = parse_recipe(tmp_path, "adam_beta1: 0\nmax_grad_norm: .inf\ndataloader_drop_last: 0\nrun_name: 2024")
     assert [args.adam_beta1, args.max_grad_norm, args.run_name] == [0.0, float("inf"), "2024"]

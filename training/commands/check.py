@@ -2,7 +2,7 @@
 
 import argparse
 
-from vreflection_hub_card.errors import InputError
+from vreflection_hub_card.errors import InputError, first_line
 
 from ..recipe_files import RECIPES, find_file, shipped
 
@@ -51,6 +51,10 @@ def run(options: argparse.Namespace) -> int:
         )
     except (ValueError, ImportError) as error:
         raise InputError(str(error)) from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever a library makes of a value that it can't use
+        raise InputError(f"{options.recipe}: can't be checked ({first_line(error)})") from error
     print(format_report(report))
     if known.histogram is not None:
         report.save_histogram(known.histogram)
