@@ -90,9 +90,8 @@ class ReflectionGenerationMixin:
         prompt = next((prompt for prompt in prompts if prompt is not None), None)
         refuse_other_media(**kwargs)
         self._check_prompt(prompt, kwargs.get("attention_mask"))
-        if options.can_start:
-            if kwargs.get("assistant_model") is not None:
-                raise ValueError(unsupported("assisted decoding (`assistant_model`)", "leave `assistant_model` out"))
+        if options.can_start and kwargs.get("assistant_model") is not None:
+            raise ValueError(unsupported("assisted decoding (`assistant_model`)", "leave `assistant_model` out"))
         if latents is not None:
             self._check_latents(latents, prompt, options)
         if kwargs.get("streamer") is not None:
@@ -124,10 +123,7 @@ class ReflectionGenerationMixin:
 
     def _check_prompt(self, prompt: torch.Tensor | None, attention_mask: torch.Tensor | None):
         if getattr(attention_mask, "ndim", 0) == 2 and attention_mask.shape[1] and not attention_mask[:, -1].all():
-            raise ValueError(
-                "The prompts are padded on the right, and answers would go on from the padding: set `padding_side='left'` on "
-                "the processor's tokenizer."
-            )
+            raise ValueError("The prompts are padded on the right: set the tokenizer's `padding_side` to 'left'.")
         if prompt is None or prompt.is_floating_point():
             return
         if (prompt == self.config.video_token_id).any():

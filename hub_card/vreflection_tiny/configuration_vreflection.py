@@ -86,10 +86,8 @@ class ReflectionConfigMixin:
             if value is not None and (type(value) is not int or not 0 <= value < vocab_size):
                 raise ValueError(f"`{name}` must be one of the {vocab_size} tokens' ids, got {value!r}.")
         hidden_size = self.text_config.hidden_size
-        if hidden_size % self.compression_num_heads:
-            raise ValueError(
-                f"`compression_num_heads` ({self.compression_num_heads}) must divide the hidden size ({hidden_size})."
-            )
+        if hidden_size % (heads := self.compression_num_heads):
+            raise ValueError(f"`compression_num_heads` ({heads}) must divide the hidden size ({hidden_size}).")
         if self.patch_positions == "sincos" and hidden_size % 4:
             raise ValueError(f"`patch_positions='sincos'` needs a hidden size that 4 divides, got {hidden_size}.")
 

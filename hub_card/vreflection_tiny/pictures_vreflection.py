@@ -121,12 +121,9 @@ def read_header(
         raise PictureError(f"{source}: pictures aren't fetched from the web; download it, and give its path")
     if isinstance(source, str) and not os.path.exists(source):
         name, source = decode_base64(source, name)
-    elif (
-        isinstance(source, (str, Path))
-        and not (os.path.isfile(source) or os.path.isdir(source))
-        and os.path.exists(source)
-    ):
-        raise PictureError(f"{name or source}: a pipe or a device, not a file")  # might never end
+    elif isinstance(source, (str, Path)) and os.path.exists(source) and not os.path.isfile(source):
+        kind = "a folder" if os.path.isdir(source) else "a pipe or a device"  # which might never end
+        raise PictureError(f"{name or source}: is {kind}, not a picture")
     elif hasattr(source, "__array__"):
         source = picture_of_array(source, name or "the array")
     name = name or (source if isinstance(source, (str, Path)) else getattr(source, "filename", None)) or "the picture"
@@ -142,8 +139,6 @@ def read_header(
         raise
     except FileNotFoundError as error:
         raise PictureNotFoundError(f"{name}: no such file") from error
-    except IsADirectoryError as error:
-        raise PictureError(f"{name}: is a folder, not a picture") from error
     except PermissionError as error:
         raise PictureError(f"{name}: may not be read") from error
     except UnidentifiedImageError as error:
