@@ -46,6 +46,7 @@ def test_the_loading_example_runs(tmp_path):
     assert re.fullmatch(r"[A-Z]\n", ran.stdout), ran.stderr
 
 
+@pytest.mark.slow
 def test_the_decoding_pages_examples_run(tmp_path):
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/decoding.md").read_text(), re.DOTALL)
     checks = "assert logits.shape[:2] == result.sequences.shape\nprint(result.latent_counts.tolist())\n"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import modeling_vreflection
 
+from ..conversion.folders import atomic_directory
 from ..errors import InputError
 
 
@@ -23,7 +24,8 @@ def export_space(folder: Path) -> None:
         "modeling_vreflection": Path(modeling_vreflection.__file__).parent,
         "vreflection_hub_card": HERE.parent,
     }
-    for name, source in packages.items():
-        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-    for name in ROOT_FILES:
-        shutil.copy2(HERE / name, folder / name)
+    with atomic_directory(folder) as draft:
+        for name, source in packages.items():
+            shutil.copytree(source, draft / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        for name in ROOT_FILES:
+            shutil.copy2(HERE / name, draft / name)

@@ -150,6 +150,7 @@ def test_the_embedded_checkpoint_answers_with_latents(client, generate):
         assert completion.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_the_documented_example_runs(client, tmp_path):
     code = re.search(r"```python\n(import base64.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)[1]
     make_scene(scene_seed("test", 0)).image.save(tmp_path / "scene.png")

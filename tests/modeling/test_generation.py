@@ -675,6 +675,7 @@ def test_static_cache_equals_dynamic(model, batch, greedy):
     assert tokens.tolist() == new_tokens_of(greedy, batch)
 
 
+@pytest.mark.slow
 def test_compiled_forward_equals_eager(model, processor, prompts):
     """Full graph, static cache; the backend that only traces shows whatever a graph can't hold."""
     inputs = encode(processor, *prompts[:2])

@@ -94,7 +94,8 @@ def run(request, bases, make_trainer, tmp_path_factory):
     stage, head = request.param.split("-")
     tied, folder = head == "tied", tmp_path_factory.mktemp(request.param)
     # The draw of Eq. 2 that leaves something to learn for BCM.
-    trainer = make_trainer(bases[tied], folder / "run", stage=stage, bernoulli_p=0.0)
+    bcm_learns = {"bernoulli_p": 0.0} if stage in ("1", "joint") else {}
+    trainer = make_trainer(bases[tied], folder / "run", stage=stage, **bcm_learns)
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
     trainer.save_model(str(folder / "adapter"))

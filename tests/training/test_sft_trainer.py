@@ -220,7 +220,7 @@ def test_evaluation_logs_the_components(make_trainer, rows):
         ({"alignment": "both"}, "`alignment` must be one of"),
         ({"latent_loss": "l2"}, "`latent_loss`"),
         ({"latent_inputs": "teacher"}, "`latent_inputs`"),
-        ({"bernoulli_p": 1.5}, "`bernoulli_p` must lie in"),
+        ({"stage": "1", "bernoulli_p": 1.5}, "`bernoulli_p` must lie in"),
         ({"lambda_bcm": -1.0}, "`lambda_bcm` must not be negative"),
         ({"attention_temperature": 0.0}, "`attention_temperature` must be above 0"),
         ({"stage": "sft", "latent_inputs": "bcm"}, "no slots to fill"),
@@ -343,6 +343,7 @@ def test_no_logits_of_whole_sequences(make_trainer, model, rows, training):
     assert positions and max(positions) < 10
 
 
+@pytest.mark.slow
 def test_every_sample_every_steps_there_is_a_picture(make_trainer, tmp_path):
     make_trainer(stage="2", max_steps=5, sample_every=2, gradient_accumulation_steps=2, sample_packing=True).train()
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [

@@ -271,6 +271,7 @@ def test_the_hub_has_what_was_checked(hub, publish, how):
     assert code == 2 and name in line and repo.head in line and "no tag" in line and not repo.tags
 
 
+@pytest.mark.slow
 def test_other_bytes_than_the_hash_says(hub, checkpoint):
     files = hashed(checkpoint)
     commit = upload(files, Destination("ann/bytes"), HfApi())

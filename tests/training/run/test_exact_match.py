@@ -79,6 +79,7 @@ def answer(model, processor, row, **options):
     return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
 
 
+@pytest.mark.slow
 def test_against_rows_asked_one_by_one(talker, processor, questions):
     said = []
     for row in questions:

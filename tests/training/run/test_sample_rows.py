@@ -56,6 +56,7 @@ def test_drawing_changes_no_weight(make_trainer, drawn, model):
     assert len(drawn) == 6 and all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_the_same_rows(make_trainer, drawn, tmp_path):
     rows = glyphsearch_dataset("train", 6)
     options = {"stage": "2", "sample_every": 1, "save_strategy": "steps", "save_steps": 1, "logging_steps": 100}
