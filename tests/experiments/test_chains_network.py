@@ -59,7 +59,7 @@ def test_a_row_sees_no_other_of_its_line(chains, starting):
     assert moved[second].all() and not moved[~second].any()
 
 
-@pytest.fixture(scope="module", params=["embedded", "starting"])
+@pytest.fixture(scope="module", params=["embedded", pytest.param("starting", marks=pytest.mark.slow)])
 def network(request, chains, starting):
     """The embedded checkpoint, and the model that arms start from."""
     model = starting

@@ -471,7 +471,7 @@ def test_given_latents_fit_a_prompt_of_embeddings(model, processor):
         model.generate(inputs_embeds=embeds, **options, latents=torch.zeros(2, 8, 192))
 
 
-@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("beams", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_reflection_ends_when_its_look_comes_to_rest(model, stock, processor, prompts, ids, eos, beams):
     inputs = encode(processor, *prompts[:3])
     options = {"latent_feedback": "dac", "return_dict_in_generate": True}
