@@ -11,7 +11,7 @@ from vreflection_hub_card.rows import path_part, reflection_part, text_part
 
 from .image_folders import ImageFolders
 from .images import image_size
-from .json_files import fill_row, read_json_object
+from .json_files import fill_row, read_json_entries
 
 
 ANSWERS = {"short": "answer", "full": "fullAnswer"}  # by option, the key in the file
@@ -92,7 +92,7 @@ def gqa_rows(
             {"role": "assistant", "content": [*parts, text_part(answer)]},
         ]
 
-    for question_id, item in read_json_object(path):
+    for question_id, item in read_json_entries(path):
         if not balanced or item.get("isBalanced") is not False:
             yield fill_row(f"{Path(path).stem}-{question_id}", "gqa", item, fill)
 
@@ -104,7 +104,7 @@ def read_scene_graphs(path: str | Path) -> SceneGraphs:
         ValueError: A file that isn't a JSON object of scene graphs.
     """
     graphs = {}
-    for image_id, graph in read_json_object(path):
+    for image_id, graph in read_json_entries(path):
         try:
             boxes = {name: tuple(map(thing.get, "xywh")) for name, thing in graph["objects"].items()}
         except (KeyError, AttributeError) as error:

@@ -82,7 +82,7 @@ def _read_lines(path: str | Path) -> Iterator[dict[str, Any] | ValueError]:
             yield row
 
 
-def read_json_object(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_json_entries(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The entries of a file that is one JSON object of objects, with their names.
 
     Raises:
