@@ -138,9 +138,10 @@ def _packing_lines(result: dict) -> str:
 def _training_caption(result: dict) -> str:
     training, shape = result["training"], result["shape"]
     coverage = result["arms"]["stage1"]["against"]["trl_sft"]["speed"]["coverage"]
+    adapters = f"LoRA of rank {training['lora']}, " if training.get("lora") else ""
     mix = training["mix"] if "mix" in training else result["packing"]["distribution"]
     return (
-        f"Measured by `{result['command']}` on {result['date'][:10]}: {shape['note']}; {training['dtype']}, "
+        f"Measured by `{result['command']}` on {result['date'][:10]}: {shape['note']}; {adapters}{training['dtype']}, "
         f"{training['optimiser']}, gradient checkpointing unless said otherwise, {training['batch_size']} samples a batch, "
         f"{_rounds(result, coverage)} Speed is the ratio of step times for the same samples. Mix of lengths: {mix}; areas and "
         f"the paper's limits divided by {shape['mix_divisor']}. {ON_A_CPU if training['device'] == 'cpu' else ''}"

@@ -6,7 +6,7 @@ A step is timed where it runs, in the arm's own `train()`: forward, backward, cl
 collating data. In a round all arms train on the same samples, in turns, and ratios are taken within the round. Two more arms
 train stage 1 on the lengths of Visual CoT, padded and packed.
 
-The result file is written after every round. Called again with the same options, the program adds the rounds that are missing.
+The result file is written after every arm. Called again with the same options, the program adds what is missing.
 """
 
 import argparse
@@ -21,12 +21,14 @@ from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars
+from peft import LoraConfig
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from vreflection_training import VReflectionSFTConfig, VReflectionSFTTrainer
+from vreflection_training.adapters import LANGUAGE_LAYERS
 from vreflection_training.data.packing import pack_dataset
 
 from .backbones import BACKBONES, RUNNABLE, Backbone, count_parameters, model_on, random_model
@@ -63,6 +65,7 @@ TRAININGS = {
         "the same, no gradient checkpointing", NO_CHECKPOINTING, ("trl_sft",), stock=True
     ),
     "sft": TrainingArm("ours, `stage: sft`", {"stage": "sft"}, ("trl_sft",)),
+    "path": TrainingArm("ours, `stage: path`", {"stage": "path"}),
     "stage1": TrainingArm("ours, `stage: 1`", {"stage": "1"}),
     "stage2_bcm": TrainingArm("ours, `stage: 2`, `latent_inputs: bcm`", {**STAGE_2, "latent_inputs": "bcm"}),
     "stage2_dac": TrainingArm("ours, `stage: 2`, `latent_inputs: dac`", {**STAGE_2, "latent_inputs": "dac"}),
@@ -116,12 +119,19 @@ class CountingCollator:
 
 
 class TrainingBench:
-    """Trains arms whose models share one set of random weights; `folder` is for what trainers write."""
+    """Trains arms whose models share one set of random weights; `folder` is for what trainers write.
 
-    def __init__(self, backbone: Backbone, device: torch.device, seed: int, folder: str):
-        self.backbone, self.device, self.seed, self.folder = backbone, device, seed, folder
+    With `lora` all arms train adapters of this rank on the linear layers of the language model, ours with what the stage
+    trains besides.
+    """
+
+    def __init__(self, backbone: Backbone, device: torch.device, seed: int, folder: str, lora: int | None = None):
+        self.backbone, self.device, self.seed, self.folder, self.lora = backbone, device, seed, folder, lora
         model, self.processor = random_model(backbone, device, seed)
         self.weights, self.config = model.state_dict(), model.config
+        if lora is not None:  # an adapter names its base
+            model.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
 
     def trainer(self, arm: TrainingArm) -> SFTTrainer:
         """An arm's trainer, whose model shares the weights."""
@@ -155,7 +165,12 @@ class TrainingBench:
         else:
             trainer_class, args = VReflectionSFTTrainer, VReflectionSFTConfig(sample_every=0, **options)
         rows = as_dataset(self.rows(arm, 0, 1), not arm.stock)  # a trainer wants a data set at once
-        trainer = trainer_class(model, args, processing_class=self.processor, train_dataset=rows)
+        adapter = None
+        if self.lora is not None:
+            model.name_or_path = self.folder
+            layers = rf"model\.language_model\..+\.({'|'.join(LANGUAGE_LAYERS)})"
+            adapter = LoraConfig(r=self.lora, target_modules=layers, task_type="CAUSAL_LM")
+        trainer = trainer_class(model, args, processing_class=self.processor, train_dataset=rows, peft_config=adapter)
         trainer.data_collator = CountingCollator(trainer.data_collator)
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -187,9 +202,16 @@ class TrainingBench:
 
 
 def measure_training(
-    backbone: Backbone, device: torch.device, output: Path, *, command: str = "", repeats: int = 9, seed: int = 0
+    backbone: Backbone,
+    device: torch.device,
+    output: Path,
+    *,
+    command: str = "",
+    repeats: int = 9,
+    seed: int = 0,
+    lora: int | None = None,
 ) -> dict:
-    """Measures all arms, and writes the result file after every round.
+    """Measures all arms, and writes the result file after every one.
 
     Args:
         backbone (`Backbone`): The backbone.
@@ -198,13 +220,14 @@ def measure_training(
         command (`str`, *optional*): What a result says that it was measured by.
         repeats (`int`, *optional*, defaults to 9): Rounds that the file holds at the end.
         seed (`int`, *optional*, defaults to 0): Of weights and samples.
+        lora (`int`, *optional*): The rank of adapters to train instead of all weights.
 
     Raises:
         ValueError: A result file of other settings.
     """
     warm_up, timed = TURNS[device.type]
     with tempfile.TemporaryDirectory() as folder:
-        bench = TrainingBench(backbone, device, seed, folder)
+        bench = TrainingBench(backbone, device, seed, folder, lora)
         settings = {
             "seed": seed,
             "versions": {name: importlib.metadata.version(name) for name in ("trl", "accelerate", "datasets")},
@@ -215,6 +238,7 @@ def measure_training(
                 "dtype": backbone.dtype,
                 "optimiser": "SGD without momentum, gradients clipped to norm 1",
                 "batch_size": BATCH_SIZE,
+                "lora": lora,
                 "mix": VISUAL_COT_NOTE,
             },
         }
@@ -226,14 +250,11 @@ def measure_training(
             memory.setdefault(name, steps[-1].get("peak_memory_bytes"))
             save_result(output, result)
         for number in tqdm(range(result["repeats"], repeats), desc="Rounds"):
-            measured = {
-                name: bench.train(trainers[name], TRAININGS[name], number + 1, warm_up + timed)[warm_up:]
-                for name in rotated(TRAININGS, number)
-            }
-            for name, steps in measured.items():
-                rounds.setdefault(name, []).append(total(steps))
-            result["repeats"] = number + 1
-            save_result(output, summarise_training(result))
+            for name in rotated(TRAININGS, number):
+                if len(measured := rounds.setdefault(name, [])) <= number:
+                    steps = bench.train(trainers[name], TRAININGS[name], number + 1, warm_up + timed)
+                    measured.append(total(steps[warm_up:]))
+                    save_result(output, summarise_training(result))
     return result
 
 
@@ -244,21 +265,26 @@ def total(steps: list[dict]) -> dict:
 
 
 def summarise_training(result: dict) -> dict:
-    """Adds medians, intervals and ratios of the rounds so far; speed is the ratio of the other arm's time to the arm's own."""
+    """Adds medians, intervals and ratios of what was measured so far; speed is the other arm's time over the arm's own.
+
+    An arm is compared in the rounds that both arms have.
+    """
     rounds, memory = result["rounds"], result["memory"]
     seconds = {name: [one["step_seconds"] for one in own] for name, own in rounds.items()}
     rates = {name: [one["tokens"] / one["seconds"] for one in own] for name, own in rounds.items()}
+    result["repeats"] = min(len(rounds.get(name, ())) for name in TRAININGS)
     result["arms"] = {}
-    for name, arm in TRAININGS.items():
-        against = {
-            other: {
-                "speed": paired_ratio(seconds[other], seconds[name]),
-                "tokens_per_second": paired_ratio(rates[name], rates[other]),
-                "peak_memory": None if arm.mixed else memory[name] / memory[other],
-            }
-            for other in arm.against
-        }
-        tokens, positions = (sum(one[size] for one in rounds[name]) for size in ("tokens", "positions"))
+    for name, own in rounds.items():
+        arm = TRAININGS[name]
+        against = {}
+        for other in arm.against:
+            if both := min(len(own), len(rounds.get(other, ()))):
+                against[other] = {
+                    "speed": paired_ratio(seconds[other][:both], seconds[name][:both]),
+                    "tokens_per_second": paired_ratio(rates[name][:both], rates[other][:both]),
+                    "peak_memory": None if arm.mixed else memory[name] / memory[other],
+                }
+        tokens, positions = (sum(one[size] for one in own) for size in ("tokens", "positions"))
         result["arms"][name] = {
             "title": arm.title,
             "options": arm.options,
@@ -276,14 +302,15 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="python -m experiments.benchmark.training",
-        description="Measures training steps of trl's plain fine-tuning, of ours, of stage 1 and of stage 2 with each "
-        "`latent_inputs`, and packing against padding, on random weights and samples.",
+        description="Measures training steps of trl's plain fine-tuning, of ours, of stage path, of stage 1 and of stage 2 "
+        "with each `latent_inputs`, and packing against padding, on random weights and samples.",
     )
     parser.add_argument("--backbone", choices=RUNNABLE, default="small", help="default: small, for a CPU")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the result file")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds (default: 9)")
     parser.add_argument("--device", choices=TURNS, default="cpu", help="default: cpu")
     parser.add_argument("--seed", type=int, default=0, help="of weights and samples (default: 0)")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank (default: all weights)")
     options = vars(parser.parse_args(words))
     backbone, device = BACKBONES[options.pop("backbone")], torch.device(options.pop("device"))
     disable_progress_bars()  # of measuring rows, between our own
