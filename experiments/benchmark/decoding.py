@@ -28,6 +28,7 @@ from transformers import BatchFeature, CompileConfig, LogitsProcessor, LogitsPro
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
 from modeling_vreflection.decoding_vreflection import LATENT_FEEDBACK
+from vreflection_hub_card.embedded import EMBEDDED_NAME
 from vreflection_hub_card.evaluation.provenance import describe_model
 from vreflection_hub_card.glyphsearch import draw_question
 from vreflection_hub_card.inference.checkpoints import checkpoint_folder, find_device, load_checkpoint
@@ -346,6 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
         if backbone is not None:
             subject = random_subject(backbone, BACKBONES[backbone], device, options["seed"], Path(scratch))
         else:
+            name = name or EMBEDDED_NAME
             folder = checkpoint_folder(name)
             model, processor = load_checkpoint(folder, device)
             subject = Subject(model, processor, folder, describe_model(model, folder, name))

@@ -22,6 +22,7 @@ from experiments.benchmark.decoding import (
     measure_loading,
     random_subject,
 )
+from vreflection_hub_card.embedded import EMBEDDED
 
 
 OPTIONS = {"text_steps": 2, "variants": ("sdpa_static",), "batch_sizes": (1, 2), "command": "the command"}
@@ -188,3 +189,10 @@ def test_the_command_measures_a_backbone(monkeypatch, tmp_path, tiny_backbone):
     assert options["repeats"] == 1 and options["batch_sizes"] == [1]
     with pytest.raises(SystemExit):
         decoding.main(["somewhere", *words])
+
+
+def test_the_command_measures_the_embedded_checkpoint_by_default(monkeypatch, tmp_path):
+    measured = []
+    monkeypatch.setattr(decoding, "measure_decoding", lambda subject, **options: measured.append(subject))
+    decoding.main(["--output", str(tmp_path / "x.json"), "--device", "cpu"])
+    assert measured[0].folder == EMBEDDED and measured[0].description["name"] == "vreflection_tiny"
