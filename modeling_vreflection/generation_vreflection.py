@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .compression_vreflection import pad_features
 from .decoding_vreflection import (
+    UNCERTAIN,
     ReflectionForcing,
     ReflectionOptions,
     ReflectionProgress,
@@ -42,8 +43,10 @@ class ReflectionGenerationMixin:
         *args,
         latent_steps: int | None = None,
         latent_feedback: str | None = None,
-        reflect: bool | None = None,
+        reflect: bool | str | None = None,
         latent_tolerance: float | None = None,
+        reflect_threshold: float | None = None,
+        max_reflections: int | None = None,
         latents: torch.Tensor | None = None,
         **kwargs,
     ):
@@ -60,19 +63,25 @@ class ReflectionGenerationMixin:
                 generation config's, else to `config.num_latent_tokens`.
             latent_feedback (`str`, *optional*): What a step feeds back: the `"hidden"` state (Sec. 3.4), or what the
                 state queries from the images, `"dac"` (App. A.2). Defaults to the generation config's, else `"hidden"`.
-            reflect (`bool`, *optional*): `True`: every answer begins with a reflection, behind the thoughts of a backbone
-                that thinks in words. `False`: none holds one.
+            reflect (`bool` or `str`, *optional*): `True`: every answer begins with a reflection, behind the thoughts of a
+                backbone that thinks in words. `False`: none holds one. `"uncertain"`: one is forced in front of a token of the
+                answer, thoughts excluded, whose entropy exceeds `reflect_threshold`, and the model starts none by itself.
                 `None`: the generation config's; else the model decides.
             latent_tolerance (`float`, *optional*): With `"dac"`, a reflection ends before its S steps once the total
                 variation between two consecutive looks, in [0, 1], falls below it. Defaults to the generation config's;
                 0 is off.
+            reflect_threshold (`float`, *optional*): With `"uncertain"`, in nats from 0 on; `inf` forces none. The entropy is
+                that of the text token which would follow: tokens of a reflection and all that other processors ban left out,
+                before temperature, `top_k` and `top_p`. Defaults to the generation config's.
+            max_reflections (`int`, *optional*): With `"uncertain"`, how many an answer may hold, with a token of text between
+                two of them. Defaults to the generation config's, else 1: as in training, and at the cost of `reflect=True`.
             latents (`torch.Tensor` of shape `(B, M, D)`, *optional*): Latents to feed instead of the model's own: the n-th
                 slot of a prompt's answer is fed the n-th, and slots past the last the model's own.
 
         Raises:
             ValueError: A mode that would silently do without latents: assisted decoding, prompt lookup,
                 `use_cache=False`, continuous batching, tokens of a reflection in the prompt; padding on the right; no room for
-                an answer; videos; with `"dac"`, pictures that this call doesn't hold, or `reflect=True` and a row without a
+                an answer; videos; with `"uncertain"`, beams; with `"dac"`, pictures that this call doesn't hold, or `reflect=True` and a row without a
                 picture.
         """
         if self.config.latent_token_id is None:
@@ -85,7 +94,9 @@ class ReflectionGenerationMixin:
             )
         kwargs = dict(**signature(super().generate).bind_partial(*args).arguments, **kwargs)
         given_config = kwargs.get("generation_config")
-        options = self.reflection_options(latent_steps, latent_feedback, reflect, latent_tolerance, given_config)
+        options = self.reflection_options(
+            latent_steps, latent_feedback, reflect, latent_tolerance, reflect_threshold, max_reflections, given_config
+        )
         prompts = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
         prompt = next((prompt for prompt in prompts if prompt is not None), None)
         refuse_other_media(**kwargs)
@@ -96,13 +107,8 @@ class ReflectionGenerationMixin:
             self._check_latents(latents, prompt, options)
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = SilentReflectionStreamer(kwargs["streamer"], self.config.latent_token_ids)
-        progress = ReflectionProgress(
-            options,
-            self.config.latent_token_ids,
-            kwargs.get("image_grid_thw"),
-            latents,
-            self.config.think_end_token_id,
-        )
+        config, grids = self.config, kwargs.get("image_grid_thw")
+        progress = ReflectionProgress(options, config.latent_token_ids, grids, latents, config.think_end_token_id)
         result = super().generate(reflection=progress, **kwargs)
         if options.can_start:
             sequences = result if isinstance(result, torch.Tensor) else result.sequences
@@ -150,8 +156,10 @@ class ReflectionGenerationMixin:
         self,
         latent_steps: int | None = None,
         latent_feedback: str | None = None,
-        reflect: bool | None = None,
+        reflect: bool | str | None = None,
         latent_tolerance: float | None = None,
+        reflect_threshold: float | None = None,
+        max_reflections: int | None = None,
         generation_config: GenerationConfig | None = None,
     ) -> ReflectionOptions:
         """How `generate` reflects with these arguments, those left out taken from the generation configs.
@@ -167,6 +175,8 @@ class ReflectionGenerationMixin:
             latent_feedback=latent_feedback,
             reflect=reflect,
             latent_tolerance=latent_tolerance,
+            reflect_threshold=reflect_threshold,
+            max_reflections=max_reflections,
         )
         if options.can_start and options.latent_feedback == "dac":
             if self.model.dac is None:
@@ -181,13 +191,7 @@ class ReflectionGenerationMixin:
         return options
 
     def _get_logits_processor(
-        self,
-        generation_config,
-        *args,
-        input_ids_seq_length=None,
-        logits_processor=None,
-        model_kwargs=None,
-        **kwargs,
+        self, generation_config, *args, input_ids_seq_length=None, logits_processor=None, model_kwargs=None, **kwargs
     ):
         # The one hook that sees the final generation config. transformers puts the list that it is given before the
         # processors that keep only the likeliest tokens; what it returns can be appended to.
@@ -213,10 +217,14 @@ class ReflectionGenerationMixin:
                 raise ValueError(unsupported("guidance (`guidance_scale`)", "leave `guidance_scale` out"))
             if not generation_config.use_cache:
                 raise ValueError(unsupported("`use_cache=False`", "leave the cache on"))
+            if options.reflect == UNCERTAIN and generation_config.num_beams > 1:
+                raise ValueError(
+                    f"`reflect='{UNCERTAIN}'` doesn't go with beams, which forced tokens lengthen at no cost: leave `num_beams` out."
+                )
             room = generation_config.max_length - input_ids_seq_length
             if options.reflect and room < options.latent_steps + 3:
                 raise ValueError(
-                    f"`reflect=True` with {options.latent_steps} latent steps takes {options.latent_steps + 2} tokens; a "
+                    f"`reflect={options.reflect!r}` with {options.latent_steps} latent steps takes {options.latent_steps + 2} tokens; a "
                     f"limit of {room} new tokens leaves none for the answer. Raise `max_new_tokens`."
                 )
         processors.append(ReflectionForcing(self.config.latent_token_ids, progress))
@@ -240,7 +248,7 @@ class ReflectionGenerationMixin:
     def _look_up_pictures(self, progress: ReflectionProgress, input_ids: torch.LongTensor, model_kwargs: dict):
         """Makes DAC's keys and values of all images of each row, once for the whole answer."""
         counts = (input_ids == self.config.image_token_id).sum(1)
-        if progress.options.reflect and not counts.all():
+        if progress.options.reflect is True and not counts.all():
             raise ValueError(
                 "`latent_feedback='dac'` asks the pictures at every latent step, and `reflect=True` begins a reflection in "
                 f"every row; row {counts.tolist().index(0)} has no picture. Give it one, or leave `reflect=True` out."

@@ -14,6 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 
 
 LATENT_FEEDBACK = ("hidden", "dac")
+# The value of `reflect` that leaves it to the entropy of the next token.
+UNCERTAIN = "uncertain"
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,10 @@ class ReflectionOptions:
 
     latent_steps: int
     latent_feedback: str
-    reflect: bool | None = None
+    reflect: bool | str | None = None
     latent_tolerance: float | None = None
+    reflect_threshold: float | None = None
+    max_reflections: int | None = None
 
     def __post_init__(self):
         if isinstance(self.latent_steps, bool) or not isinstance(self.latent_steps, int):
@@ -34,49 +38,57 @@ class ReflectionOptions:
             raise ValueError(
                 f"`latent_feedback` must be one of {', '.join(LATENT_FEEDBACK)}, got {self.latent_feedback!r}."
             )
-        if not any(self.reflect is value for value in (None, True, False)):
-            raise ValueError(f"`reflect` must be True, False or None, got {self.reflect!r}.")
+        if self.reflect != UNCERTAIN and not any(self.reflect is value for value in (None, True, False)):
+            raise ValueError(f"`reflect` must be True, False, None or '{UNCERTAIN}', got {self.reflect!r}.")
         if self.reflect and not self.can_start:
-            raise ValueError("`reflect=True` and `latent_steps=0` contradict each other: set `latent_steps` above 0.")
+            raise ValueError(
+                f"`reflect={self.reflect!r}` and `latent_steps=0` contradict each other: set `latent_steps` above 0."
+            )
         tolerance = 0 if self.latent_tolerance is None else self.latent_tolerance
         if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance <= 1:
             raise ValueError(f"`latent_tolerance` must be a number in [0, 1], got {tolerance!r}; 0 is off.")
         if self.latent_tolerance and self.latent_feedback != "dac":
             raise ValueError("`latent_tolerance` compares DAC's looks: use it with `latent_feedback='dac'`.")
+        threshold, most = self.reflect_threshold, self.max_reflections
+        if self.reflect != UNCERTAIN:
+            if (threshold, most) != (None, None):
+                raise ValueError(f"`reflect_threshold` and `max_reflections` go with `reflect='{UNCERTAIN}'` only.")
+        elif isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold >= 0:
+            raise ValueError(
+                f"`reflect='{UNCERTAIN}'` needs a `reflect_threshold` from 0 on, in nats, got {threshold!r}; "
+                "`vreflection evaluate --thresholds` measures some."
+            )
+        elif type(most) is not int or most < 1:
+            raise ValueError(f"`max_reflections` must be a whole number from 1 on, got {most!r}.")
 
     @classmethod
-    def resolve(
-        cls,
-        config,
-        *generation_configs,
-        latent_steps=None,
-        latent_feedback=None,
-        reflect=None,
-        latent_tolerance=None,
-    ):
+    def resolve(cls, config, *generation_configs, **given):
         """The options of a call: an argument wins, then the first generation config that says something.
 
         Args:
             config (`VReflectionConfig`): The model's; where nothing is said, `latent_steps` is its `num_latent_tokens`.
             generation_configs (`GenerationConfig`): The call's, if there is one, then the model's.
-            latent_steps, latent_feedback, reflect, latent_tolerance: See `generate`.
+            given: Fields of this class, see `generate`; `None` where nothing is given.
 
         Raises:
             ValueError: A value that isn't allowed, wherever it comes from.
         """
 
-        def first(name: str, given, default=None):
-            values = (given, *(getattr(generation_config, name, None) for generation_config in generation_configs))
-            return next((value for value in values if value is not None), default)
+        def settle(name: str, default=None):
+            values = (given.get(name), *(getattr(stored, name, None) for stored in generation_configs))
+            given[name] = next((value for value in values if value is not None), default)
+            return given[name]
 
-        steps = first("latent_steps", latent_steps, config.num_latent_tokens)
-        feedback = first("latent_feedback", latent_feedback, LATENT_FEEDBACK[0])
-        # What a config says for DAC's looks, or for reflections at all, doesn't bind a call that does without them.
-        if feedback == "dac":
-            latent_tolerance = first("latent_tolerance", latent_tolerance)
-        if steps:
-            reflect = first("reflect", reflect)
-        return cls(steps, feedback, reflect, latent_tolerance)
+        # What a config says for DAC's looks, for reflections at all, or for uncertain ones, doesn't bind a call that does
+        # without them.
+        if settle("latent_steps", config.num_latent_tokens):
+            settle("reflect")
+        if settle("latent_feedback", LATENT_FEEDBACK[0]) == "dac":
+            settle("latent_tolerance")
+        if given.get("reflect") == UNCERTAIN:
+            settle("reflect_threshold")
+            settle("max_reflections", 1)
+        return cls(**given)
 
     @property
     def can_start(self) -> bool:
@@ -95,6 +107,11 @@ def forced_tokens_left(input_ids: torch.LongTensor, start_id: int, end_id: int, 
     return torch.where(closed > opened, 0, opened)
 
 
+def entropy(scores: torch.FloatTensor) -> torch.FloatTensor:
+    """The entropy in nats (B,) of the distributions that scores (B, V) give; banned tokens, at -inf, count nothing."""
+    return torch.special.entr(scores.float().softmax(-1)).sum(-1)
+
+
 class ReflectionProgress:
     """One call of `generate`: how far the rows are in their reflections, what they look at, and what was fed.
 
@@ -110,6 +127,8 @@ class ReflectionProgress:
         forced_steps (`int`): Next tokens that are known to be forced in all rows.
         in_slots (`bool`): Whether the last token of any row is a slot.
         settled (`torch.BoolTensor` of shape `(B,)`): Rows whose look came to rest, so that their reflection ends here.
+        uncertain (`torch.BoolTensor` of shape `(B,)`): With `reflect="uncertain"`, rows whose next token opens a reflection
+            unless they are in one.
         pictures (`tuple`): Of all images of each row DAC's keys and values (B, heads, L, D / heads), with `patch_positions`
             their places (B, L, D), and their mask (B, L); `None` where nothing asks them.
         has_pictures (`torch.BoolTensor` of shape `(B,)`): Which rows may reflect; `None` for all.
@@ -135,6 +154,7 @@ class ReflectionProgress:
         self.forced_steps = 0
         self.in_slots = False
         self.settled: torch.BoolTensor | None = None
+        self.uncertain: torch.BoolTensor | None = None
         self.pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor] | None = None
         self.has_pictures: torch.BoolTensor | None = None
         self.look: torch.FloatTensor | None = None
@@ -170,6 +190,18 @@ class ReflectionProgress:
             ends = new_tokens == self.think_end_id
             begins[:, 2:] = (ends & (ends.cumsum(1) == 1))[:, :-1]
         return begins
+
+    def find_uncertain(self, new_tokens: torch.LongTensor, scores: torch.FloatTensor):
+        """Finds the rows whose next token, of scores (B, V) behind new tokens (B, N), is uncertain, and may open a reflection.
+
+        Not before the answer begins, more often than `max_reflections`, or right behind a reflection.
+        """
+        opened = (new_tokens == self.start_id).sum(1)
+        allowed = (opened < self.options.max_reflections) & self.begins_answer(new_tokens).any(1)
+        allowed &= (new_tokens[:, -1:] != self.end_id).all(1)
+        if self.has_pictures is not None:
+            allowed &= self.has_pictures
+        self.uncertain = allowed & (entropy(scores) > self.options.reflect_threshold)
 
     def compare(self, look: torch.Tensor, previous: torch.Tensor):
         """Ends the reflections whose looks (B, L) came to rest, from the second step on: half the L1 distance is small."""
@@ -237,7 +269,9 @@ class ReflectionProgress:
         """
         tokens = sequences[:, self.prompt_length :]
         forced = (tokens == self.latent_id) | (tokens == self.end_id)
-        if self.options.reflect:
+        if self.options.reflect == UNCERTAIN:
+            forced |= tokens == self.start_id
+        elif self.options.reflect:
             forced |= self.begins_answer(tokens)[:, :-1]
         for row, step in forced.nonzero().tolist():
             source = row if beam_indices is None else beam_indices[row, step]
@@ -248,7 +282,9 @@ class ReflectionProgress:
 class ReflectionTokenBan(LogitsProcessor):
     """Bans the slot and the end token outside of reflections, and the start token where none may start.
 
-    None may start with `latent_steps=0` or `reflect=False`, nor in a row without a picture where DAC asks the pictures.
+    None may start with `latent_steps=0` or `reflect=False`, nor in a row without a picture where DAC asks the pictures. With
+    `reflect="uncertain"` the model itself may not start one: `scores` are then those of the token that it would choose
+    instead, and their entropy decides.
 
     Comes before the processors that keep only the likeliest tokens (`top_k`, `top_p`, `min_p`, `typical_p`), so that they
     never keep banned tokens alone.
@@ -268,17 +304,20 @@ class ReflectionTokenBan(LogitsProcessor):
         scores = scores.clone()
         # No list of ids as an index: it would be copied to the device at every step.
         scores[:, self.latent_id] = scores[:, self.end_id] = float("-inf")
-        if not self.progress.options.can_start:
+        uncertain = self.progress.options.reflect == UNCERTAIN
+        if uncertain or not self.progress.options.can_start:
             scores[:, self.start_id] = float("-inf")
         elif self.progress.has_pictures is not None:
             scores[:, self.start_id].masked_fill_(~self.progress.has_pictures, float("-inf"))
+        if uncertain:
+            self.progress.find_uncertain(input_ids[:, self.progress.prompt_length :], scores)
         return scores
 
 
 class ReflectionForcing(LogitsProcessor):
-    """Forces `latent_steps` slots and the end token after every start token, and the start token for `reflect=True`.
+    """Forces `latent_steps` slots and the end token after every start token.
 
-    Where a row's look has come to rest (`latent_tolerance`), the end token comes at once.
+    With `reflect=True` it forces the start token where the answer begins, with `"uncertain"` in uncertain rows. Where a row's look has come to rest (`latent_tolerance`), the end token comes at once.
 
     Must come last in the list, so that no other processor forbids what is forced.
 
@@ -292,11 +331,12 @@ class ReflectionForcing(LogitsProcessor):
         self.progress = progress
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        new = input_ids.shape[1] - self.progress.prompt_length
-        if self.progress.options.reflect and (new == 0 or self.progress.think_end_id is not None):
-            begins = self.progress.begins_answer(input_ids[:, self.progress.prompt_length :])[:, -1]
-            scores = scores.masked_fill(begins[:, None], float("-inf"))
-            scores[:, self.start_id].masked_fill_(begins, 0.0)
+        new, opens = input_ids.shape[1] - self.progress.prompt_length, self.progress.uncertain
+        if self.progress.options.reflect is True and (new == 0 or self.progress.think_end_id is not None):
+            opens = self.progress.begins_answer(input_ids[:, self.progress.prompt_length :])[:, -1]
+        if opens is not None:
+            scores = scores.masked_fill(opens[:, None], float("-inf"))
+            scores[:, self.start_id].masked_fill_(opens, 0.0)
         left = self.progress.left
         if left is None:
             return scores

@@ -279,7 +279,8 @@ def test_thoughts_given_to_a_model_without_any_are_refused(processor):
 
 
 @pytest.mark.parametrize("saved", [False, True])
-def test_an_asked_for_reflection_opens_behind_the_thoughts(thinking, tmp_path, saved):
+@pytest.mark.parametrize("asked", [{"reflect": True}, {"reflect": "uncertain", "reflect_threshold": 0}])
+def test_an_asked_for_reflection_opens_behind_the_thoughts(thinking, tmp_path, saved, asked):
     model, processor = thinking
     if saved:
         for part in (model, processor):
@@ -294,7 +295,7 @@ def test_an_asked_for_reflection_opens_behind_the_thoughts(thinking, tmp_path, s
     # The first row closes its thoughts after two tokens, the second after five; both write another end later on.
     closing = OpenReflections(close, length, {2, 17}, {5, 17})
     options = {"do_sample": False, "min_new_tokens": 20, "max_new_tokens": 20, "suppress_tokens": [start, close]}
-    options |= {"return_dict_in_generate": True, "output_logits": True, "reflect": True}
+    options |= {"return_dict_in_generate": True, "output_logits": True, **asked}
     result = model.generate(**inputs, logits_processor=[closing], **options)
     for row, logits, ends in zip(result.sequences[:, length:].tolist(), torch.stack(result.logits, 1), (2, 5)):
         assert row[ends + 2 : ends + 12] == [start, *[slot] * 8, end]

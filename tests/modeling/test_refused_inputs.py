@@ -25,8 +25,9 @@ WRONG = [
     ("latent_steps", True, "must be a whole number, got True"),
     ("latent_tolerance", "0.1", r"must be a number in \[0, 1\], got '0.1'"),
     ("latent_feedback", "hiden", "must be one of hidden, dac, got 'hiden'"),
-    ("reflect", "yes", "must be True, False or None, got 'yes'"),
-    ("reflect", 1, "must be True, False or None, got 1"),
+    ("reflect", "yes", "must be True, False, None or 'uncertain', got 'yes'"),
+    ("reflect", 1, "must be True, False, None or 'uncertain', got 1"),
+    ("reflect", "uncertain", "needs a `reflect_threshold` from 0 on, in nats, got None"),
 ]
 
 
