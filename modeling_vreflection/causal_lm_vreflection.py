@@ -1,6 +1,7 @@
 """The whole model over any backbone: its forward pass with the vocabulary projection, making it, loading, saving."""
 
 from dataclasses import fields
+from inspect import signature
 
 import torch
 from torch import nn
@@ -150,6 +151,9 @@ class ReflectionCausalLMMixin:
         # The stock backbone also returns `rope_deltas` before transformers 5.20, what the vision encoder saw from 5.24 on.
         known = {name: value for name, value in outputs.items() if name in OUTPUT_FIELDS}
         return VReflectionCausalLMOutputWithPast(loss=loss, logits=logits, **known)
+
+    # `generate` asks for the signature of a Hub model's `forward` at every step; found once it costs a fifth.
+    forward.__signature__ = signature(forward)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):

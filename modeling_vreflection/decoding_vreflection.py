@@ -112,6 +112,22 @@ def entropy(scores: torch.FloatTensor) -> torch.FloatTensor:
     return torch.special.entr(scores.float().softmax(-1)).sum(-1)
 
 
+class HostCopy:
+    """Numbers on their way from the device to the host, which waits for them only when it asks."""
+
+    def __init__(self, numbers: torch.Tensor):
+        self.numbers, self.arrived = numbers.to("cpu", non_blocking=True), None
+        if numbers.device.type != "cpu":
+            self.arrived = torch.Event(device=numbers.device)
+            self.arrived.record()
+
+    def tolist(self) -> list:
+        """The numbers."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.numbers.tolist()
+
+
 class ReflectionProgress:
     """One call of `generate`: how far the rows are in their reflections, what they look at, and what was fed.
 
@@ -123,9 +139,9 @@ class ReflectionProgress:
         think_end_id (`int`, *optional*): Id of the token that ends thoughts in words, where answers begin with them.
 
     Attributes:
-        left (`torch.LongTensor` of shape `(B,)`): Next tokens of each row that are forced; `None` where no row reflects.
+        left (`torch.LongTensor` of shape `(B,)`): Next tokens of each row that are forced; `None` before the first.
         forced_steps (`int`): Next tokens that are known to be forced in all rows.
-        in_slots (`bool`): Whether the last token of any row is a slot.
+        in_slots (`bool`): Whether the last token of any row may be a slot.
         settled (`torch.BoolTensor` of shape `(B,)`): Rows whose look came to rest, so that their reflection ends here.
         uncertain (`torch.BoolTensor` of shape `(B,)`): With `reflect="uncertain"`, rows whose next token opens a reflection
             unless they are in one.
@@ -153,6 +169,9 @@ class ReflectionProgress:
         self.left: torch.LongTensor | None = None
         self.forced_steps = 0
         self.in_slots = False
+        # `left` at the tokens before: every row of `reflect=True` begins with the start token.
+        begins = options.reflect is True and think_end_id is None
+        self._left_before = HostCopy(torch.tensor([options.latent_steps + 2 if begins else 0]))
         self.settled: torch.BoolTensor | None = None
         self.uncertain: torch.BoolTensor | None = None
         self.pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor] | None = None
@@ -164,19 +183,29 @@ class ReflectionProgress:
         self.looks: dict[int, torch.Tensor] = {}
 
     def read(self, input_ids: torch.LongTensor):
-        """Brings itself up to tokens (B, T), one more than at the last call."""
-        self.left = forced_tokens_left(input_ids, self.start_id, self.end_id, self.options.latent_steps)
+        """Brings itself up to tokens (B, T), one more than at the last call.
+
+        What the host has to know it derives from the tokens before: their numbers have arrived by now, so that nothing waits
+        for the device. A row that opens a reflection with its last token needs no latent yet.
+        """
+        before = self._left_before.tolist()
+        least, most = max(min(before) - 1, 0), max(max(before) - 1, 0)
+        steps, tolerance = self.options.latent_steps, self.options.latent_tolerance
         self.settled = None
-        # Once all rows are known to be in a reflection, nothing needs to wait for the device until the first one leaves it;
-        # when that is, only a look that comes to rest can tell.
-        self.forced_steps -= self.forced_steps > 0
-        self.in_slots = self.forced_steps > 0
-        if not self.forced_steps or self.options.latent_tolerance:
-            in_slots = (self.left > 0) & (self.left <= self.options.latent_steps)
-            least, most, self.in_slots = torch.stack([*self.left.aminmax(), in_slots.any()]).tolist()
-            self.forced_steps = min(least, 1) if self.options.latent_tolerance else least
-            if not most:
-                self.left = None
+        self.in_slots = 0 < most <= steps
+        self.forced_steps = least
+        if most:
+            self.left = forced_tokens_left(input_ids, self.start_id, self.end_id, steps)
+        else:
+            self.left = (input_ids[:, -1] == self.start_id) * (steps + 1)
+        if least and not tolerance:  # no row leaves its reflection or opens one
+            self._left_before = HostCopy(torch.tensor([least, most]))
+            return
+        self._left_before = HostCopy(self.left)
+        if tolerance:  # a look that came to rest may have ended a reflection before its time
+            left = self._left_before.tolist()
+            self.in_slots &= max(left) > 0
+            self.forced_steps = min(*left, 1)
 
     def begins_answer(self, new_tokens: torch.LongTensor) -> torch.BoolTensor:
         """For new tokens (B, N) of the rows, after which of them, or at once, the answer begins: (B, N + 1).
@@ -303,7 +332,8 @@ class ReflectionTokenBan(LogitsProcessor):
             return scores
         scores = scores.clone()
         # No list of ids as an index: it would be copied to the device at every step.
-        scores[:, self.latent_id] = scores[:, self.end_id] = float("-inf")
+        for token in (self.latent_id, self.end_id):
+            scores[:, token].fill_(float("-inf"))
         uncertain = self.progress.options.reflect == UNCERTAIN
         if uncertain or not self.progress.options.can_start:
             scores[:, self.start_id] = float("-inf")
@@ -340,12 +370,12 @@ class ReflectionForcing(LogitsProcessor):
         left = self.progress.left
         if left is None:
             return scores
-        forced = left > 0
         if self.progress.settled is not None:
             left = torch.where(self.progress.settled, 1, left)
-        scores = scores.masked_fill(forced[:, None], float("-inf"))
-        scores[:, self.latent_id] = torch.where(left > 1, 0.0, float("-inf"))
-        scores[:, self.end_id] = torch.where(left == 1, 0.0, float("-inf"))
+        scores = scores.masked_fill((left > 0)[:, None], float("-inf"))
+        scores[:, self.latent_id].masked_fill_(left > 1, 0.0)
+        if self.progress.in_slots:
+            scores[:, self.end_id].masked_fill_(left == 1, 0.0)
         return scores
 
 

@@ -300,7 +300,7 @@ class ReflectionGenerationMixin:
         if reflection is None or not reflection.options.can_start or kwargs.get("is_first_iteration"):
             return inputs
         reflection.read(input_ids)
-        if reflection.left is None:
+        if not (reflection.in_slots or reflection.forced_steps):
             return inputs
         latents = kwargs[CACHE].latent_state
         if reflection.pictures is not None and reflection.in_slots:
