@@ -3,7 +3,7 @@
 `python -m experiments.benchmark.decoding --backbone small --device cpu --output FILE`
 
 A step is timed where it runs, in `generate`: its time holds the forward pass and all around it. Both classes get the same
-logits processor, which reads the clock at four moments of an answer, and write the same number of tokens: the end token is
+stopping criterion, which reads the clock at four moments of an answer, and write the same number of tokens: the end token is
 one that no vocabulary holds. Ours begins with a reflection: the start token, S slots, the end token, then text. A latent step
 is one whose input is a slot; it is compared with the stock class's text step at the same position. In a round all arms take
 turns, and ratios are taken within the round.
@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 import torch
 from tqdm import tqdm
-from transformers import BatchFeature, CompileConfig, LogitsProcessor, LogitsProcessorList
+from transformers import BatchFeature, CompileConfig, StoppingCriteria, StoppingCriteriaList
 
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
 from modeling_vreflection.decoding_vreflection import LATENT_FEEDBACK
@@ -108,20 +108,19 @@ def random_subject(name: str, backbone: Backbone, device: torch.device, seed: in
     return Subject(model, processor, folder, {"name": name, "shape": asdict(backbone)}, backbone.side)
 
 
-class PhaseTimer(LogitsProcessor):
-    """Reads the clock before the tokens number `moments` are chosen, and forbids the model to open a reflection."""
+class PhaseTimer(StoppingCriteria):
+    """Reads the clock once the tokens number `moments` are chosen, and never stops an answer."""
 
-    def __init__(self, clock, moments: tuple[int, ...], start_id: int):
-        self.clock, self.moments, self.start_id = clock, moments, start_id
+    def __init__(self, clock, moments: tuple[int, ...]):
+        self.clock, self.moments = clock, moments
         self.tokens = 0
         self.readings: list[float] = []
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         if self.tokens in self.moments:
             self.readings.append(self.clock())
         self.tokens += 1
-        scores[:, self.start_id] = float("-inf")
-        return scores
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class DecodingArm:
@@ -138,12 +137,13 @@ class DecodingArm:
         self.variant = variant
         self.model = model_on(weights, config, name == "stock", variant.attention).eval()
         self.clock = pick_clock(self.model.device)[1]
-        self.latent_steps, self.start_id = config.num_latent_tokens, config.latent_start_token_id
+        self.latent_steps = config.num_latent_tokens
         text = config.text_config
         self.options = variant.options | {
             "do_sample": False,
             "eos_token_id": text.vocab_size,  # no answer stops early
             "pad_token_id": text.pad_token_id,
+            "suppress_tokens": [config.latent_start_token_id],  # no reflection but the one that is asked for
         }
         if name != "stock":
             self.options |= {"reflect": True, "latent_steps": self.latent_steps, "latent_feedback": latent_feedback}
@@ -155,11 +155,11 @@ class DecodingArm:
             `dict`: Seconds of the prefill, of a text step, of a latent step, and of the whole answer.
         """
         first, last = 1, self.latent_steps + 1  # the forward passes that read the start token, and the last slot
-        timer = PhaseTimer(self.clock, (0, first, last, last + text_steps), self.start_id)
+        timer = PhaseTimer(self.clock, (0, first, last, last + text_steps))
         new_tokens = last + text_steps + 1
         began = self.clock()
         self.model.generate(
-            **inputs, **self.options, max_new_tokens=new_tokens, logits_processor=LogitsProcessorList([timer])
+            **inputs, **self.options, max_new_tokens=new_tokens, stopping_criteria=StoppingCriteriaList([timer])
         )
         ended = self.clock()
         prompt_read, started, latents_read, text_read = timer.readings
