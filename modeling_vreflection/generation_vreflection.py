@@ -265,7 +265,7 @@ class ReflectionGenerationMixin:
                 "`latent_feedback='dac'` asks the pictures at every latent step, and this call doesn't hold them all: pass the "
                 "whole prompt as `input_ids` with its `pixel_values`, and no cache of an earlier call; or use `reflect=False`."
             )
-        progress.has_pictures = counts > 0
+        progress.has_pictures = None if counts.all() else counts > 0
         if not features:
             return
         features = torch.cat(self.model.looked_at(features, self.model.grids(progress.image_grid_thw)))

@@ -7,6 +7,7 @@ Symbols in shapes: B rows, T tokens, M latents of a row, D hidden size, L merged
 """
 
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from transformers import LogitsProcessor
@@ -324,30 +325,33 @@ class ReflectionTokenBan(LogitsProcessor):
     """
 
     def __init__(self, token_ids: tuple[int, int, int], progress: ReflectionProgress):
-        self.start_id, self.latent_id, self.end_id = token_ids
+        self.start_id, *banned = token_ids
         self.progress = progress
+        if progress.options.reflect == UNCERTAIN or not progress.options.can_start:
+            banned = token_ids
+        self.banned = torch.tensor(banned)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.progress.forced_steps:  # in all rows: no score counts
+        progress = self.progress
+        if progress.forced_steps:  # in all rows: no score counts
             return scores
-        scores = scores.clone()
-        # No list of ids as an index: it would be copied to the device at every step.
-        for token in (self.latent_id, self.end_id):
-            scores[:, token].fill_(float("-inf"))
-        uncertain = self.progress.options.reflect == UNCERTAIN
-        if uncertain or not self.progress.options.can_start:
-            scores[:, self.start_id] = float("-inf")
-        elif self.progress.has_pictures is not None:
-            scores[:, self.start_id].masked_fill_(~self.progress.has_pictures, float("-inf"))
-        if uncertain:
-            self.progress.find_uncertain(input_ids[:, self.progress.prompt_length :], scores)
+        self.banned = self.banned.to(scores.device)
+        scores = scores.index_fill(1, self.banned, float("-inf"))
+        if progress.has_pictures is not None:
+            scores[:, self.start_id].masked_fill_(~progress.has_pictures, float("-inf"))
+        if progress.options.reflect == UNCERTAIN:
+            progress.find_uncertain(input_ids[:, progress.prompt_length :], scores)
         return scores
+
+    # transformers asks for it at every step; found once it costs half.
+    __call__.__signature__ = signature(__call__)
 
 
 class ReflectionForcing(LogitsProcessor):
     """Forces `latent_steps` slots and the end token after every start token.
 
-    With `reflect=True` it forces the start token where the answer begins, with `"uncertain"` in uncertain rows. Where a row's look has come to rest (`latent_tolerance`), the end token comes at once.
+    With `reflect=True` it forces the start token where the answer begins, with `"uncertain"` in uncertain rows. Where a row's
+    look has come to rest (`latent_tolerance`), the end token comes at once.
 
     Must come last in the list, so that no other processor forbids what is forced.
 
@@ -357,26 +361,30 @@ class ReflectionForcing(LogitsProcessor):
     """
 
     def __init__(self, token_ids: tuple[int, int, int], progress: ReflectionProgress):
-        self.start_id, self.latent_id, self.end_id = token_ids
+        self.token_ids = token_ids
         self.progress = progress
+        self.forced: torch.FloatTensor | None = None  # (3, V), the scores that force the start, slot and end token
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        new, opens = input_ids.shape[1] - self.progress.prompt_length, self.progress.uncertain
-        if self.progress.options.reflect is True and (new == 0 or self.progress.think_end_id is not None):
-            opens = self.progress.begins_answer(input_ids[:, self.progress.prompt_length :])[:, -1]
+        progress, left = self.progress, self.progress.left
+        if self.forced is None:
+            self.forced = scores.new_full((3, scores.shape[1]), float("-inf"))
+            self.forced[torch.arange(3), torch.tensor(self.token_ids)] = 0.0
+        start, slot, end = self.forced
+        new, opens = input_ids.shape[1] - progress.prompt_length, progress.uncertain
+        if progress.options.reflect is True and (new == 0 or progress.think_end_id is not None):
+            opens = progress.begins_answer(input_ids[:, progress.prompt_length :])[:, -1]
         if opens is not None:
-            scores = scores.masked_fill(opens[:, None], float("-inf"))
-            scores[:, self.start_id].masked_fill_(opens, 0.0)
-        left = self.progress.left
+            scores = torch.where(opens[:, None], start, scores)
         if left is None:
             return scores
-        if self.progress.settled is not None:
-            left = torch.where(self.progress.settled, 1, left)
-        scores = scores.masked_fill((left > 0)[:, None], float("-inf"))
-        scores[:, self.latent_id].masked_fill_(left > 1, 0.0)
-        if self.progress.in_slots:
-            scores[:, self.end_id].masked_fill_(left == 1, 0.0)
+        scores = torch.where(left[:, None] > 0, slot, scores)
+        if progress.in_slots:
+            ends = left == 1 if progress.settled is None else (left == 1) | progress.settled
+            scores = torch.where(ends[:, None], end, scores)
         return scores
+
+    __call__.__signature__ = signature(__call__)
 
 
 class SilentReflectionStreamer(BaseStreamer):
@@ -398,9 +406,7 @@ class SilentReflectionStreamer(BaseStreamer):
         # Streamers that skip the prompt take whatever comes first for it.
         if not self.prompt_is_next and value.numel() == 1:
             hidden = torch.isin(value, self.token_ids)
-            if hasattr(
-                self.streamer, "total_tokens"
-            ):  # the server's counts what it is given, for the usage that it reports
+            if hasattr(self.streamer, "total_tokens"):  # the server's counts what it is given, for the reported usage
                 self.streamer.total_tokens += int(hidden.sum())
             value = value[~hidden]
         if self.prompt_is_next or value.numel():
