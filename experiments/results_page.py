@@ -1,4 +1,4 @@
-"""Renders `docs/results.md` and `docs/latents.md` from the committed result files: `python -m experiments.results_page`.
+"""Renders `docs/results.md`, `docs/latents.md` and `docs/decoding.md` from the committed result files: `python -m experiments.results_page`.
 
 A page's tables stand between markers, `<!-- NAME -->` and `<!-- /NAME -->`; all else is written by hand.
 """
@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from vreflection_hub_card.evaluation.report import glyphsearch_table
+from vreflection_hub_card.evaluation.report import glyphsearch_table, thresholds_report
 
 from .benchmark.benchmark_tables import decoding_tables, training_tables
 from .benchmark.sizes import RESULT as SIZES_RESULT
@@ -20,8 +20,10 @@ from .chains.train import RESULTS as CHAINS_RESULTS
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
 LATENTS_PAGE = ROOT / "docs" / "latents.md"
+DECODING_PAGE = ROOT / "docs" / "decoding.md"
 EMBEDDED_RESULTS = ROOT / "hub_card" / "results"
 BENCHMARK_RESULTS = ROOT / "experiments" / "benchmark" / "results"
+THRESHOLDS_RESULT = ROOT / "experiments" / "embedded_checkpoint" / "results" / "thresholds_chains.json"
 STUDY_RESULTS = ROOT / "experiments" / "study" / "results" / "quick"
 CHAINS_CPU_RESULTS = CHAINS_RESULTS / "cpu"
 CPU_TABLES = ("chains kinship", "chains other", "chains replaced")  # of arms that share a shorter schedule
@@ -44,7 +46,8 @@ LATENTS: Renderers = {
     **{f"cpu {name}": (TABLES[name], CHAINS_CPU_RESULTS) for name in CPU_TABLES},
     "chains time": (time_table, CHAINS_RESULTS / "answer_time.json"),
 }
-PAGES = {PAGE: RENDERERS, LATENTS_PAGE: LATENTS}
+DECODING: Renderers = {"thresholds": (thresholds_report, THRESHOLDS_RESULT)}
+PAGES = {PAGE: RENDERERS, LATENTS_PAGE: LATENTS, DECODING_PAGE: DECODING}
 
 
 def render_page(page: str, renderers: Renderers) -> str:

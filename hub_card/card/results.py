@@ -91,9 +91,8 @@ def reflection_of(options: dict) -> tuple:
 def describe_decoding(report: dict) -> str:
     """How a benchmark was decoded, in words."""
     options = report["options"]
-    others = [
-        f", `{name}={options[name]}`" for name in ("reflect", "latent_tolerance") if options.get(name) is not None
-    ]
+    names = ("reflect", "reflect_threshold", "max_reflections", "latent_tolerance")
+    others = [f", `{name}={options[name]}`" for name in names if options.get(name) is not None]
     return f"{options['latent_steps']} latent steps, `{options['latent_feedback']}` fed back{''.join(others)}"
 
 

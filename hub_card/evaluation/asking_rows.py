@@ -11,7 +11,7 @@ from ..inference.attention_maps import GREEDY, generate_and_look, offered_source
 from ..inference.encoding import answer_texts, encode_prompts
 from ..inference.look_boxes import LookBox, look_boxes
 from .harness.answers import AnswerLog
-from .interventions import EXCHANGED, reflection_latents, replace_reflections
+from .interventions import ALWAYS, EXCHANGED, reflection_latents, replace_reflections
 from .own_rows import OwnRow
 
 
@@ -161,7 +161,7 @@ class RowsAsker:
             images = [others[place % len(others)] for place in range(len(self.rows[row].images))]
             conversations.append(self.rows[row].conversation(images))
         inputs = encode_prompts(self.processor, conversations, self.model.device)
-        tokens, latents = self._generate(inputs, **self.decoding | {"reflect": True})
+        tokens, latents = self._generate(inputs, **self.decoding | ALWAYS)
         return reflection_latents(latents, tokens, self.model.config)
 
 

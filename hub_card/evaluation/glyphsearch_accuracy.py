@@ -15,7 +15,7 @@ from modeling_vreflection import VReflectionForConditionalGeneration, VReflectio
 from ..glyphsearch import CHAIN_KINDS, GLYPHS, Question, Scene, draw_question, scene_seed
 from ..inference.attention_maps import GREEDY, Reflection, generate_and_look, offered_sources
 from ..inference.encoding import answer_texts, encode_prompts, user_turn
-from .interventions import EXCHANGED, INTERVENTIONS, first_latents, fit_steps, replace_latents
+from .interventions import ALWAYS, EXCHANGED, INTERVENTIONS, first_latents, fit_steps, replace_latents
 from .statistics import proportion
 
 
@@ -82,17 +82,22 @@ def evaluate_glyphsearch(
         generator = torch.Generator().manual_seed(first)
         samples += answer_batch(model, processor, drawn, options, interventions, generator)
     return {
-        "data": {
-            "split": split,
-            "difficulty": difficulty,
-            "first_scene": 0,
-            "count": limit,
-            "first_seed": scene_seed(split, 0),
-            "last_seed": scene_seed(split, limit - 1),
-            "chance": 1 / len(GLYPHS),
-        },
+        "data": describe_scenes(split, difficulty, limit),
         "decoding": {"method": "greedy", "batch_size": batch_size, **options},
         **summarise_glyphsearch(samples),
+    }
+
+
+def describe_scenes(split: str, difficulty: str, count: int) -> dict:
+    """Which scenes were asked about: the first ones of a split."""
+    return {
+        "split": split,
+        "difficulty": difficulty,
+        "first_scene": 0,
+        "count": count,
+        "first_seed": scene_seed(split, 0),
+        "last_seed": scene_seed(split, count - 1),
+        "chance": 1 / len(GLYPHS),
     }
 
 
@@ -130,7 +135,7 @@ def answer_batch(
     # Interventions are made among the rows that reflect, so that only latents are exchanged.
     rows = list(first)
     if rows and interventions:
-        tokens, latents = generate(encode(rows[1:] + rows[:1], rows), **options | {"reflect": True})
+        tokens, latents = generate(encode(rows[1:] + rows[:1], rows), **options | ALWAYS)
         own = stack_latents(first, options["latent_steps"])
         others = stack_latents(first_latents(latents, tokens, model.config), options["latent_steps"])
         exchanged = {"shuffled": own.roll(1, 0), "other_picture": others}

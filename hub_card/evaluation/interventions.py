@@ -22,6 +22,8 @@ INTERVENTIONS = {
 }
 # Those that need another sample.
 EXCHANGED = ("shuffled", "other_picture")
+# How `generate` reflects in every answer, whatever else is set.
+ALWAYS = {"reflect": True, "reflect_threshold": None, "max_reflections": None}
 # Points of accuracy that any replacement costs where the answers need their latents.
 NEEDED = 30
 # Those that still feed latents which the model made for this question.

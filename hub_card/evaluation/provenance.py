@@ -12,6 +12,8 @@ import torch
 from modeling_vreflection import VReflectionForConditionalGeneration
 
 
+# Of `generate`, without a flag of the same name.
+CHECKPOINT_OPTIONS = ("reflect", "latent_tolerance", "reflect_threshold", "max_reflections")
 PACKAGES = ("vreflection", "torch", "transformers")
 
 
@@ -49,6 +51,16 @@ def processor_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def option_flags(options: dict) -> list[str]:
+    """Flags of `vreflection evaluate` that repeat options; those that only a generation config can set have none."""
+    flags = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in options.items()
+        if value is not None and name not in CHECKPOINT_OPTIONS
+    ]
+    return flags + {True: ["--reflect"], False: ["--no-reflect"]}.get(options.get("reflect"), [])
 
 
 def sha256(path: Path) -> str:

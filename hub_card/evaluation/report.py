@@ -1,6 +1,7 @@
 """Renders a result file as Markdown, so that no number in a document is written by hand."""
 
 from .interventions import INTERVENTIONS
+from .thresholds import thresholds_table
 
 
 def glyphsearch_table(report: dict) -> str:
@@ -39,6 +40,20 @@ def glyphsearch_table(report: dict) -> str:
             f"{source.upper()}'s largest attention inside the box of its own step, from step 1 on: {shares}.",
         ]
     return "\n".join(lines)
+
+
+def thresholds_report(report: dict) -> str:
+    """The table of `vreflection evaluate --thresholds` on GlyphSearch, with what it was measured on."""
+    result, machine, versions = report["tasks"]["thresholds"], report["machine"], report["versions"]
+    data, decoding = result["data"], result["decoding"]
+    return (
+        f"{thresholds_table(result)}\n\nMeasured by `{report['command']}` on {report['date'][:10]} ({data['count']} unseen scenes, "
+        f"{data['split']} seeds {data['first_seed']} to {data['last_seed']}, `{data['difficulty']}` difficulty, "
+        f'{decoding["latent_steps"]} latent steps, `latent_feedback="{decoding["latent_feedback"]}"`, '
+        f"`max_reflections={decoding['max_reflections']}`; chance is {percent(data['chance'])}; vreflection "
+        f"{versions['vreflection']}, torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"{machine['processor']}, {machine['cores']} cores)."
+    )
 
 
 def describe_kind(name: str) -> str:

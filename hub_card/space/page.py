@@ -131,7 +131,7 @@ def add_inputs(model: VReflectionForConditionalGeneration) -> tuple[gr.Image, gr
         )
         always = gr.Checkbox(
             label="Always begin with a reflection",
-            value=bool(defaults.reflect),
+            value=defaults.reflect is True,
             info="Otherwise the model decides.",
             elem_id="always-reflect",
         )

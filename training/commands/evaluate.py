@@ -11,7 +11,7 @@ from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS
 from vreflection_hub_card.glyphsearch import DIFFICULTIES
 from vreflection_hub_card.whole_files import replacing
 
-from . import evaluate_rows
+from . import evaluate_rows, evaluate_thresholds
 from .arguments import LATENT_FEEDBACK, check_writable, natural, positive, quiet_transformers, writing
 
 
@@ -63,6 +63,7 @@ def add_parser(commands) -> None:
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help=compared)
 
     evaluate_rows.add_arguments(parser, positive)
+    evaluate_thresholds.add_arguments(parser, positive)
 
     add = parser.add_argument_group("glyphsearch").add_argument
     add("--split", help="test or validation (default: test); of a folder of rows, the name of one of its splits")
@@ -93,6 +94,12 @@ def run(options: argparse.Namespace) -> None:
             raise InputError(f"--compare measures nothing: leave {ignored[0]} out")
         return compare_runs(*options.compare)
     options.model = options.model or EMBEDDED_NAME
+    if options.split not in (None, "test", "validation") and options.rows is None:
+        raise InputError(f"GlyphSearch's splits are test and validation, got --split {options.split}")
+    if options.thresholds is not None:
+        return evaluate_thresholds.run_thresholds(options)
+    if options.max_reflections is not None:
+        raise InputError("--max-reflections is for --thresholds")
     if options.rows is not None:
         foreign = [name for name in ("difficulty", "data") if name in given]
         if foreign:
@@ -111,8 +118,6 @@ def run(options: argparse.Namespace) -> None:
     foreign = [name for name in (GLYPHSEARCH_OPTIONS if benchmarks else BENCHMARK_OPTIONS) if name in given]
     if foreign:
         raise InputError(f"--{foreign[0].replace('_', '-')} has no meaning for {tasks[0]}")
-    if options.split not in (None, "test", "validation"):
-        raise InputError(f"GlyphSearch's splits are test and validation, got --split {options.split}")
     (run_benchmarks if benchmarks else run_glyphsearch)(options)
 
 

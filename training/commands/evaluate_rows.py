@@ -148,17 +148,13 @@ def repeat_command(
     options: argparse.Namespace, description: dict, settings: dict, match, replace: tuple[str, ...]
 ) -> str:
     """The command that repeats a run, with every default spelled out and no path of this machine in it."""
+    from vreflection_hub_card.evaluation.provenance import option_flags
+
     given = {"split": options.split, "limit": options.limit, "match": match.rule, "tolerance": match.tolerance}
     given |= {"revision": options.revision} | settings
-    flags = [
-        f"--{name.replace('_', '-')} {value}"
-        for name, value in given.items()
-        if value is not None and name not in ("reflect", "latent_tolerance")
-    ]
-    reflect = {None: [], True: ["--reflect"], False: ["--no-reflect"]}[settings["reflect"]]
-    replaced = ["--replace", *replace] if replace else []
+    flags = option_flags({"rows": options.rows.name, **given})
     return " ".join(
-        ["vreflection evaluate", description["name"], f"--rows {options.rows.name}", *flags, *reflect, *replaced]
+        ["vreflection evaluate", description["name"], *flags, *(["--replace", *replace] if replace else [])]
     )
 
 

@@ -14,7 +14,7 @@ from loguru import logger
 from ...whole_files import replacing
 from ..benchmarks import BENCHMARKS, Benchmark
 from ..comparison import SAMPLES
-from ..provenance import describe_machine, describe_versions
+from ..provenance import describe_machine, describe_versions, option_flags
 from ..scorers import summarise_verdicts
 from ..statistics import proportion
 from .answers import AnswerLog
@@ -102,9 +102,7 @@ def evaluate(
 def repeat_command(model: VReflection, tasks: Sequence[str], limit: int | None) -> str:
     """The command that repeats a run, with every default spelled out and no path of this machine in it."""
     given = {"revision": model.description["revision"], "limit": limit} | model.options
-    reflect = {None: [], True: ["--reflect"], False: ["--no-reflect"]}[given.pop("reflect")]
-    flags = [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value is not None]
-    return " ".join(["vreflection evaluate", model.description["name"], "--tasks", *tasks, *flags, *reflect])
+    return " ".join(["vreflection evaluate", model.description["name"], "--tasks", *tasks, *option_flags(given)])
 
 
 def join_samples(benchmark: Benchmark, logged: list[dict], log: AnswerLog) -> list[dict]:
