@@ -73,6 +73,8 @@ def test_found_by_the_entry_point_with_options_from_the_command_line():
         "latent_feedback": "dac",
         "reflect": True,
         "latent_tolerance": None,
+        "reflect_threshold": None,
+        "max_reflections": None,
         "min_pixels": 784,
         "max_pixels": 50_000,
         "batch_size": 2,
