@@ -12,15 +12,12 @@ from ..inference.encoding import answer_texts, encode_prompts
 from ..inference.look_boxes import LookBox, look_boxes
 from .harness.answers import AnswerLog
 from .interventions import ALWAYS, EXCHANGED, reflection_latents, replace_reflections
+from .kept_answers import USUAL, KeptAnswers
 from .own_rows import OwnRow
 
 
-# What the answers as the model decodes by itself are called; the other ways are keys of `INTERVENTIONS`.
-USUAL = "usual"
-
-
-class RowsAsker:
-    """Asks rows and keeps the answers, by way of asking and the row's number.
+class RowsAsker(KeptAnswers):
+    """Asks rows and keeps the answers, see [`KeptAnswers`].
 
     Args:
         model (`VReflectionForConditionalGeneration`): The model.
@@ -40,11 +37,9 @@ class RowsAsker:
         batch_size: int,
         log: AnswerLog | None = None,
     ):
-        self.model, self.processor, self.rows = model, processor, rows
-        self.decoding, self.batch_size, self.log = decoding, batch_size, log
-        self.answers: dict[tuple[str, int], dict] = {}
-        if log is not None:
-            self.answers = {(way, index): answer for (way, index, _), answer in log.answers.items()}
+        super().__init__(rows, log)
+        self.model, self.processor = model, processor
+        self.decoding, self.batch_size = decoding, batch_size
         # Of each reflection (S, D), by row. They aren't in the log: where an earlier process gave the answer, it is given again.
         self.latents: dict[int, list[torch.Tensor]] = {}
 
@@ -103,18 +98,12 @@ class RowsAsker:
 
     def _batches(self, title: str, ways: Sequence[str], rows: Sequence[int]):
         """Yields batches of those rows that weren't asked in all ways, below a progress bar."""
-        missing = [row for row in rows if any((way, row) not in self.answers for way in ways)]
+        missing = self._missing(ways, rows)
         with tqdm(total=len(rows), initial=len(rows) - len(missing), desc=title, unit="row") as bar:
             for first in range(0, len(missing), self.batch_size):
                 batch = missing[first : first + self.batch_size]
                 yield batch
                 bar.update(len(batch))
-
-    def _keep(self, way: str, batch: Sequence[int], answers: Sequence[dict]) -> None:
-        named = [{"task": way, "index": row, "repeat": 0, **answer} for row, answer in zip(batch, answers)]
-        if self.log is not None:
-            self.log.add(named)
-        self.answers |= {(way, answer["index"]): answer for answer in named}
 
     def _encode(self, batch: Sequence[int]) -> dict:
         return encode_prompts(self.processor, [self.rows[row].conversation() for row in batch], self.model.device)

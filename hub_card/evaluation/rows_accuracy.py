@@ -6,11 +6,12 @@ from typing import Any
 
 from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
 
-from .asking_rows import USUAL, RowsAsker
+from .asking_rows import RowsAsker
 from .dependence import latents_sentence, summarise_replacement
 from .interventions import INTERVENTIONS
+from .kept_answers import USUAL
 from .matching import Match
-from .own_rows import read_own_rows
+from .own_rows import OwnRow, read_own_rows
 from .statistics import proportion
 
 
@@ -94,17 +95,21 @@ def ask_and_summarise(asker: RowsAsker, match: Match, replace: Sequence[str]) ->
     asker.replace(names)
     samples = []
     for index, row in enumerate(asker.rows):
-        usual = asker.answers[USUAL, index]
-        sample = {"task": TASK, "id": row.id, "question": row.question, "answer": row.reference}
-        sample |= {name: usual[name] for name in ("text", "reflected", "tokens", "latent_tokens", "looks")}
-        sample["verdicts"] = {match.rule: match.verdict(usual["text"], row.reference)}
-        sample["replaced"] = {}
+        kept = ("text", "reflected", "tokens", "latent_tokens", "looks")
+        sample = row_sample(TASK, row, asker.answers[USUAL, index], kept, match) | {"replaced": {}}
         for name in names:
             if (name, index) in asker.answers:
                 text = asker.answers[name, index]["text"]
                 sample["replaced"][name] = {"text": text, **match.verdict(text, row.reference)}
         samples.append(sample)
     return RowsEvaluation(summarise(samples, match, names), samples)
+
+
+def row_sample(task: str, row: OwnRow, answer: dict, kept: Sequence[str], match: Match) -> dict[str, Any]:
+    """A row of `samples.jsonl`: what was asked, the fields of the answer that are `kept`, and whether it is right."""
+    sample = {"task": task, "id": row.id, "question": row.question, "answer": row.reference}
+    sample |= {name: answer[name] for name in kept}
+    return sample | {"verdicts": {match.rule: match.verdict(answer["text"], row.reference)}}
 
 
 def summarise(samples: list[dict], match: Match, names: Sequence[str]) -> dict[str, Any]:

@@ -22,9 +22,12 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationConf
 from transformers.cli.serve import Serve
 
 from modeling_vreflection import VReflectionForConditionalGeneration
+from vreflection_hub_card.evaluation.asking_server import scene_rows
 from vreflection_hub_card.evaluation.interventions import first_latents
 from vreflection_hub_card.glyphsearch import draw_question, make_scene, scene_seed
-from vreflection_hub_card.inference.checkpoints import EMBEDDED
+from vreflection_hub_card.inference.checkpoints import EMBEDDED, load_checkpoint
+from vreflection_hub_card.inference.encoding import answer_texts, encode_prompts
+from vreflection_training.cli import main
 
 
 openai = pytest.importorskip("openai", reason='needs pip install "transformers[serving]" openai')
@@ -148,6 +151,22 @@ def test_the_embedded_checkpoint_answers_with_latents(client, generate):
         assert said(completion) == text == draw_question("test", seed)[1].answer
         assert completion.usage.completion_tokens == count > LATENT_TOKENS
         assert completion.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("difficulty", ["default", "chains"])
+def test_evaluate_gets_the_answers_of_generate(client, tmp_path, monkeypatch, difficulty):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    arguments = ["--server", str(client.base_url), "--difficulty", difficulty, "--limit", "16", "--batch-size", "4"]
+    assert main(["evaluate", *arguments, "--output", str(tmp_path)]) == 0
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    model, processor = load_checkpoint(EMBEDDED, "cpu")
+    rows, _ = scene_rows("test", difficulty, 16)
+    inputs = encode_prompts(processor, [row.conversation() for row in rows], "cpu")
+    tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS)[:, inputs["input_ids"].shape[1] :]
+    assert [sample["text"] for sample in samples] == answer_texts(processor, tokens)
+    assert all(sample["tokens"] > LATENT_TOKENS and sample["finish_reason"] == "stop" for sample in samples)
+    assert (tmp_path / "results.json").read_text().count(str(EMBEDDED.parent)) == 0
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS
 from vreflection_hub_card.glyphsearch import DIFFICULTIES
 from vreflection_hub_card.whole_files import replacing
 
-from . import evaluate_rows, evaluate_thresholds
+from . import evaluate_rows, evaluate_server, evaluate_thresholds
 from .arguments import LATENT_FEEDBACK, check_writable, natural, positive, quiet_transformers, writing
 
 
@@ -62,8 +62,9 @@ def add_parser(commands) -> None:
     compared = "measure nothing; compare two runs, given by their folders, item by item (McNemar's test)"
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help=compared)
 
-    evaluate_rows.add_arguments(parser, positive)
-    evaluate_thresholds.add_arguments(parser, positive)
+    evaluate_rows.add_arguments(parser)
+    evaluate_server.add_arguments(parser)
+    evaluate_thresholds.add_arguments(parser)
 
     add = parser.add_argument_group("glyphsearch").add_argument
     add("--split", help="test or validation (default: test); of a folder of rows, the name of one of its splits")
@@ -93,6 +94,8 @@ def run(options: argparse.Namespace) -> None:
         if ignored:
             raise InputError(f"--compare measures nothing: leave {ignored[0]} out")
         return compare_runs(*options.compare)
+    if options.server is not None:
+        return run_on_server(options)
     options.model = options.model or EMBEDDED_NAME
     if options.split not in (None, "test", "validation") and options.rows is None:
         raise InputError(f"GlyphSearch's splits are test and validation, got --split {options.split}")
@@ -119,6 +122,18 @@ def run(options: argparse.Namespace) -> None:
     if foreign:
         raise InputError(f"--{foreign[0].replace('_', '-')} has no meaning for {tasks[0]}")
     (run_benchmarks if benchmarks else run_glyphsearch)(options)
+
+
+def run_on_server(options: argparse.Namespace) -> None:
+    """The answers of a server, to rows of one's own or about GlyphSearch's scenes."""
+    options.output = options.output or BENCHMARKS_OUTPUT
+    ((name, result),) = evaluate_server.evaluate_served(options)["tasks"].items()
+    print_accuracy(
+        name, result["accuracy"], f"; {result['unparsed']} unparsed, {result['cut']} cut at --max-new-tokens"
+    )
+    print(
+        f"All results are in {options.output / evaluate_rows.RESULTS}, the answers in {options.output / evaluate_rows.SAMPLES}."
+    )
 
 
 def run_benchmarks(options: argparse.Namespace) -> None:

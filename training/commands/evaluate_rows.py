@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vreflection_hub_card.errors import InputError, reading
 
-from .arguments import writing
+from .arguments import positive, writing
 
 
 FIGURE, RESULTS, SAMPLES = "replacements.png", "results.json", "samples.jsonl"
@@ -17,7 +17,7 @@ MATCHES = ("exact", "letter", "number")
 REPLACEMENTS = ("zeroed", "noise", "shuffled", "other_picture", "filler", "first_look", "reversed")
 
 
-def add_arguments(parser: argparse.ArgumentParser, positive) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what only `--rows` understands."""
     add = parser.add_argument_group("rows of your own").add_argument
     rows = "rows as for training, or with question, answer, and image or images (relative to the file): .jsonl, .json, .parquet, or a folder of `datasets`"
@@ -45,39 +45,49 @@ def read_rows(path: Path, split: str | None):
         return load_rows([{"path": str(path)} | ({} if json_file else {"split": split})])
 
 
-def run_rows(options: argparse.Namespace) -> None:
-    """Asks the rows, and writes answers, results, and with `--replace` a figure."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("--rows runs in one process: call it without torchrun")
+def read_questions(options: argparse.Namespace) -> tuple[list, object]:
+    """Reads and checks the rows of `--rows`: [`OwnRow`]s, and by which [`Match`] they are scored."""
     if options.tasks:
         raise InputError("--rows and --tasks measure different things: leave one of them out")
     from vreflection_hub_card.evaluation.matching import Match
+    from vreflection_hub_card.evaluation.own_rows import read_own_rows
+    from vreflection_hub_card.rows import BadRow
 
     try:
         match = Match(options.match or "exact", options.tolerance)
     except ValueError as error:
         raise InputError(str(error)) from error
+    rows = read_rows(options.rows, options.split)
+    if options.limit is not None:
+        rows = rows.select(range(min(options.limit, len(rows))))
+    try:
+        return read_own_rows(rows, match), match
+    except BadRow as error:
+        raise InputError(f"{options.rows}: {error}") from error
+
+
+def one_number_of_steps(options: argparse.Namespace) -> int | None:
+    """The number of `--latent-steps`; an `InputError` for several."""
     steps = options.latent_steps or [None]
     if len(steps) > 1:
         raise InputError(
-            f"--rows takes one number of --latent-steps, got {len(steps)}: call it for each, with an --output of its own"
+            f"one number of --latent-steps is taken here, got {len(steps)}: call the command for each, with an --output of its own"
         )
-    replace = REPLACEMENTS if options.replace == [] else tuple(options.replace or ())
+    return steps[0]
 
-    from vreflection_hub_card.evaluation.own_rows import read_own_rows
+
+def run_rows(options: argparse.Namespace) -> None:
+    """Asks the rows, and writes answers, results, and with `--replace` a figure."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("--rows runs in one process: call it without torchrun")
     from vreflection_hub_card.folder_lock import locked_folder
-    from vreflection_hub_card.rows import BadRow
 
-    rows = read_rows(options.rows, options.split)
-    try:
-        asked = read_own_rows(
-            rows if options.limit is None else rows.select(range(min(options.limit, len(rows)))), match
-        )
-    except BadRow as error:
-        raise InputError(f"{options.rows}: {error}") from error
+    steps = one_number_of_steps(options)
+    replace = REPLACEMENTS if options.replace == [] else tuple(options.replace or ())
+    asked, match = read_questions(options)
     with writing(options.output):
         with locked_folder(options.output):
-            report = evaluate(options, asked, match, steps[0], replace)
+            report = evaluate(options, asked, match, steps, replace)
     result = report["tasks"]["rows"]
     print_report(result, options.output, bool(replace))
 
@@ -94,7 +104,6 @@ def evaluate(
     from vreflection_hub_card.evaluation.rows_accuracy import ask_and_summarise, decoding_options
     from vreflection_hub_card.inference.checkpoints import checkpoint_folder, load_checkpoint, set_pixel_limits
     from vreflection_hub_card.inference.drawing import save_figure
-    from vreflection_hub_card.whole_files import replacing
 
     started = datetime.datetime.now(datetime.UTC)
     folder = checkpoint_folder(options.model, options.revision)
@@ -135,13 +144,20 @@ def evaluate(
             "rows": {"data": {"file": options.rows.resolve().name, "fingerprint": same["rows"]}, **evaluation.result}
         },
     }
-    lines = "".join(json.dumps(sample) + "\n" for sample in evaluation.samples)
-    for name, text in ((SAMPLES, lines), (RESULTS, json.dumps(report, indent=2) + "\n")):
-        with replacing(options.output / name) as draft:
-            draft.write_text(text)
+    write_run(options.output, evaluation.samples, report)
     if replace and evaluation.result["accuracy_of_reflecting"]["count"]:
         save_figure(draw_dependence(evaluation.result), options.output / FIGURE)
     return report
+
+
+def write_run(folder: Path, samples: list[dict], report: dict) -> None:
+    """Writes what was answered and what came out."""
+    from vreflection_hub_card.whole_files import replacing
+
+    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+    for name, text in ((SAMPLES, lines), (RESULTS, json.dumps(report, indent=2) + "\n")):
+        with replacing(folder / name) as draft:
+            draft.write_text(text)
 
 
 def repeat_command(

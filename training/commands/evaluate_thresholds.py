@@ -8,7 +8,7 @@ from pathlib import Path
 from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.whole_files import replacing
 
-from .arguments import check_writable, writing
+from .arguments import check_writable, positive, writing
 from .evaluate_rows import MAX_NEW_TOKENS, read_rows
 
 
@@ -16,7 +16,7 @@ OUTPUT = Path("thresholds.json")
 SCENES, SPLIT, BATCH_SIZE = 200, "validation", 50  # of GlyphSearch, where nothing else is asked for
 
 
-def add_arguments(parser: argparse.ArgumentParser, positive) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what only `--thresholds` understands, and the option itself."""
     add = parser.add_argument_group("threshold of reflect='uncertain'").add_argument
     thresholds = (
