@@ -50,16 +50,14 @@ class ChatServer:
         Raises:
             InputError: A server that can't be reached, refuses or fails; an answer without text.
         """
+        sent = chat_messages(messages)
         with self._errors():
             given = self._client.chat_completion(
-                chat_messages(messages), model=self.model, max_tokens=max_tokens, temperature=0, extra_body=extra_body
+                sent, model=self.model, max_tokens=max_tokens, temperature=0, extra_body=extra_body
             )
             choice = given.choices[0]
-            text, reason, tokens = (
-                choice.message.content,
-                choice.finish_reason,
-                given.usage and given.usage.completion_tokens,
-            )
+            text, reason = choice.message.content, choice.finish_reason
+            tokens = given.usage and given.usage.completion_tokens
         if not isinstance(text, str):
             raise InputError(f"{self.url}: an answer has no text (finish_reason is {reason!r})")
         return {"text": text.split(THINK_TOKENS[1], 1)[-1].strip(), "tokens": tokens, "finish_reason": reason}
