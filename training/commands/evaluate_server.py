@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate_served(options: argparse.Namespace) -> dict:
     """Asks the server what isn't answered yet, and writes samples and results; returns the results."""
-    check_options(options)
+    refuse_local_options(options)
     steps = one_number_of_steps(options)
     limit = options.max_new_tokens or MAX_NEW_TOKENS
     if limit <= (steps or 0) + 2:
@@ -85,7 +85,7 @@ def evaluate_served(options: argparse.Namespace) -> dict:
                 result["accuracy_by_kind"] = scenes_accuracy(samples, questions)
             finished = datetime.datetime.now(datetime.UTC)
             report = {
-                "command": repeat_command(options, name, server.url, settings | {"batch_size": batch_size}, match),
+                "command": served_command(options, name, server.url, settings | {"batch_size": batch_size}, match),
                 "date": started.isoformat(timespec="seconds"),
                 "seconds": round((finished - started).total_seconds(), 1),
                 "model": {"name": name, "server": server.url},
@@ -100,7 +100,7 @@ def evaluate_served(options: argparse.Namespace) -> dict:
     return report
 
 
-def check_options(options: argparse.Namespace) -> None:
+def refuse_local_options(options: argparse.Namespace) -> None:
     """An `InputError` for what can't be asked of a server."""
     for name in LOCAL_OPTIONS:
         if getattr(options, name) is not None:
@@ -124,7 +124,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError(f"GlyphSearch's splits are test and validation, got --split {options.split}")
 
 
-def repeat_command(options: argparse.Namespace, name: str, url: str, settings: dict, match) -> str:
+def served_command(options: argparse.Namespace, name: str, url: str, settings: dict, match) -> str:
     """The command that repeats a run, with every default spelled out and no path of this machine in it."""
     from vreflection_hub_card.evaluation.provenance import option_flags
 
