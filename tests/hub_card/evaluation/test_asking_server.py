@@ -35,11 +35,10 @@ class Handler(BaseHTTPRequestHandler):
             self.server.requests.append((self.path, dict(self.headers.items()), body))
             self.server.at_once += 1
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
-        try:
-            self.reply(*self.server.respond(body))
-        finally:
-            with self.server.lock:
-                self.server.at_once -= 1
+        answer = self.server.respond(body)
+        with self.server.lock:  # before the client can send the next
+            self.server.at_once -= 1
+        self.reply(*answer)
 
     def reply(self, status, body):
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -157,6 +156,9 @@ def test_answers_are_kept_in_order_with_a_few_requests_at_a_time(server, evaluat
 
     def later_questions_first(body):
         word = text_of(body).split()[-1]
+        deadline = time.monotonic() + 5
+        while server.most_at_once < 3 and time.monotonic() < deadline:
+            time.sleep(0.005)
         time.sleep(0.02 * (len(words) - words.index(word)))
         return completion(f" <think>hm</think>\n{word} ", "length" if word == "two" else "stop")
 
