@@ -102,7 +102,9 @@ class ReflectionCausalLMMixin:
             bcm_receives_ce (`bool`, *optional*, defaults to `True`): Whether gradients flow into BCM through the slots.
             latents (`torch.Tensor` of shape `(B, M, D)`, *optional*): Latents to replay, such as those that `generate`
                 returns: the n-th slot of a row holds its n-th latent, wherever the slot stands. Only a slot in the last
-                column may lack one.
+                column may lack one. The output then holds, by row and slot, `latent_states` and, where DAC looks,
+                `student_latents` (B, M, D): what these states feed. With `latent_inputs`, `"hidden"` or `"dac"`, the slots
+                hold the same values in a second pass, and gradients go through them into what made them.
             latent_state (`torch.Tensor` of shape `(B, 1, D)`, *optional*): What `generate` feeds to rows in a slot.
             skip_logits (`bool`, *optional*, defaults to `False`): Return zeros, which cost nothing, for logits that
                 nobody will read: `generate` sets it where the next token of every row is forced.

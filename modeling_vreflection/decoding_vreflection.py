@@ -138,6 +138,7 @@ class ReflectionProgress:
         image_grid_thw (`torch.LongTensor` of shape `(images, 3)`, *optional*): The call's; later hooks don't see it.
         given (`torch.Tensor` of shape `(B, M, D)`, *optional*): Latents to feed instead of the model's own.
         think_end_id (`int`, *optional*): Id of the token that ends thoughts in words, where answers begin with them.
+        noise (`float`): Standard deviation of what is added to the values that are fed.
 
     Attributes:
         left (`torch.LongTensor` of shape `(B,)`): Next tokens of each row that are forced; `None` before the first.
@@ -161,12 +162,14 @@ class ReflectionProgress:
         image_grid_thw: torch.LongTensor | None = None,
         given: torch.Tensor | None = None,
         think_end_id: int | None = None,
+        noise: float = 0.0,
     ):
         self.options = options
         self.start_id, self.latent_id, self.end_id = token_ids
         self.image_grid_thw = image_grid_thw
         self.given = given
         self.think_end_id = think_end_id
+        self.noise = noise
         self.left: torch.LongTensor | None = None
         self.forced_steps = 0
         self.in_slots = False
@@ -239,13 +242,15 @@ class ReflectionProgress:
         self.settled = second & ((look - previous).abs().sum(1) / 2 < self.options.latent_tolerance)
 
     def feed(self, input_ids: torch.LongTensor, latents: torch.Tensor) -> torch.Tensor:
-        """What is fed to the last of tokens (B, T), where it is a slot: `latents` (B, 1, D), or those given."""
+        """What is fed to the last of tokens (B, T), where it is a slot: `latents` (B, 1, D), or those given; and noise."""
         if self.given is not None:
             self.given = self.given.to(latents)
             number = (input_ids[:, self.prompt_length :] == self.latent_id).sum(1) - 1
             given = self.given[torch.arange(len(number), device=number.device), number % self.given.shape[1]]
             own = (number < 0) | (number >= self.given.shape[1])
             latents = torch.where(own[:, None, None], latents, given[:, None])
+        if self.noise:
+            latents = latents + self.noise * torch.randn_like(latents)
         if self.recording:
             column = input_ids.shape[1] - 1
             self.fed[column] = latents[:, 0]
@@ -292,18 +297,22 @@ class ReflectionProgress:
         latents = gather(self.fed, like.new_zeros(*shape, like.shape[-1]))
         return {"latents": latents, "latent_counts": counts, "latent_attention": attention}
 
+    def forced(self, tokens: torch.LongTensor) -> torch.BoolTensor:
+        """Which of new tokens (B, N) nobody chose: slots, end tokens, and the start tokens that `reflect` asked for."""
+        forced = (tokens == self.latent_id) | (tokens == self.end_id)
+        if self.options.reflect == UNCERTAIN:
+            forced |= tokens == self.start_id
+        elif self.options.reflect:
+            forced |= self.begins_answer(tokens)[:, :-1]
+        return forced
+
     def settle_forced(self, logits: tuple, sequences: torch.LongTensor, beam_indices: torch.LongTensor | None):
         """Gives forced tokens a log-probability of 0 in the logits of each step, (rows, vocabulary), in place.
 
         So an answer's log-probability is that of its free tokens. Arguments as of `recorded`.
         """
         tokens = sequences[:, self.prompt_length :]
-        forced = (tokens == self.latent_id) | (tokens == self.end_id)
-        if self.options.reflect == UNCERTAIN:
-            forced |= tokens == self.start_id
-        elif self.options.reflect:
-            forced |= self.begins_answer(tokens)[:, :-1]
-        for row, step in forced.nonzero().tolist():
+        for row, step in self.forced(tokens).nonzero().tolist():
             source = row if beam_indices is None else beam_indices[row, step]
             logits[step][source] = float("-inf")
             logits[step][source, tokens[row, step]] = 0.0

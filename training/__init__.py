@@ -1,4 +1,4 @@
-"""V-Reflection's training through trl's SFTTrainer. The public names are imported when they are first used."""
+"""V-Reflection's training through trl's SFTTrainer and GRPOTrainer. The public names are imported when they are first used."""
 
 import logging
 from importlib import import_module
@@ -9,12 +9,14 @@ logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
 PUBLIC = {
     "VReflectionDataCollator": "vreflection_training.collator",
+    "VReflectionGRPOConfig": "vreflection_training.grpo_config",
+    "VReflectionGRPOTrainer": "vreflection_training.grpo_trainer",
     "VReflectionSFTConfig": "vreflection_training.sft_config",
     "VReflectionSFTTrainer": "vreflection_training.sft_trainer",
     "__version__": "modeling_vreflection",
 }
 
-__all__ = ["VReflectionDataCollator", "VReflectionSFTConfig", "VReflectionSFTTrainer"]
+__all__ = [name for name in PUBLIC if not name.startswith("_")]
 
 
 def __getattr__(name: str):

@@ -1,17 +1,15 @@
 """The configuration of `VReflectionSFTTrainer`: trl's, and the options of V-Reflection."""
 
-import math
 from dataclasses import dataclass, fields
 
 from transformers.hf_argparser import HfArg
-from transformers.integrations.integration_utils import is_trackio_available
-from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from modeling_vreflection.decoding_vreflection import LATENT_FEEDBACK
 
 from .losses import ALIGNMENTS, ATTENTION_TARGETS, DISTANCES
-from .stages import LOSS_WEIGHTS, STAGES
+from .run.config_mixin import RunConfigMixin
+from .stages import LOSS_WEIGHTS, REWARD_STAGE, SFT_STAGES, STAGES
 
 
 ON_BAD_ROW = ("error", "skip")
@@ -33,18 +31,18 @@ UNSUPPORTED = {
     "trust_remote_code": (False,),
     "truncation_mode": ("keep_start",),
 }
-COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 WITH_OWN_RULES = ("latent_inputs", "attention_target", "dac_inputs_share")
-KEYWORDS = (
-    "lr_scheduler_kwargs",
-    "gradient_checkpointing_kwargs",
-    "activation_checkpointing_kwargs",
-    "model_init_kwargs",
+RULES = (
+    ((*WEIGHTS, "sample_every", "neftune_noise_alpha"), lambda x: x >= 0, "not be negative"),
+    (("bernoulli_p",), lambda x: 0 <= x <= 1, "lie in [0, 1]"),
+    (("dac_inputs_share",), lambda x: 0 < x <= 1, "lie in (0, 1]"),
+    (("attention_temperature", "attention_epsilon"), lambda x: x > 0, "be above 0"),
+    (("max_samples_per_pack", "long_sample_length", "packing_lookahead"), lambda x: x >= 1, "be at least 1"),
 )
 
 
 @dataclass
-class VReflectionSFTConfig(SFTConfig):
+class VReflectionSFTConfig(RunConfigMixin, SFTConfig):
     r"""
     Configuration of [`VReflectionSFTTrainer`]: trl's [`~trl.SFTConfig`] and the options of V-Reflection.
 
@@ -105,7 +103,7 @@ class VReflectionSFTConfig(SFTConfig):
     > GPU has it; `remove_unused_columns` is `False`, since the collator reads raw rows; `logging_nan_inf_filter` is `False`; `report_to` is trackio if that is installed.
     """
 
-    stage: str = HfArg(default="path", help="Training stage.", metadata={"choices": tuple(STAGES)})
+    stage: str = HfArg(default="path", help="Training stage.", metadata={"choices": SFT_STAGES})
     lambda_bcm: float | None = HfArg(default=None, help="Weight of L_BCM (Eq. 2). Defaults to the stage's.")
     lambda_dac: float | None = HfArg(default=None, help="Weight of L_DAC (Eq. 5). Defaults to the stage's.")
     lambda_feat: float | None = HfArg(
@@ -158,46 +156,16 @@ class VReflectionSFTConfig(SFTConfig):
 
     def __post_init__(self):
         self.stage = str(self.stage)  # YAML reads 1 as a number
-        choices = {"stage": STAGES, "latent_loss": DISTANCES, "alignment": ALIGNMENTS, "on_bad_row": ON_BAD_ROW}
+        if self.stage == REWARD_STAGE:
+            raise ValueError(f"`stage={REWARD_STAGE!r}` trains by reward: use `VReflectionGRPOConfig`.")
+        stages = [name for name in STAGES if name != REWARD_STAGE]
+        choices = {"stage": stages, "latent_loss": DISTANCES, "alignment": ALIGNMENTS, "on_bad_row": ON_BAD_ROW}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 names = ", ".join(map(str, allowed))
                 raise ValueError(f"`{name}` must be one of {names}, got {getattr(self, name)!r}.")
         self._resolve_stage()
-        if self.bf16 is None:  # trl's default would refuse to run without such a GPU
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
-        elif self.bf16 and not self.use_cpu and not is_torch_bf16_gpu_available():
-            raise ValueError(
-                "`bf16` is on, and no GPU here has bfloat16: leave `bf16` out, and it is on where a GPU has it; "
-                "`use_cpu` trains with it on the CPU."
-            )
-        for field in fields(self):
-            value = getattr(self, field.name)
-            # An endless `max_grad_norm` measures gradients and clips none.
-            if isinstance(value, float) and not (
-                math.isfinite(value) or (field.name, value) == ("max_grad_norm", math.inf)
-            ):
-                raise ValueError(f"`{field.name}` must be a finite number, got {value}.")
-        for names, holds, rule in (
-            (
-                (*WEIGHTS, "sample_every", "dataloader_num_workers", "neftune_noise_alpha"),
-                lambda x: x >= 0,
-                "not be negative",
-            ),
-            (("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), lambda x: x >= 0, "not be negative"),
-            (("adam_beta1", "adam_beta2"), lambda x: 0 <= x < 1, "lie in [0, 1)"),
-            (("bernoulli_p",), lambda x: 0 <= x <= 1, "lie in [0, 1]"),
-            (("dac_inputs_share",), lambda x: 0 < x <= 1, "lie in (0, 1]"),
-            (("attention_temperature", "attention_epsilon"), lambda x: x > 0, "be above 0"),
-            (
-                (*COUNTS, "max_samples_per_pack", "long_sample_length", "packing_lookahead"),
-                lambda x: x >= 1,
-                "be at least 1",
-            ),
-        ):
-            for name in names:
-                if (value := getattr(self, name)) is not None and not holds(value):
-                    raise ValueError(f"`{name}` must {rule}, got {value}.")
+        self.check_values(RULES, UNSUPPORTED)
         if self.packing or self.eval_packing:
             raise ValueError("trl's `packing` doesn't support images: set `sample_packing=True` instead.")
         if self.train_sampling_strategy not in ("random", "sequential"):
@@ -207,26 +175,10 @@ class VReflectionSFTConfig(SFTConfig):
             )
         if self.sample_packing:
             self._check_packing()
-        if self.report_to is None:
-            self.report_to = "trackio" if is_trackio_available() else "none"
-        for name, allowed in UNSUPPORTED.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"V-Reflection doesn't support `{name}={getattr(self, name)!r}`: leave it out.")
-        if self.remove_unused_columns:
-            raise ValueError("`remove_unused_columns` must be False: the collator reads ids, messages and images.")
         # The collator renders and tokenizes, pictures included; trl's own preparation doesn't support reflections.
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
-        for name in KEYWORDS:
-            if not isinstance(value := getattr(self, name), (dict, type(None))):
-                raise ValueError(f"`{name}` must be a mapping, got {value!r}.")
-        if self.hub_token is not None:
-            raise ValueError(
-                "`hub_token` would be written into training_args.bin, which is pushed: leave it out and run `hf auth login`, "
-                "or set HF_TOKEN."
-            )
-        if self.resume_from_checkpoint in ("true", "false", "True", "False"):  # of the command line
-            self.resume_from_checkpoint = self.resume_from_checkpoint.lower() == "true"
+        self.check_parsed()
         if self.latent_inputs == "hidden" and self.gradient_checkpointing:
             raise ValueError(
                 "`latent_inputs='hidden'` decodes with a cache, which gradient checkpointing forbids: set "
@@ -284,7 +236,7 @@ class VReflectionSFTConfig(SFTConfig):
             "attention_target", stage.attention_target and ATTENTION_TARGETS, stage.attention_target, "L_attn"
         )
         self._choose("latent_feedback", LATENT_FEEDBACK, stage.slots.get(self.latent_inputs), "")
-        read_by_some = {name for one in STAGES.values() for name in one.options}
+        read_by_some = {name for one in SFT_STAGES for name in STAGES[one].options}
         for option in fields(self):
             given = getattr(self, option.name)
             if option.name in read_by_some.difference(stage.options, WITH_OWN_RULES) and given != option.default:

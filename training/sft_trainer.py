@@ -21,6 +21,7 @@ from .loading import load_model_and_processor, load_processor
 from .losses import latent_losses
 from .run.exact_match import count_exact_matches, exact_match_ways, share_of_rank
 from .run.meters import sum_over_ranks
+from .run.sample_rows import SampleCallback
 from .run.trainer_mixin import RunMixin
 from .sft_config import VReflectionSFTConfig
 from .stages import STAGES
@@ -124,6 +125,7 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
             **kwargs,
         )
         self.train_dataset = listed.get("train_dataset", self.train_dataset)
+        self.add_callback(SampleCallback(self, self.train_dataset))
         if args.predict_with_generate and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(
                 "`predict_with_generate` decodes on each rank by itself, which FSDP and ZeRO-3 don't allow: leave it out, and "

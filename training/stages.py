@@ -22,7 +22,7 @@ class Stage:
     slots: dict[str, str] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)  # by default, of the losses besides cross-entropy
     attention_target: str | None = None  # what L_attn aims at by default: "teacher" (Eq. 4) or "box"
-    options: tuple[str, ...] = ()  # the fields of `VReflectionSFTConfig` that matter to it, for the model card
+    options: tuple[str, ...] = ()  # the fields of its configuration that matter to it, for the model card
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -75,4 +75,22 @@ STAGES = {
         options=(*SLOTS, *EQ_2, *EQ_4, *ALWAYS),
     ),
     "sft": Stage(title="plain fine-tuning", options=ALWAYS),
+    "grpo": Stage(
+        title="by reward (GRPO)",
+        options=(
+            *(
+                "latent_sigma",
+                "latent_noise",
+                "num_generations",
+                "num_iterations",
+                "max_completion_length",
+                "temperature",
+            ),
+            *("beta", "epsilon", "loss_type", "scale_rewards", "reward_weights"),
+            *ALWAYS,
+        ),
+    ),
 }
+# The stage that learns by reward, with `VReflectionGRPOTrainer`; the others learn from answers, with `VReflectionSFTTrainer`.
+REWARD_STAGE = "grpo"
+SFT_STAGES = tuple(name for name in STAGES if name != REWARD_STAGE)

@@ -9,7 +9,6 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .compression_vreflection import pad_features
 from .decoding_vreflection import (
     UNCERTAIN,
     ReflectionForcing,
@@ -48,6 +47,7 @@ class ReflectionGenerationMixin:
         reflect_threshold: float | None = None,
         max_reflections: int | None = None,
         latents: torch.Tensor | None = None,
+        latent_noise: float = 0.0,
         **kwargs,
     ):
         """`GenerationMixin.generate`, which reflects where the model opens a reflection.
@@ -77,6 +77,8 @@ class ReflectionGenerationMixin:
                 two of them. Defaults to the generation config's, else 1: as in training, and at the cost of `reflect=True`.
             latents (`torch.Tensor` of shape `(B, M, D)`, *optional*): Latents to feed instead of the model's own: the n-th
                 slot of a prompt's answer is fed the n-th, and slots past the last the model's own.
+            latent_noise (`float`, *optional*, defaults to 0.0): Standard deviation of the normal noise that is added to each
+                value of what is fed: latents as actions, for training by reward.
 
         Raises:
             ValueError: A mode that would silently do without latents: assisted decoding, prompt lookup,
@@ -105,10 +107,14 @@ class ReflectionGenerationMixin:
             raise ValueError(unsupported("assisted decoding (`assistant_model`)", "leave `assistant_model` out"))
         if latents is not None:
             self._check_latents(latents, prompt, options)
+        if not 0 <= latent_noise < float("inf"):
+            raise ValueError(f"`latent_noise` must be a finite number from 0 on, got {latent_noise!r}.")
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = SilentReflectionStreamer(kwargs["streamer"], self.config.latent_token_ids)
         config, grids = self.config, kwargs.get("image_grid_thw")
-        progress = ReflectionProgress(options, config.latent_token_ids, grids, latents, config.think_end_token_id)
+        progress = ReflectionProgress(
+            options, config.latent_token_ids, grids, latents, config.think_end_token_id, latent_noise
+        )
         result = super().generate(reflection=progress, **kwargs)
         if options.can_start:
             sequences = result if isinstance(result, torch.Tensor) else result.sequences
@@ -268,9 +274,7 @@ class ReflectionGenerationMixin:
         progress.has_pictures = None if counts.all() else counts > 0
         if not features:
             return
-        features = torch.cat(self.model.looked_at(features, self.model.grids(progress.image_grid_thw)))
-        padded, mask = pad_features(list(features.split(counts.tolist())))
-        mask[:, 0] |= counts == 0  # a softmax over nothing would be NaN; such a row never looks
+        padded, mask = self.model.features_by_row(input_ids, features, progress.image_grid_thw)
         keys, values, places = self.model.dac.keys_and_values(padded)
         progress.pictures = (keys, values, None if places is None else places.to(keys.device), mask.to(keys.device))
 

@@ -32,13 +32,14 @@ from .regions_vreflection import (
     pool_region,
     project_attention,
 )
+from .replay_vreflection import ReplayMixin
 from .segments_vreflection import deepstack_of_columns, features_of, find_segments, images_before, is_packed
 
 
 LATENT_INPUTS = ("bcm", "dac", "hidden")
 
 
-class ReflectionModelMixin:
+class ReflectionModelMixin(ReplayMixin):
     """A backbone with BCM and DAC; comes before the stock backbone class, which embeds, encodes pictures and runs the layers."""
 
     def __init__(self, config):
@@ -103,15 +104,15 @@ class ReflectionModelMixin:
             in_slot = (input_ids == self.config.latent_token_id)[..., None]
             inputs["input_ids"], inputs_embeds = None, torch.where(in_slot, latent_state.to(embeds.dtype), embeds)
         elif latents is not None:
-            if latent_inputs is not None or boxes is not None:
-                raise ValueError("`latents` fill the slots: pass neither `latent_inputs` nor `boxes` with them.")
+            if latent_inputs not in (None, "dac", "hidden") or boxes is not None:
+                raise ValueError("`latents` fill the slots: pass neither `boxes` nor `latent_inputs='bcm'` with them.")
             if input_ids is None or inputs_embeds is not None:
                 raise ValueError("`latents` fill the slots among `input_ids`: pass these, and no `inputs_embeds`.")
             encoded = self._encode_images(pixel_values, image_grid_thw, mm_encoder_outputs)
             embeds, deepstack = self._embed(input_ids, encoded)
             inputs["position_ids"] = self._positions(inputs, embeds, cache)
-            embeds = self._replay(input_ids, embeds, latents)
-            return self._run(inputs, embeds, {**kwargs, **deepstack}, cache, use_cache)
+            kwargs = {**kwargs, **deepstack}
+            return self._replay(inputs, embeds, encoded, latents, latent_inputs, kwargs, cache, use_cache)
         elif latent_inputs is not None:
             segments = self._check_reflecting(input_ids, inputs_embeds, cache, boxes, latent_inputs)
             if segments is not None:
@@ -199,24 +200,6 @@ class ReflectionModelMixin:
                 f"{', '.join(LATENT_INPUTS)}, or recorded `latents`. Prompts must not hold any; the chat template drops "
                 "past reflections."
             )
-
-    def _replay(self, input_ids: torch.LongTensor, embeds: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Puts latents (B, M, D) into the slots among embeddings (B, T, D): the n-th of a row into its n-th slot."""
-        if latents.ndim != 3 or (len(latents), latents.shape[2]) != (len(embeds), embeds.shape[2]):
-            raise ValueError(
-                f"`latents` must be ({len(embeds)}, latents, {embeds.shape[2]}), got {tuple(latents.shape)}."
-            )
-        in_slot = input_ids == self.config.latent_token_id
-        number = in_slot.cumsum(1) - 1
-        given = in_slot & (number < latents.shape[1])
-        # Where decoding was cut, nothing was fed to the last token.
-        if (in_slot & ~given)[:, :-1].any():
-            raise ValueError(
-                f"Rows hold {in_slot.sum(1).tolist()} slots, and `latents` {latents.shape[1]} latents a row: pass one for "
-                "each slot."
-            )
-        rows, columns = given.nonzero(as_tuple=True)
-        return embeds.index_put((rows, columns), latents[rows, number[rows, columns]].to(embeds.dtype))
 
     def _reflect(
         self,

@@ -22,12 +22,12 @@ from vreflection_training.adapters import (
     merge_adapter,
 )
 from vreflection_training.loading import load_model_and_processor
-from vreflection_training.stages import STAGES
+from vreflection_training.stages import SFT_STAGES, STAGES
 from vreflection_training.tiny import save_tiny_backbone
 
 
-TRAINED = {stage: set(STAGES[stage].trains) for stage in STAGES}
-FED = {stage: next(iter(STAGES[stage].slots), None) for stage in STAGES}
+TRAINED = {stage: set(STAGES[stage].trains) for stage in SFT_STAGES}
+FED = {stage: next(iter(STAGES[stage].slots), None) for stage in SFT_STAGES}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def load(folder, **kwargs):
 
 @pytest.fixture(
     scope="module",
-    params=[f"{stage}-{head}" for stage in STAGES for head in ("tied", "untied")[: 1 + (stage != "joint")]],
+    params=[f"{stage}-{head}" for stage in SFT_STAGES for head in ("tied", "untied")[: 1 + (stage != "joint")]],
 )
 def run(request, bases, make_trainer, tmp_path_factory):
     """One run of two steps, saved and merged."""

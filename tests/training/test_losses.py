@@ -13,7 +13,7 @@ from vreflection_training.losses import (
     loss_weights,
     target_attention,
 )
-from vreflection_training.stages import STAGES
+from vreflection_training.stages import SFT_STAGES, STAGES
 
 
 def latents(*shape, seed=0):
@@ -138,7 +138,7 @@ def test_the_target_box_is_uniform_over_the_patches_of_each_steps_box():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SFT_STAGES)
 def test_a_stage_has_the_losses_of_its_line_in_the_table(stage):
     outputs = SimpleNamespace(
         latent_states=latents(2, 3, 4),

@@ -14,7 +14,7 @@ from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_training import VReflectionDataCollator, VReflectionSFTConfig, VReflectionSFTTrainer
 from vreflection_training.collator import NON_MODEL_KEYS
 from vreflection_training.losses import latent_losses, states_learn
-from vreflection_training.stages import STAGES
+from vreflection_training.stages import SFT_STAGES, STAGES
 
 
 @on_both_backbones
@@ -195,7 +195,7 @@ def test_a_frozen_vision_encoder_is_not_run_backwards(make_trainer, model, froze
 
 
 @on_both_backbones
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SFT_STAGES)
 def test_gradient_checkpointing_changes_nothing(make_trainer, model, stage):
     other = copy.deepcopy(model)
     options = {"stage": stage, "optim": "sgd", "learning_rate": 1.0, "max_steps": 1, "weight_decay": 0.0}
@@ -295,7 +295,7 @@ def test_what_is_no_list_of_rows_is_refused(make_trainer, rows, error, message):
 
 
 @on_both_backbones
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SFT_STAGES)
 def test_a_pack_trains_like_its_samples(make_trainer, model, rows, stage):
     other = copy.deepcopy(model)
     plain = {"id": "text", "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "red"}]}

@@ -14,11 +14,11 @@ from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.card.facts import options_table, training_table
 from vreflection_training import VReflectionSFTConfig
 from vreflection_training.run.model_card import RunOrigin
-from vreflection_training.stages import STAGES
+from vreflection_training.stages import SFT_STAGES, STAGES
 
 
 PACKAGE = Path(vreflection_training.__file__).parent
-SLOTS = [(stage, slots) for stage in STAGES for slots in STAGES[stage].slots]
+SLOTS = [(stage, slots) for stage in SFT_STAGES for slots in STAGES[stage].slots]
 
 
 def settings(folder="unused", **options):
@@ -29,7 +29,7 @@ def facts(args):
     return RunOrigin(None).facts(args, steps=1, max_steps=1, versions={})
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SFT_STAGES)
 def test_options_of_a_stage_are_fields_of_the_configuration(stage):
     assert set(STAGES[stage].options) <= {field.name for field in fields(VReflectionSFTConfig)}
     assert set(STAGES[stage].trains) <= {"bcm", "dac"}

@@ -6,7 +6,6 @@ from dataclasses import fields
 from typing import Any
 
 from accelerate.utils import is_peft_model
-from trl import SFTConfig
 
 
 # Of the configuration's own fields, those that change no weight.
@@ -18,7 +17,15 @@ NO_WEIGHT = (
 TRAINING = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "optim_args",
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed", "train_sampling_strategy",
-    "bf16", "fp16", "neftune_noise_alpha", "eos_token", "chat_template_path",
+    "bf16", "fp16", "neftune_noise_alpha",
+)  # fmt: skip
+# Of trl's, those of its configuration for answers, and of that for rewards.
+OF_TRL = (
+    "max_length", "eos_token", "chat_template_path",
+    "num_generations", "max_completion_length", "steps_per_generation", "shuffle_dataset", "temperature", "top_p", "top_k",
+    "min_p", "repetition_penalty", "generation_kwargs", "chat_template_kwargs", "beta", "num_iterations", "epsilon",
+    "epsilon_high", "delta", "importance_sampling_level", "reward_weights", "multi_objective_aggregation", "scale_rewards",
+    "loss_type", "mask_truncated_completions", "top_entropy_quantile", "entropy_coef", "disable_dropout",
 )  # fmt: skip
 # Of the model's, those that no weight tells.
 MODEL = ("region_pooling", "patch_positions", "dac_queries", "query_position")
@@ -28,9 +35,11 @@ LOOKED_AT = 16
 def run_settings(trainer) -> dict[str, Any]:
     """The settings and data of a run, ready for JSON."""
     args = trainer.args
-    inherited = {field.name for field in fields(SFTConfig)}
+    of_trl = next(kind for kind in type(args).__mro__ if kind.__module__.startswith("trl."))
+    inherited = {field.name for field in fields(of_trl)}
     own = [field.name for field in fields(args) if field.name not in inherited]
-    names = [name for name in (*own, "max_length", *TRAINING) if name not in NO_WEIGHT]
+    names = [*own, *TRAINING, *(name for name in OF_TRL if name in inherited)]
+    names = [name for name in names if name not in NO_WEIGHT]
     settings = {name: getattr(args, name) for name in names}
     settings["samples a step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     settings["use_seedable_sampler"] = args.accelerator_config.use_seedable_sampler

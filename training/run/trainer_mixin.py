@@ -1,4 +1,4 @@
-"""What every trainer of this project shares: saving, resuming, signals, metrics, sample pictures, cards."""
+"""What every trainer of this project shares: saving, resuming, signals, metrics, cards."""
 
 import math
 import shutil
@@ -33,7 +33,6 @@ from .checkpoint_folders import (
 from .latent_metrics import LatentSpread, attention_inside, collapse_message
 from .meters import Meters, sum_over_ranks
 from .model_card import RunOrigin, trainer_card, trainer_facts
-from .sample_rows import SampleCallback
 from .settings import run_settings
 
 
@@ -45,8 +44,8 @@ MEANS = ("latent_distance", "teacher_inside_box", "student_inside_box", "reflect
 class RunMixin:
     """Stands before one of trl's trainers among the bases of a trainer of V-Reflection.
 
-    The trainer hands each batch to [`~RunMixin.record`], and its own means are named in `logged_means`. Its configuration has
-    `stage` and `sample_every`, its model no adapter yet.
+    The trainer hands each of a collator's batches to [`~RunMixin.record`], and its own means are named in `logged_means`. Its
+    configuration has a `stage`, its model no adapter yet.
 
     Args:
         sources (`list[dict]`, *optional*): Where `train_dataset` came from, as [`load_rows`](../data/sources.py) takes it;
@@ -80,7 +79,6 @@ class RunMixin:
         self.preemption = PreemptionCallback(self.accelerator)
         self.add_callback(self.progress)
         self.add_callback(self.preemption)
-        self.add_callback(SampleCallback(self, self.train_dataset))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """[`~transformers.Trainer.train`], which never resumes from a checkpoint that wasn't written to the end.
