@@ -63,6 +63,7 @@ class VReflectionGRPOTrainer(RunMixin, GRPOTrainer):
     """
 
     _tag_names = ["trl", "grpo", "v-reflection"]
+    through_latents = True  # whether gradients go through them; the experiments' control has constants
 
     def __init__(
         self,
@@ -202,11 +203,8 @@ class VReflectionGRPOTrainer(RunMixin, GRPOTrainer):
     @torch.no_grad()
     def _latent_use(self, right: list[str], answers: list[list[int]]) -> list[float]:
         """See [`latent_use`](rewards.py); `right` are the right answers' texts."""
-        *_, end_id = self.model.config.latent_token_ids
         device, rollouts = self.accelerator.device, self.rollouts
-        reflected = [
-            answer[: len(answer) - answer[::-1].index(end_id)] if end_id in answer else [] for answer in answers
-        ]
+        reflected = [self.reflection_of(answer) for answer in answers]
         told = [[*ids, self._tokenizer.eos_token_id] for ids in self._tokenizer(right)["input_ids"]]
         rows = [torch.tensor(before + after) for before, after in zip(reflected, told)]
         behind = [torch.tensor([0] * len(before) + [1] * len(after)) for before, after in zip(reflected, told)]
@@ -231,6 +229,11 @@ class VReflectionGRPOTrainer(RunMixin, GRPOTrainer):
         self._latents = rollouts.latents
         return (sums[0] - sums[1]).tolist()
 
+    def reflection_of(self, answer: list[int]) -> list[int]:
+        """An answer's tokens up to its last whole reflection's end; none where there is none."""
+        *_, end_id = self.model.config.latent_token_ids
+        return answer[: len(answer) - answer[::-1].index(end_id)] if end_id in answer else []
+
     def _compute_loss(self, model, inputs):
         self._latents = inputs["latents"]
         return super()._compute_loss(model, inputs)
@@ -245,6 +248,7 @@ class VReflectionGRPOTrainer(RunMixin, GRPOTrainer):
             temperature=self.temperature,
             suppressed=tuple(self.generation_kwargs.get("suppress_tokens") or ()),
             sigma=self.args.latent_sigma,
+            through=self.through_latents and self.args.latent_sigma is None,
         )
         return super()._get_per_token_logps_and_entropies(
             replay, input_ids, attention_mask, logits_to_keep, *args, **kwargs

@@ -12,12 +12,15 @@ from trl import ModelConfig, TrlParser
 from vreflection_hub_card.errors import InputError, reading
 from vreflection_hub_card.inference.checkpoints import set_pixel_limits
 
+from .grpo_config import VReflectionGRPOConfig
 from .recipe_files import RECIPES, find_file
 from .recipe_yaml import check_recipe, read_yaml
-from .script_arguments import VReflectionScriptArguments
+from .script_arguments import VReflectionGRPOScriptArguments, VReflectionScriptArguments
 from .sft_config import VReflectionSFTConfig
+from .stages import REWARD_STAGE
 
 
+Config = VReflectionSFTConfig | VReflectionGRPOConfig
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -28,12 +31,22 @@ def read_recipe(arguments: list[str], **kwargs) -> tuple:
         InputError: No such recipe, a wrong value, settings that contradict each other.
     """
     recipe = find_file(arguments[0], RECIPES, "recipe")
-    parser = RecipeParser(
-        (VReflectionScriptArguments, ModelConfig, VReflectionSFTConfig), prog="vreflection train RECIPE"
-    )
-    check_recipe(recipe, read_yaml(recipe), parser.dataclass_types)
+    content = read_yaml(recipe)
+    if stage_of(content, arguments[1:]) == REWARD_STAGE:
+        own = VReflectionGRPOScriptArguments, ModelConfig, VReflectionGRPOConfig
+    else:
+        own = VReflectionScriptArguments, ModelConfig, VReflectionSFTConfig
+    parser = RecipeParser(own, prog="vreflection train RECIPE")
+    check_recipe(recipe, content, parser.dataclass_types)
     with reading(recipe, "can't be used"):
         return parser.parse_args_and_config(["--config", str(recipe), *arguments[1:]], **kwargs)
+
+
+def stage_of(recipe: dict, options: list[str]) -> str | None:
+    """The stage that a recipe's content and the options after it name, which decides what else they may hold."""
+    given = [following for option, following in zip(options, options[1:]) if option == "--stage"]
+    given += [option.removeprefix("--stage=") for option in options if option.startswith("--stage=")]
+    return (given or [recipe.get("stage")])[-1]
 
 
 class RecipeParser(TrlParser):
@@ -49,7 +62,7 @@ class RecipeParser(TrlParser):
         raise InputError(message)
 
 
-def parse(arguments: list[str]) -> tuple[VReflectionScriptArguments, ModelConfig, VReflectionSFTConfig]:
+def parse(arguments: list[str]) -> tuple[VReflectionScriptArguments, ModelConfig, Config]:
     """Reads a recipe and the options after it; raises an InputError as [`read_recipe`], or where no run can start."""
     script, model_args, args = read_recipe(arguments)
     if (script.from_scratch is None) == (model_args.model_name_or_path is None):
@@ -115,11 +128,10 @@ def build_processor(script: VReflectionScriptArguments, model_args: ModelConfig)
     return processor
 
 
-def build_trainer(script: VReflectionScriptArguments, model_args: ModelConfig, args: VReflectionSFTConfig):
+def build_trainer(script: VReflectionScriptArguments, model_args: ModelConfig, args: Config):
     """Loads what a recipe names and puts its trainer together."""
     from .data.sources import load_rows
     from .loading import build_tiny, load_model_and_processor
-    from .sft_trainer import VReflectionSFTTrainer
 
     set_seed(args.seed)
     options = {"dtype": model_args.dtype or "float32", "attn_implementation": model_args.attn_implementation}
@@ -140,19 +152,27 @@ def build_trainer(script: VReflectionScriptArguments, model_args: ModelConfig, a
         options["revision"] = model_args.model_revision
         model, processor = load_model_and_processor(model_args.model_name_or_path, **options)
     set_pixel_limits(processor.image_processor, script.min_pixels, script.max_pixels)
-    shuffle_buffer = None if args.train_sampling_strategy == "sequential" else script.shuffle_buffer
+    shuffled = args.shuffle_dataset if args.stage == REWARD_STAGE else args.train_sampling_strategy != "sequential"
+    shuffle_buffer = script.shuffle_buffer if shuffled else None
     rows = load_rows(script.sources, streaming=script.streaming, seed=args.seed, shuffle_buffer=shuffle_buffer)
-    return VReflectionSFTTrainer(
-        model,
-        args,
-        processing_class=processor,
-        train_dataset=rows,
-        eval_dataset=script.eval_datasets
+    given = {
+        "processing_class": processor,
+        "train_dataset": rows,
+        "eval_dataset": script.eval_datasets
         and load_rows(script.eval_datasets, streaming=script.streaming, seed=args.seed),
-        peft_config=peft_config,
-        sources=script.sources,
-        from_scratch=script.from_scratch is not None,
-    )
+        "peft_config": peft_config,
+        "sources": script.sources,
+        "from_scratch": script.from_scratch is not None,
+    }
+    if args.stage == REWARD_STAGE:
+        from .grpo_trainer import VReflectionGRPOTrainer
+        from .rewards import REWARDS
+
+        return VReflectionGRPOTrainer(model, [REWARDS[name] for name in script.reward_funcs], args, **given)
+
+    from .sft_trainer import VReflectionSFTTrainer
+
+    return VReflectionSFTTrainer(model, args, **given)
 
 
 def train(trainer, script: VReflectionScriptArguments) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .data.sources import GLYPHSEARCH
+from .rewards import REWARDS
 
 
 @dataclass
@@ -64,3 +65,22 @@ class VReflectionScriptArguments:
             return self.datasets
         named = "format" if self.dataset_name in GLYPHSEARCH else "path"
         return [{named: self.dataset_name, **(self.dataset_options or {})}]
+
+
+@dataclass
+class VReflectionGRPOScriptArguments(VReflectionScriptArguments):
+    """The same, and the rewards of stage `"grpo"`.
+
+    Args:
+        reward_funcs (`list[str]`, *optional*, defaults to `["exact_answer"]`): Names of functions in [`rewards`](rewards.py);
+            `reward_weights` weighs them.
+    """
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["exact_answer"], metadata={"help": f"Rewards, of {', '.join(REWARDS)}."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.reward_funcs or not set(self.reward_funcs) <= set(REWARDS):
+            raise ValueError(f"`reward_funcs` must be some of {', '.join(REWARDS)}, got {self.reward_funcs!r}.")

@@ -7,6 +7,10 @@ from vreflection_hub_card.errors import InputError, first_line
 from ..recipe_files import RECIPES, find_file, shipped
 
 
+# Of rows that are trained on by reward, one at a time: nothing limits their lengths, and these are called long.
+UNPACKED = {"max_length": None, "long_length": 4096}
+
+
 def add_parser(commands) -> None:
     """Adds `vreflection check`."""
     parser = commands.add_parser(
@@ -33,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     from ..data.data_report import format_report, report_data
     from ..data.sources import load_rows
     from ..recipe import build_processor, parse
-    from ..stages import STAGES
+    from ..stages import REWARD_STAGE, STAGES
 
     script, model_args, args = parse([options.recipe, *arguments, "--use_cpu", "true"])  # no model is run
     try:
@@ -41,13 +45,13 @@ def run(options: argparse.Namespace) -> int:
         report = report_data(
             rows,
             build_processor(script, model_args),
-            args.packing_rule,
-            packed=args.sample_packing,
+            UNPACKED if args.stage == REWARD_STAGE else args.packing_rule,
+            packed=getattr(args, "sample_packing", False),
             reflect=STAGES[args.stage].reflects,
             decode=known.decode,
             batch_size=args.per_device_train_batch_size,
-            num_proc=args.dataset_num_proc,
-            seed=args.packing_seed,
+            num_proc=getattr(args, "dataset_num_proc", None),
+            seed=getattr(args, "packing_seed", None),
         )
     except (ValueError, ImportError) as error:
         raise InputError(str(error)) from error
@@ -58,4 +62,4 @@ def run(options: argparse.Namespace) -> int:
     print(format_report(report))
     if known.histogram is not None:
         report.save_histogram(known.histogram)
-    return 1 if report.bad_rows and args.on_bad_row == "error" else 0
+    return 1 if report.bad_rows and getattr(args, "on_bad_row", "error") == "error" else 0

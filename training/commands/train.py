@@ -15,8 +15,8 @@ def add_parser(commands) -> None:
         "train",
         help="train from a recipe",
         usage="vreflection train RECIPE [--accelerate_config NAME] [--option value ...]",
-        description="Trains what a recipe names. Options override its keys: those of VReflectionSFTConfig, of trl's "
-        "ModelConfig and of VReflectionScriptArguments. Recipes that come with the package: "
+        description="Trains what a recipe names. Options override its keys: those of VReflectionSFTConfig (of "
+        "VReflectionGRPOConfig in stage grpo), of trl's ModelConfig and of VReflectionScriptArguments. Recipes that come with the package: "
         f"{shipped(RECIPES)}.",
         epilog=f"--accelerate_config starts several processes through `accelerate launch`, whose options go with it: "
         f"{shipped(ACCELERATE_CONFIGS)}, or a file.",

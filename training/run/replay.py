@@ -28,7 +28,7 @@ class Replay:
 
     The probabilities are those that `generate` sampled from: slot and end token, the start token where none may start, and
     suppressed tokens have none. A forced token has the log-probability 0; with `sigma` a slot has -|z - h|² / (2 σ²), the mean
-    over D, of its latent z and what the model would feed, h. Without `sigma`, gradients go through the latents into h.
+    over D, of its latent z and what the model would feed, h.
 
     Args:
         model (`torch.nn.Module`): The model, as an engine may have wrapped it.
@@ -39,6 +39,7 @@ class Replay:
         temperature (`float`): Of sampling.
         suppressed (`list[int]`): Tokens that were never sampled.
         sigma (`float`, *optional*): σ.
+        through (`bool`): Whether gradients of the other tokens go through the latents into h.
     """
 
     def __init__(
@@ -51,16 +52,18 @@ class Replay:
         temperature: float = 1.0,
         suppressed: tuple[int, ...] = (),
         sigma: float | None = None,
+        through: bool = True,
     ):
         self.model, self.config, self.latents, self.options = model, config, latents, options
         self.length, self.temperature, self.suppressed, self.sigma = length, temperature, suppressed, sigma
+        self.through = through and options.can_start
         self.done = 0  # rows
 
     def __call__(self, input_ids: torch.LongTensor, labels=None, fused_lm_head=None, **inputs) -> Scores:
         """`labels` and `fused_lm_head` are trl's own way to the same numbers, and not read."""
         latents = self.latents[self.done : self.done + len(input_ids)]
         self.done += len(input_ids)
-        through = self.sigma is None and torch.is_grad_enabled() and self.options.can_start
+        through = self.through and torch.is_grad_enabled()
         outputs = self.model(
             input_ids=input_ids,
             **inputs,

@@ -1,0 +1,1 @@
+"""What reward adds where boxes run out."""
