@@ -134,6 +134,11 @@ class VReflectionGRPOTrainer(RunMixin, GRPOTrainer):
         self._step = self._step or self.state.global_step * self.args.gradient_accumulation_steps
         super()._run_epoch(**kwargs)
 
+    def _tokenize_prompts(self, prompts: list):
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        # The processor takes a list for each row; trl has `None` for a row without pictures.
+        return prompt_ids, images and [pictures or [] for pictures in images], fields
+
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         """Samples an answer for each prompt, and keeps what was fed."""
         prompts = {"input_ids": prompt_ids, "attention_mask": [[1] * len(ids) for ids in prompt_ids]}

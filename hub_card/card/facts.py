@@ -96,7 +96,7 @@ def summarise_run(run: dict[str, Any]) -> dict[str, str]:
     return {
         "started from": code(run["started_from"]) if run.get("started_from") else "nothing",
         "data": "; ".join(describe_source(source) for source in run["data"]) or "not recorded",
-        "loss": " + ".join(["CE", *(f"{weight:g} {name}" for name, weight in run["losses"].items())]),
+        "loss": describe_loss(run),
         "adapter": assignments(run.get("adapter", {})),
         "steps": describe_steps(run),
         "exact match": describe_exact_match(run.get("exact_match", {})),
@@ -104,6 +104,13 @@ def summarise_run(run: dict[str, Any]) -> dict[str, str]:
         "on": machine.get("gpu") or machine.get("processor", ""),
         "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
     }
+
+
+def describe_loss(run: dict[str, Any]) -> str:
+    """The losses of a run, or its rewards."""
+    if "rewards" in run:
+        return "GRPO, by " + ", ".join(map(code, run["rewards"]))
+    return " + ".join(["CE", *(f"{weight:g} {name}" for name, weight in run["losses"].items())])
 
 
 def describe_source(source: dict[str, Any]) -> str:

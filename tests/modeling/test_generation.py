@@ -410,7 +410,7 @@ def test_a_replay_needs_a_latent_for_each_slot(model, processor, ids):
     with pytest.raises(ValueError, match=r"`latents` must be \(1, latents, 192\)"):
         model(**inputs, latents=torch.zeros(2, 8, 192))
     for wrong in ({"latent_inputs": "bcm"}, {"boxes": boxes}):
-        with pytest.raises(ValueError, match="neither `latent_inputs` nor `boxes`"):
+        with pytest.raises(ValueError, match="neither `boxes` nor `latent_inputs='bcm'`"):
             model(**inputs, latents=torch.zeros(1, 8, 192), **wrong)
     cut = int((inputs["input_ids"][0] == ids[1]).nonzero()[3]) + 1
     last = {name: inputs[name][:, :cut] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
@@ -440,6 +440,32 @@ def test_given_latents_take_the_place_of_the_models_own(model, stock, processor,
     assert new_tokens_of(zeroed, inputs)[0] == expected != new_tokens_of(usual, inputs)[0]
     copies = decode(model, inputs, starts, **own, latents=torch.zeros(2, 8, 192), num_beams=2, num_return_sequences=2)
     assert not copies.latents[:, :8].any() and len(copies.latents) == 4
+
+
+@pytest.mark.parametrize("feedback", ["hidden", "dac"])
+def test_noise_is_added_to_what_is_fed(model, processor, prompts, feedback):
+    """And recorded with it: a replay says what the states before the slots would feed without it."""
+    inputs, options = encode(processor, *prompts[:2]), {"latent_feedback": feedback, "return_dict_in_generate": True}
+    torch.manual_seed(0)
+    result = decode(model, inputs, ({0}, {3}), **options, latent_noise=0.5)
+    length = result.sequences.shape[1] - inputs["input_ids"].shape[1]
+    replayed = {
+        **inputs,
+        "input_ids": result.sequences,
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, length), value=1),
+        "mm_token_type_ids": torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, length)),
+    }
+    outputs = model(**replayed, latents=result.latents)
+    fed = {"hidden": outputs.latent_states, "dac": outputs.student_latents}[feedback]
+    noise = (result.latents - fed)[:, :8]
+    assert noise.std() == pytest.approx(0.5, rel=0.05) and abs(noise.mean()) < 0.05
+    plain = decode(model, inputs, ({0}, {3}), **options)
+    with torch.no_grad():
+        outputs = model(**replayed | {"input_ids": plain.sequences}, latents=plain.latents, latent_inputs=feedback)
+    fed = {"hidden": outputs.latent_states, "dac": outputs.student_latents}[feedback]
+    torch.testing.assert_close(fed[:, :8], plain.latents[:, :8], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="`latent_noise` must be a finite number from 0 on, got -1"):
+        decode(model, inputs, ({0}, {3}), **options, latent_noise=-1)
 
 
 @pytest.mark.parametrize(

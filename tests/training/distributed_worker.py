@@ -3,15 +3,23 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from accelerate import DistributedType, PartialState
 from PIL import Image
 from run_helpers import Rows
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.rnn import pad_sequence
 
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
-from vreflection_training import VReflectionSFTConfig, VReflectionSFTTrainer
+from vreflection_training import (
+    VReflectionGRPOConfig,
+    VReflectionGRPOTrainer,
+    VReflectionSFTConfig,
+    VReflectionSFTTrainer,
+)
 from vreflection_training.loading import build_tiny, load_model_and_processor
 
 
@@ -27,7 +35,13 @@ def rows():
     return [scenes[0], no_box, no_picture, scenes[1], scenes[2], scenes[3], no_picture, no_box]
 
 
+def length_reward(completion_ids, **kwargs):
+    return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+
 def run(spec):
+    if spec["options"].get("stage") == "grpo":
+        return run_by_reward(spec)
     args = VReflectionSFTConfig(
         max_steps=4,
         lr_scheduler_type="constant",
@@ -52,6 +66,48 @@ def run(spec):
     if sharded:
         assert isinstance(trainer.model_wrapped, FSDPModule)
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(args.output_dir)
+    if trainer.is_world_process_zero():
+        Path(args.output_dir, "history.json").write_text(json.dumps(trainer.state.log_history))
+
+
+class SeededTrainer(VReflectionGRPOTrainer):
+    """Samples each answer by itself, from a seed that depends on its question and number, not on the rank."""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
+        answers, latents = [], []
+        for row, ids in enumerate(prompt_ids):
+            fields = {name: value[row * len(value) // len(prompt_ids) :] for name, value in multimodal_fields.items()}
+            fields = {name: value[: len(multimodal_fields[name]) // len(prompt_ids)] for name, value in fields.items()}
+            torch.manual_seed(2 * sum(ids) + row % 2)
+            found, _ = super()._generate_single_turn([ids], images[row : row + 1], fields, *args, **kwargs)
+            answers += found
+            latents.append(self.rollouts.latents[0])
+        self._latents = pad_sequence(latents, batch_first=True)
+        self.rollouts = replace(self.rollouts, latents=self._latents)
+        return answers, None
+
+
+def run_by_reward(spec):
+    """An update; the answers of different lengths, some longer than others, lie on different ranks."""
+    args = VReflectionGRPOConfig(
+        max_steps=1,
+        lr_scheduler_type="constant",
+        shuffle_dataset=False,
+        logging_steps=1,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        generation_kwargs={"reflect": True},
+        **spec["options"],
+    )
+    model, processor = load_model_and_processor(spec["checkpoint"], dtype="float32")
+    trainer = SeededTrainer(
+        model, length_reward, args, processing_class=processor, train_dataset=glyphsearch_dataset("train", 4, "chains")
+    )
+    trainer.train()
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
         Path(args.output_dir, "history.json").write_text(json.dumps(trainer.state.log_history))

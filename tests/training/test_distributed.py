@@ -75,6 +75,10 @@ def start(folder, stage_1, processes, environment=None, deepspeed=None):
         specs.append(
             {"checkpoint": str(EMBEDDED), "options": {**common, **ANSWERS, "output_dir": str(folder / "answers")}}
         )
+        rewarded = {"stage": "grpo", "num_generations": 2, "max_completion_length": 20, "latent_sigma": 0.5}
+        rewarded |= {"output_dir": str(folder / "grpo"), **common}
+        rewarded["per_device_train_batch_size"] = 4 // processes
+        specs.append({"checkpoint": str(stage_1["qwen2_5_vl"]), "options": rewarded})
     (folder / "specs.json").write_text(json.dumps(specs))
     launcher = []
     if processes > 1:
@@ -164,6 +168,18 @@ def test_a_resumed_run_of_two_processes_equals_the_uninterrupted_one(together):
     (expected, curve), (got, resumed) = result(folder / "stage 1, packed"), result(folder / "resumed")
     assert [step["loss"] for step in curve] == [step["loss"] for step in resumed]
     assert not moved(expected, got)
+
+
+def test_two_processes_learn_by_reward_as_one_does(alone, together):
+    folder, _ = together
+    if not (folder / "grpo").is_dir():
+        pytest.skip("FSDP and DeepSpeed")
+    (expected, (step,)), (got, (other_step,)) = result(alone / "grpo"), result(folder / "grpo")
+    for name in ("reward", "reflections", "grad_norm", "num_tokens"):
+        assert other_step[name] == pytest.approx(step[name], rel=1e-3), name
+    assert step["grad_norm"] > 0
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_two_processes_ask_each_row_once(alone, together):

@@ -33,7 +33,7 @@ def start(tmp_path_factory):
     prompts = prompt_rows(glyphsearch_dataset("train", 2, "chains"), processor)[:]["prompt"]
     with torch.no_grad():  # its logit lies above most where states are like those of prompts
         mean = model(**encode_prompts(processor, prompts, "cpu"), use_cache=False).last_hidden_state.mean((0, 1))
-        model.get_input_embeddings().weight[model.config.latent_start_token_id] = 4.5 * mean / mean.square().sum()
+        model.get_input_embeddings().weight[model.config.latent_start_token_id] = 5.5 * mean / mean.square().sum()
     for part in parts:
         part.save_pretrained(folder)
     return folder
@@ -230,6 +230,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(make, model, start, tmp_path
     assert curves[0] == curves[1] and len(curves[0]) == 4
     facts = json.loads((tmp_path / "b" / "checkpoint-2" / "training_facts.json").read_text())["runs"][-1]
     assert facts["stage"] == "grpo" and facts["options"]["num_generations"] == 2 and facts["tokens"] > 0
+    assert facts["rewards"] == ["length_reward"]
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "GRPO, by `length_reward`" in card and "VReflectionSFT" not in card
     with pytest.raises(
         ValueError, match="can't be resumed exactly: `save_steps`.* must be a multiple of it, got 1 x 1"
     ):

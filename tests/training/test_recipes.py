@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import get_scheduler
 
 from modeling_vreflection import VReflectionForConditionalGeneration
-from vreflection_training import VReflectionSFTConfig
+from vreflection_training import VReflectionGRPOConfig, VReflectionSFTConfig
 from vreflection_training.data.sources import load_rows
 from vreflection_training.recipe import build_trainer, parse
 from vreflection_training.recipe_files import ACCELERATE_CONFIGS, RECIPES
@@ -44,6 +44,8 @@ QWEN3 = {
 ADAPTERS = [LORA, "path_7b_lora", "qwen3_vl_8b_path_lora"]
 LARGE = [*PAPER, LORA, *RELEASED, *PATH_LARGE, *QWEN3]
 TINY = ["tiny_base", "tiny_stage1", "tiny_stage2", "path_tiny", "tiny_qwen3_vl_base", "tiny_qwen3_vl"]
+# By reward.
+REWARDED = ["tiny_grpo", "path_7b_grpo"]
 # What a machine without a GPU can't do.
 ON_CPU = "--use_cpu true --dtype float32 --attn_implementation sdpa".split()
 SHORT = (
@@ -60,21 +62,21 @@ def side(name: str) -> int:
 def read(name: str) -> dict:
     """A recipe's options as parsed, by name, from whichever part they belong to."""
     parsed = parse([name, "--use_cpu", "true"])
-    assert isinstance(parsed[-1], VReflectionSFTConfig)
+    assert isinstance(parsed[-1], VReflectionGRPOConfig if name in REWARDED else VReflectionSFTConfig)
     return {field.name: getattr(part, field.name) for part in parsed for field in fields(part)}
 
 
 def test_the_lists_name_every_recipe():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*LARGE, *TINY}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*LARGE, *TINY, *REWARDED}
 
 
-@pytest.mark.parametrize("name", [*LARGE, *TINY])
+@pytest.mark.parametrize("name", [*LARGE, *TINY, *REWARDED])
 def test_the_recipe_parses(name):
     options = read(name)
     assert options["output_dir"] == f"outputs/{name}" and options["max_steps"] > 0
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", [*LARGE, "path_7b_grpo"])
 def test_the_head_says_how_to_run_it(name):
     head = re.match(r"(#.*\n)+", (RECIPES / f"{name}.yaml").read_text()).group()
     recipe, engine = re.search(r"# Run:  vreflection train (\S+) --accelerate_config (\S+)\n", head).groups()
@@ -456,3 +458,20 @@ def test_dry_run(dry_run, name):
     tokens = ["<|lvr_start|>", "<|lvr|>", "<|lvr_end|>"] if released else ["<|sovt|>", "<|lvr|>", "<|eovt|>"]
     assert tokenizer.convert_ids_to_tokens(config.latent_token_ids) == tokens
     assert config.query_position == ("at" if released else "before")
+
+
+def test_dry_run_by_reward(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    assert read("path_7b_grpo")["model_name_or_path"] == read("path_7b")["output_dir"]
+    assert read("tiny_grpo")["model_name_or_path"] == read("path_tiny")["output_dir"]
+    at = SHORT.index("--sample_every")
+    short = SHORT[:at] + SHORT[at + 2 :]  # which that stage doesn't have
+    small = "--max_completion_length 16 --per_device_train_batch_size 4 --num_generations 2".split()
+    start = ["--model_name_or_path", "qwen2_5_vl", "--output_dir", str(tmp_path)]
+    script, *parsed = parse(["path_7b_grpo", *start, *ON_CPU, *short, *small])
+    assert script.reward_funcs == ["exact_answer", "reflection_format"]
+    trainer = build_trainer(script, *parsed)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    row = trainer.train_dataset[1]
+    assert row["answer"] == "1" and [part["type"] for part in row["prompt"][0]["content"]] == ["image", "text"]

@@ -72,7 +72,7 @@ class RunOrigin:
         """The content of `training_facts.json`: the earlier runs, and this one.
 
         Of `max_steps`, which were meant to be made, a warm-up may be a share; `more` is `tokens`, `machine`, `adapter`,
-        `exact_match`, where known.
+        `rewards`, `exact_match`, where known.
         """
         stage, options = STAGES[args.stage], args.to_dict()
         optimiser = {name: options[name] for name in OPTIMISER_OPTIONS}
@@ -125,6 +125,8 @@ def trainer_facts(trainer) -> dict[str, Any]:
     more = {}
     if adapter is not None:
         more["adapter"] = {name: getattr(adapter, name) for name in ("r", "lora_alpha") if hasattr(adapter, name)}
+    if rewards := getattr(trainer, "reward_func_names", None):
+        more["rewards"] = rewards
     if found := last_exact_match(trainer.state.log_history):
         more["exact_match"] = found
     return trainer.origin.facts(
