@@ -116,6 +116,9 @@ class VReflectionGRPOTrainer(RunMixin, GRPOTrainer):
             self.ref_model = self._prepare_reference(reference)
         if peft_config is not None:
             prepare_adapter(self.model, args)
+        # As trl does with an image's: no whole sequence may hold one that no features belong to.
+        never = [*self.generation_kwargs["suppress_tokens"], model.config.video_token_id]
+        self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = never
         self.generation_config.return_dict_in_generate = True
         self.decoding = model.reflection_options(generation_config=self.generation_config)
         self.rollouts: Rollouts | None = None  # the last batch's
@@ -251,7 +254,7 @@ class VReflectionGRPOTrainer(RunMixin, GRPOTrainer):
             self.decoding,
             logits_to_keep,
             temperature=self.temperature,
-            suppressed=tuple(self.generation_kwargs.get("suppress_tokens") or ()),
+            suppressed=tuple(self.generation_kwargs["suppress_tokens"]),
             sigma=self.args.latent_sigma,
             through=self.through_latents and self.args.latent_sigma is None,
         )

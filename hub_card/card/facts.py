@@ -3,7 +3,7 @@
 `vreflection_tiny/training_facts.json` is an example. `base_model` is a Hub id, or null where nobody knows one;
 `from_scratch` says that there is none. `runs` are the stages one after the other, those of the checkpoints before included;
 `title` is the stage's name on the card, missing in old files. `exact_match`, where there is one, holds the last evaluation's
-shares of exact answers and its step. `losses` holds weights besides cross-entropy's 1. A source of
+shares of exact answers and its step; `rewards` names those of a run by reward. `losses` holds weights besides cross-entropy's 1. A source of
 data has a `dataset`, which is a Hub id, or the name of something `local`, or neither where its `format` draws scenes. There
 are no paths in it.
 """

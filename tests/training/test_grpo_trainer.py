@@ -136,7 +136,13 @@ def test_replayed_log_probabilities_are_those_that_were_sampled_from(make, model
     tokens, actions = batch["completion_ids"], batch["tool_mask"].bool() & batch["completion_mask"].bool()
     logits = torch.stack(result.logits, 1)[:, : tokens.shape[1]].clone()
     reflect = options.get("generation_kwargs", {}).get("reflect")
-    barred = [slot, end, model.config.image_token_id, *([start] if reflect is False else [])]
+    barred = [
+        slot,
+        end,
+        model.config.image_token_id,
+        model.config.video_token_id,
+        *([start] if reflect is False else []),
+    ]
     logits[..., barred] = float("-inf")
     sampled = (logits / trainer.temperature).log_softmax(-1).gather(2, tokens[..., None])[..., 0]
     with torch.enable_grad():
@@ -186,6 +192,7 @@ def test_the_gradient_of_latents_as_actions(make, model, feedback):
     model.train()
     batch, _ = roll_out(trainer)
     slots = batch["completion_ids"] == model.config.latent_token_id
+    slots[:, -1] = False  # in which an answer was cut: nothing was fed there
     assert batch["tool_mask"].bool()[slots].all()
     kept, forward = [], model.model.forward
 
@@ -215,6 +222,7 @@ def test_the_gradient_of_latents_as_actions(make, model, feedback):
             torch.testing.assert_close(fed.grad[row, :count], difference / (0.5**2 * width), atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_the_uninterrupted_one(make, model, start, tmp_path):
     options = {"max_steps": 4, "num_iterations": 2, "learning_rate": 0.05, "latent_sigma": 0.5}
     make(output_dir=str(tmp_path / "a"), **options).train()
@@ -239,6 +247,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(make, model, start, tmp_path
         make(**options, **saving | {"save_steps": 1})
 
 
+@pytest.mark.slow
 def test_accumulation_and_checkpointing_change_nothing(make, model):
     other = copy.deepcopy(model)
     shared = {"generation_kwargs": {"reflect": True}, "latent_noise": 0.2}
@@ -265,6 +274,7 @@ def test_the_reference_is_the_start_and_knows_latents(make, model):
     )
 
 
+@pytest.mark.slow
 def test_adapters_with_the_start_as_reference(make, model):
     peft = pytest.importorskip("peft")
     before = copy.deepcopy(model.state_dict())
@@ -324,7 +334,7 @@ def test_latent_use_is_the_drop_of_the_right_answers_log_probability(make, model
                     image_grid_thw=inputs["image_grid_thw"][row : row + 1],
                     latents=latents,
                 ).logits[0, -len(right) - 1 : -1]
-            logits[:, [slot, end, model.config.image_token_id]] = float("-inf")
+            logits[:, [slot, end, model.config.image_token_id, model.config.video_token_id]] = float("-inf")
             sums.append(logits.log_softmax(-1).gather(1, torch.tensor(right)[:, None]).sum().item())
         assert value == pytest.approx(sums[0] - sums[1], abs=1e-4)
 

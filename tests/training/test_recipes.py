@@ -460,6 +460,7 @@ def test_dry_run(dry_run, name):
     assert config.query_position == ("at" if released else "before")
 
 
+@pytest.mark.slow
 def test_dry_run_by_reward(place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     assert read("path_7b_grpo")["model_name_or_path"] == read("path_7b")["output_dir"]
