@@ -124,6 +124,7 @@ def log_probs(trainer, batch):
         {"generation_kwargs": {"reflect": True}, "latent_noise": 0.5},
         {"generation_kwargs": {"reflect": False}},
         {"generation_kwargs": {"latent_tolerance": 0.3}},
+        {"generation_kwargs": {"reflect": "uncertain", "reflect_threshold": 4.0, "max_reflections": 2}},
     ],
     ids=str,
 )
@@ -141,7 +142,7 @@ def test_replayed_log_probabilities_are_those_that_were_sampled_from(make, model
         end,
         model.config.image_token_id,
         model.config.video_token_id,
-        *([start] if reflect is False else []),
+        *([start] if reflect in (False, "uncertain") else []),
     ]
     logits[..., barred] = float("-inf")
     sampled = (logits / trainer.temperature).log_softmax(-1).gather(2, tokens[..., None])[..., 0]
@@ -152,7 +153,10 @@ def test_replayed_log_probabilities_are_those_that_were_sampled_from(make, model
     # Forced: slots, end tokens, and the start token that `reflect=True` asks for; a chosen one is an action.
     in_answer = batch["completion_mask"].bool()
     forced = (tokens == slot) | (tokens == end)
-    if reflect:
+    if reflect == "uncertain":
+        forced |= tokens == start
+        assert (tokens == start).any()
+    elif reflect:
         forced[:, 0] = True
         assert (tokens[:, 0] == start).all()
     assert torch.equal(actions, in_answer & ~forced) and not replayed[in_answer & forced].any()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from trl.trainer.utils import selective_log_softmax_and_entropy
 
-from modeling_vreflection.decoding_vreflection import ReflectionOptions, ReflectionProgress
+from modeling_vreflection.decoding_vreflection import UNCERTAIN, ReflectionOptions, ReflectionProgress
 
 
 @dataclass
@@ -17,16 +17,14 @@ class Scores:
 
 
 def forced_tokens(tokens: torch.LongTensor, options: ReflectionOptions, config) -> torch.BoolTensor:
-    """Which of the new tokens (B, C) of answers `generate` forced: slots, end tokens, with `reflect=True` the first start token."""
-    progress = ReflectionProgress(options, config.latent_token_ids, think_end_id=config.think_end_token_id)
-    forced = (tokens == progress.latent_id) | (tokens == progress.end_id)
-    return forced | progress.begins_answer(tokens)[:, :-1] if options.reflect else forced
+    """Which of the new tokens (B, C) of answers `generate` forced: these are no actions."""
+    return ReflectionProgress(options, config.latent_token_ids, think_end_id=config.think_end_token_id).forced(tokens)
 
 
 class Replay:
     """A model as trl's `GRPOTrainer` calls it for log-probabilities, some rows after the others, with recorded latents.
 
-    The probabilities are those that `generate` sampled from: slot and end token, the start token where none may start, and
+    The probabilities are those that `generate` sampled from: slot and end token, the start token where the model may choose none, and
     suppressed tokens have none. A forced token has the log-probability 0; with `sigma` a slot has -|z - h|² / (2 σ²), the mean
     over D, of its latent z and what the model would feed, h.
 
@@ -86,7 +84,8 @@ class Replay:
         start, *never = self.config.latent_token_ids
         least = torch.finfo(logits.dtype).min
         logits = logits.index_fill(-1, torch.tensor([*never, *self.suppressed], device=logits.device), least)
-        closed = torch.full((len(logits), 1), not self.options.can_start, device=logits.device)
+        chosen = self.options.can_start and self.options.reflect != UNCERTAIN
+        closed = torch.full((len(logits), 1), not chosen, device=logits.device)
         if self.options.latent_feedback == "dac":  # asks the pictures
             closed |= ~(input_ids == self.config.image_token_id).any(1, keepdim=True)
         logits[..., start].masked_fill_(closed, least)
