@@ -455,7 +455,8 @@ def test_noise_is_added_to_what_is_fed(model, processor, prompts, feedback):
         "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, length), value=1),
         "mm_token_type_ids": torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, length)),
     }
-    outputs = model(**replayed, latents=result.latents)
+    with torch.no_grad():
+        outputs = model(**replayed, latents=result.latents)
     fed = {"hidden": outputs.latent_states, "dac": outputs.student_latents}[feedback]
     noise = (result.latents - fed)[:, :8]
     assert noise.std() == pytest.approx(0.5, rel=0.05) and abs(noise.mean()) < 0.05
