@@ -1,7 +1,8 @@
 """Learning from questions without boxes, from a path checkpoint on: `python -m experiments.reward.without_boxes --start FOLDER`.
 
 Each arm starts from the same weights and sees the same rows in the same order, as many a step, for as many steps. `grpo`: answers
-are sampled and rewarded if exact. `sft`: plain cross-entropy, without reflections. `sft_latents`: cross-entropy of the right
+are sampled and rewarded if exact, and gradients go through the latents; `grpo_sigma`: latents are actions instead; `grpo_constants`:
+latents are constants. `sft`: plain cross-entropy, without reflections. `sft_latents`: cross-entropy of the right
 answers behind the model's own reflections, whose latents are constants; `sft_through`: the same, with gradients through them.
 A result file is written for each arm as it goes; a call goes on where an earlier one was stopped.
 """
@@ -28,12 +29,11 @@ from training.rewards import exact_answer
 from .own_latents import OwnLatentsTrainer
 
 
-LEARNERS = ("grpo", "sft", "sft_latents", "sft_through")
+LEARNERS = ("grpo", "grpo_sigma", "grpo_constants", "sft", "sft_latents", "sft_through")
 RESULTS = Path(__file__).parent / "results"
 FIRST_ROW = 10_000_000  # of training: behind all that any recipe or experiment has boxes of
 ROWS_OF_A_SEED = 1_000_000
 REPLACED = ("zeroed", "noise", "shuffled")
-OUTCOME = "before training"  # the name of the start's answers
 SAVES = 20  # steps between checkpoints
 TOKENS = 14  # of an answer: a start token, eight slots, an end token, the glyph, its end, and two more
 
@@ -74,18 +74,20 @@ def make_trainer(arm: str, options: argparse.Namespace):
         more = {"stage": "sft", "train_sampling_strategy": "sequential", "sample_every": 0}
         args = VReflectionSFTConfig(**shared, **more, per_device_train_batch_size=options.rows)
         return VReflectionSFTTrainer(model, args, **given)
-    copies = options.answers if arm == "grpo" else 2  # trl asks for two
+    rewarded = arm.startswith("grpo")
+    copies = options.answers if rewarded else 2  # trl asks for two
     more = {
         "per_device_train_batch_size": options.rows * copies,
         "num_generations": copies,
         "max_completion_length": TOKENS,
         "shuffle_dataset": False,
     }
-    if arm == "grpo":
-        if options.latent_sigma:
-            more["latent_sigma"] = options.latent_sigma
+    if rewarded:
         more |= {"temperature": options.temperature, "latent_noise": options.latent_noise}
-        return VReflectionGRPOTrainer(model, exact_answer, VReflectionGRPOConfig(**shared, **more), **given)
+        more["latent_sigma"] = options.latent_noise if arm == "grpo_sigma" else None
+        trainer = VReflectionGRPOTrainer(model, exact_answer, VReflectionGRPOConfig(**shared, **more), **given)
+        trainer.through_latents = arm == "grpo"
+        return trainer
     args = VReflectionGRPOConfig(**shared, **more)
     return OwnLatentsTrainer(model, exact_answer, args, **given, through=arm == "sft_through")
 
@@ -100,12 +102,10 @@ def evaluate(checkpoint: Path, options: argparse.Namespace, name: str) -> tuple[
     model, processor = load_model_and_processor(str(checkpoint), dtype="float32")
     model.to(options.device).eval()
     rule, rows = Match("exact"), read_own_rows(test_rows(options.questions), Match("exact"))
-    reflects = name == OUTCOME or not name.startswith("sft_seed")
-    replaced = REPLACED if reflects else ()
-    decoding = decoding_options(model, replaced, TOKENS, None, None, None)
-    folder = options.work / "answers" / name.replace(" ", "_")
+    decoding = decoding_options(model, REPLACED, TOKENS, None, None, None)
+    folder = options.work / "answers" / name
     log = AnswerLog(folder, {"checkpoint": str(checkpoint), "questions": options.questions, "decoding": decoding}, 0)
-    found = ask_and_summarise(RowsAsker(model, processor, rows, decoding, 50, log), rule, replaced)
+    found = ask_and_summarise(RowsAsker(model, processor, rows, decoding, 50, log), rule, REPLACED)
     right = [sample["verdicts"]["exact"]["correct"] for sample in found.samples]
     return {**found.result, "by_kind": by_kind(right)}, right
 
@@ -143,7 +143,7 @@ def run(arm: str, options: argparse.Namespace) -> None:
         result["seconds"] = round(time.monotonic() - begun, 1)
         result["made_with"] = versions(torch.device(options.device))
         write(path, result)
-    result["before"], before = evaluate(options.start, options, OUTCOME)
+    result["before"], before = evaluate(options.start, options, f"{name}_before")
     result["after"], after = evaluate(folder, options, name)
     result["gained"] = paired_difference(before, after)
     write(path, result)
@@ -163,13 +163,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--start", type=Path, required=True, help="folder of a path checkpoint")
     parser.add_argument("--arms", nargs="+", choices=LEARNERS, default=LEARNERS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rows", type=int, default=8, help="questions a step")
     parser.add_argument("--answers", type=int, default=8, help="sampled answers of a question, for grpo")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--temperature", type=float, default=2.5)
     parser.add_argument("--latent_noise", type=float, default=1.0)
-    parser.add_argument("--latent_sigma", type=float, default=0.0, help="0: gradients go through the latents")
     parser.add_argument("--questions", type=int, default=1000, help="unseen scenes to ask about")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=RESULTS)
