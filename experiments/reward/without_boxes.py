@@ -135,6 +135,8 @@ def run(arm: str, options: argparse.Namespace) -> None:
     if not (folder / "model.safetensors").exists():
         trainer = make_trainer(arm, options)
         trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+        if trainer.preemption.requested is not None:
+            raise SystemExit(f"{name} was ended after step {trainer.state.global_step}: call again to go on.")
         trainer.save_model()
         kept = ("step", "loss", "grad_norm", "reward", "reflections", "frac_reward_zero_std", "loss_ce", "step_time")
         result["log"] = [
