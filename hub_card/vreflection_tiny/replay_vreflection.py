@@ -44,7 +44,9 @@ class ReplayMixin:
         packed = is_packed(inputs["position_ids"])
         if cache is not None or packed:
             if latent_inputs is not None:
-                raise ValueError("`latent_inputs` with `latents` needs whole sequences, a row each: no cache, no packs.")
+                raise ValueError(
+                    "`latent_inputs` with `latents` needs whole sequences, a row each: no cache, no packs."
+                )
             return outputs
         states = outputs.last_hidden_state
         states = states.new_zeros(latents.shape).index_put((rows, numbers), states[rows, columns - 1])
@@ -58,9 +60,7 @@ class ReplayMixin:
             outputs = self._run(inputs, embeds.index_put((rows, columns), held), kwargs, cache, use_cache)
         return VReflectionModelOutputWithPast(**outputs, latent_states=states, student_latents=looks)
 
-    def _look_again(
-        self, states: torch.Tensor, inputs: dict, encoded: ModelOutput | None
-    ) -> torch.Tensor | None:
+    def _look_again(self, states: torch.Tensor, inputs: dict, encoded: ModelOutput | None) -> torch.Tensor | None:
         """What DAC sees from states (B, M, D) in all images of their rows (B, M, D); `None` where decoding wouldn't ask it."""
         if self.dac is None or encoded is None or not states.shape[1]:
             return None
