@@ -184,16 +184,8 @@ class ReflectionGenerationMixin:
             reflect_threshold=reflect_threshold,
             max_reflections=max_reflections,
         )
-        if options.can_start and options.latent_feedback == "dac":
-            if self.model.dac is None:
-                raise ValueError(
-                    "`latent_feedback='dac'` needs a checkpoint with DAC; use `latent_feedback='hidden'`."
-                )
-            if self.config.dac_queries != "states" or self.config.query_position != "before":
-                raise ValueError(
-                    "`latent_feedback='dac'` needs `dac_queries='states'` and `query_position='before'`; the checkpoint has "
-                    f"{self.config.dac_queries!r} and {self.config.query_position!r}. Use `latent_feedback='hidden'`."
-                )
+        if options.can_start:
+            options.check_checkpoint(self.config)
         return options
 
     def _get_logits_processor(

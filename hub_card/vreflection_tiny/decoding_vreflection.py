@@ -91,6 +91,18 @@ class ReflectionOptions:
             settle("max_reflections", 1)
         return cls(**given)
 
+    def check_checkpoint(self, config):
+        """Raises a `ValueError` for a feedback that a checkpoint with this config (`VReflectionConfig`) has no weights for."""
+        if self.latent_feedback != "dac":
+            return
+        if not config.has_dac:
+            raise ValueError("`latent_feedback='dac'` needs a checkpoint with DAC; use `latent_feedback='hidden'`.")
+        if config.dac_queries != "states" or config.query_position != "before":
+            raise ValueError(
+                "`latent_feedback='dac'` needs `dac_queries='states'` and `query_position='before'`; the checkpoint has "
+                f"{config.dac_queries!r} and {config.query_position!r}. Use `latent_feedback='hidden'`."
+            )
+
     @property
     def can_start(self) -> bool:
         """Whether a reflection may start at all; where not, this is the plain backbone."""
