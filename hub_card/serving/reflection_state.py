@@ -42,9 +42,9 @@ class ReflectionModelState(DefaultModelState):
             parts = 2 if self.config.patch_positions == "none" else 3  # keys, values and places
             width = parts, self.inputs_embeds_size
             self.pool = PicturePool(pool_patches(vllm_config), width, self.dtype, device)
-            size = self.pool.buffer.nbytes / 2**30
-            logger.info("DAC's keys and values: room for %d merged patches, %.2f GiB", len(self.pool.buffer), size)
-            self.pool_loads = model.loads
+            size = self.pool.buffer.nbytes / 2**20
+            logger.info("DAC's keys and values: room for %d merged patches, %.1f MiB", len(self.pool.buffer), size)
+            self.pool_loads, self.encoded_again = model.loads, 0
 
     def custom_sampler(self, sampler):
         for processor in sampler.logits_processors:
@@ -147,6 +147,7 @@ class ReflectionModelState(DefaultModelState):
         for picture in [picture for picture in pictures if not self.pool.touch(picture.identifier)]:
             encoded = self.encoder_cache.encoder_outputs.get(picture.identifier)
             if encoded is None:
+                self.encoded_again += 1
                 (encoded,) = self.encoder_runner.execute_mm_encoder([(picture.modality, picture.data)])
             features = encoded[:, : self.inputs_embeds_size]  # behind them come DeepStack's
             if self.config.patch_positions != "none":

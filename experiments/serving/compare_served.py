@@ -1,0 +1,184 @@
+"""Compares what vLLM answers with what `generate` did: `python -m experiments.serving.compare_served FOLDER [REPORT]`.
+
+Runs in vLLM's environment, see `.ci/vllm`, on the answers of [`record_answers`]. Tokens, latents that were fed and log-probs are
+compared; equal tokens alone would hide lost latents. Exits with 1 where one differs.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from datetime import date
+from pathlib import Path
+
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model's state is read here
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import vllm  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.lora.request import LoRARequest  # noqa: E402
+
+from vreflection_hub_card import checkpoint_folder  # noqa: E402
+
+
+TOLERANCE = 2e-3
+# Where the two likeliest tokens are closer than this, rounding may choose.
+TIE = 1e-3
+COMMON = {
+    "dtype": "float32",
+    "max_model_len": 768,
+    "block_size": 32,
+    "max_num_seqs": 8,
+    "enforce_eager": True,
+    "logprobs_mode": "processed_logprobs",
+    "kv_cache_memory_bytes": 64 << 20,
+}
+# Prompts are computed in parts.
+CHUNKED = {"max_num_batched_tokens": 128}
+# A cache of keys and values for few requests, so that they are preempted.
+CROWDED = {"num_gpu_blocks_override": 14, "max_model_len": 352, "max_num_batched_tokens": 256}
+RUNS = {
+    "dac, chunked prefill": ("tiny_dac", CHUNKED, 1),
+    "dac, preemption": ("tiny_dac", CROWDED, 1),
+    "dac, prefix caching": ("tiny_dac", {}, 2),
+    "dac, LoRA": ("adapter_dac", {"enable_lora": True, "max_lora_rank": 8}, 1),
+    "hidden, preemption": ("tiny_hidden", CROWDED, 1),
+    "hidden, prefix caching": ("tiny_hidden", CHUNKED, 2),
+    "Qwen3-VL, dac, preemption": ("qwen3_vl_dac", CROWDED, 1),
+    "Qwen3-VL, hidden, prefix caching": ("qwen3_vl_hidden", CHUNKED, 2),
+}
+
+
+def compare(name: str, folder: Path) -> dict:
+    """One server: its answers, several requests at a time, beside those of `generate`."""
+    records, options, passes = RUNS[name]
+    recorded = json.loads((folder / records / "cases.json").read_text())
+    cases, latents = recorded["cases"], load_file(folder / records / "latents.safetensors")
+    own = folder / records.rsplit("_", 1)[0] / "checkpoint"
+    llm = LLM(
+        str(own if own.exists() else checkpoint_folder()),
+        override_generation_config={"latent_feedback": recorded["feedback"]},
+        **COMMON | options,
+    )
+    state = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model_state
+    state.departed.limit = 10_000  # to read what was fed
+    seen = Counter()
+    take = state.departed.take
+
+    def counted_take(request_id):
+        request = take(request_id)
+        if request is not None:
+            seen["preempted"] += 1
+            seen["preempted within a reflection"] += request.left > 0
+        return request
+
+    state.departed.take = counted_take
+    adapter = LoRARequest("adapter", 1, str(folder / "adapter")) if "enable_lora" in options else None
+    start_id = state.token_ids[0]
+    conversations = [
+        [
+            {
+                "role": "user",
+                "content": [
+                    *(
+                        {"type": "image_pil", "image_pil": Image.open(folder / records / f"{index}.png").convert("RGB")}
+                        for index in case["pictures"]
+                    ),
+                    {"type": "text", "text": case["question"]},
+                ],
+            }
+        ]
+        for case in cases
+    ]
+    sampling = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=recorded["most_tokens"],
+            logprobs=0,
+            extra_args=case["options"],
+            logit_bias={start_id: case["bias"]} if case["bias"] else None,
+        )
+        for case in cases
+    ]
+    failures, worst = [], Counter()
+    for _ in range(passes):
+        outputs = llm.chat(conversations, sampling, lora_request=adapter, use_tqdm=False)
+        for number, (case, output) in enumerate(zip(cases, outputs)):
+            answer = output.outputs[0]
+            tokens = list(answer.token_ids)
+            seen["answers"] += 1
+            seen["tokens"] += len(tokens)
+            seen["reflections"] += case["reflections"]
+            seen["answers with a cached prefix"] += bool(output.num_cached_tokens)
+            left = {**state.departed.kept, **{request.id: request for request in state.requests.values()}}
+            request = next((kept for key, kept in left.items() if key.split("-")[0] == output.request_id), None)
+            fed = [] if request is None else [request.latents[position] for position in sorted(request.latents)]
+            equal = [ours == theirs for ours, theirs in zip(tokens, case["tokens"])]
+            same = equal.index(False) if False in equal else min(len(tokens), len(case["tokens"]))
+            if tokens != case["tokens"]:
+                if same < len(case["margins"]) and case["margins"][same] < TIE:
+                    seen["answers that part at a tie"] += 1
+                else:
+                    failures.append(f"{number}: tokens {tokens}, generate's {case['tokens']}")
+            if tokens == case["tokens"]:
+                logprobs = torch.tensor([step[token].logprob for step, token in zip(answer.logprobs, tokens)])
+                apart = float((logprobs - torch.tensor(case["logprobs"])).abs().max())
+                worst["log-prob"] = max(worst["log-prob"], apart)
+                theirs = latents[str(number)]
+                if len(fed) != len(theirs):
+                    failures.append(f"{number}: {len(fed)} latents, generate's {len(theirs)}")
+                elif fed:
+                    distance = (torch.stack(fed) - theirs).norm(dim=1) / theirs.norm(dim=1)
+                    worst["latent"] = max(worst["latent"], float(distance.max()))
+                    seen["latents"] += len(fed)
+                if apart > TOLERANCE:
+                    failures.append(f"{number}: log-probs are {apart:.2e} apart")
+                if answer.text != case["text"]:
+                    failures.append(f"{number}: text {answer.text!r}, generate's {case['text']!r}")
+        state.departed.kept.clear()
+    if worst["latent"] > TOLERANCE:
+        failures.append(f"latents are {worst['latent']:.2e} apart")
+    if "preemption" in name and not seen["preempted within a reflection"]:
+        failures.append("no request was preempted within a reflection")
+    if passes > 1 and not seen["answers with a cached prefix"]:
+        failures.append("no prefix was cached")
+    if state.pool is not None:
+        seen["pictures encoded again"] = state.encoded_again
+    return {
+        "counts": dict(seen),
+        "largest difference": {"log-prob": worst["log-prob"], "latent, relative": worst["latent"]},
+        "failures": failures,
+    }
+
+
+def main(folder: Path, report: Path | None = None, *names: str) -> None:
+    results = {}
+    # A process each: vLLM leaves much behind.
+    if report is None:
+        (name,) = names
+        print("RESULT " + json.dumps(compare(name, folder)))
+        return
+    import subprocess
+
+    for name in names or RUNS:
+        command = [sys.executable, "-m", "experiments.serving.compare_served", str(folder), "-", name]
+        done = subprocess.run(command, capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        error = done.stderr.splitlines()[-3:] or ["no result"]
+        results[name] = json.loads(lines[0].removeprefix("RESULT ")) if lines else {"failures": error}
+        print(f"{name}: {results[name]}", flush=True)
+    versions = {"vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    recorded = json.loads((folder / "tiny_dac" / "cases.json").read_text())["versions"]
+    fields = {"date": str(date.today()), "vllm": versions, "generate": recorded, "tolerance": TOLERANCE, "runs": results}
+    report.write_text(json.dumps(fields, indent=2) + "\n")
+    failed = [name for name, result in results.items() if result["failures"]]
+    sys.exit(f"differs: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    folder, report, *names = sys.argv[1:]
+    main(Path(folder), None if report == "-" else Path(report), *names)
