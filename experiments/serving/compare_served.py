@@ -1,11 +1,13 @@
-"""Compares what vLLM answers with what `generate` did: `python -m experiments.serving.compare_served FOLDER [REPORT]`.
+"""Compares what vLLM answers with what `generate` did: `python -m experiments.serving.compare_served FOLDER REPORT [NAMES]`.
 
 Runs in vLLM's environment, see `.ci/vllm`, on the answers of [`record_answers`]. Tokens, latents that were fed and log-probs are
-compared; equal tokens alone would hide lost latents. Exits with 1 where one differs.
+compared; equal tokens alone would hide lost latents. Exits with 1 where one differs. With names of `RUNS`, the others stay in the
+report as they are.
 """
 
 import json
 import os
+import subprocess
 import sys
 from collections import Counter
 from datetime import date
@@ -30,27 +32,29 @@ TOLERANCE = 2e-3
 TIE = 1e-3
 COMMON = {
     "dtype": "float32",
-    "max_model_len": 768,
+    "max_model_len": 224,
     "block_size": 32,
     "max_num_seqs": 8,
     "enforce_eager": True,
     "logprobs_mode": "processed_logprobs",
     "kv_cache_memory_bytes": 64 << 20,
+    # Else vLLM's cache of encoded pictures would have room for one of the largest size.
+    "mm_processor_kwargs": {"max_pixels": 168 * 168},
+    # Prompts are computed in parts; room for two encoded pictures, and in the pool, by the longest prompt, for six of eight.
+    "max_num_batched_tokens": 96,
 }
-# Prompts are computed in parts.
-CHUNKED = {"max_num_batched_tokens": 128}
-# A cache of keys and values for few requests, so that they are preempted.
-CROWDED = {"num_gpu_blocks_override": 14, "max_model_len": 352, "max_num_batched_tokens": 256}
+# Room for the keys and values of three requests, so that they are preempted.
+CROWDED = {"num_gpu_blocks_override": 11}
+# By name: the answers of `generate`, further options, and how often all is asked; the second time prefixes are cached.
 RUNS = {
-    "dac, chunked prefill": ("tiny_dac", CHUNKED, 1),
+    "dac, chunked prefill, prefix caching": ("tiny_dac", {}, 2),
     "dac, preemption": ("tiny_dac", CROWDED, 1),
-    "dac, prefix caching": ("tiny_dac", {}, 2),
     "dac, LoRA": ("adapter_dac", {"enable_lora": True, "max_lora_rank": 8}, 1),
     "hidden, preemption": ("tiny_hidden", CROWDED, 1),
-    "hidden, prefix caching": ("tiny_hidden", CHUNKED, 2),
     "Qwen3-VL, dac, preemption": ("qwen3_vl_dac", CROWDED, 1),
-    "Qwen3-VL, hidden, prefix caching": ("qwen3_vl_hidden", CHUNKED, 2),
+    "Qwen3-VL, hidden, chunked prefill, prefix caching": ("qwen3_vl_hidden", {}, 2),
 }
+SERVER_RUN = "server over HTTP"
 
 
 def compare(name: str, folder: Path) -> dict:
@@ -85,7 +89,10 @@ def compare(name: str, folder: Path) -> dict:
                 "role": "user",
                 "content": [
                     *(
-                        {"type": "image_pil", "image_pil": Image.open(folder / records / f"{index}.png").convert("RGB")}
+                        {
+                            "type": "image_pil",
+                            "image_pil": Image.open(folder / records / f"{index}.png").convert("RGB"),
+                        }
                         for index in case["pictures"]
                     ),
                     {"type": "text", "text": case["question"]},
@@ -148,6 +155,8 @@ def compare(name: str, folder: Path) -> dict:
         failures.append("no prefix was cached")
     if state.pool is not None:
         seen["pictures encoded again"] = state.encoded_again
+        if passes > 1 and not state.encoded_again:
+            failures.append("no picture was encoded again")
     return {
         "counts": dict(seen),
         "largest difference": {"log-prob": worst["log-prob"], "latent, relative": worst["latent"]},
@@ -155,26 +164,36 @@ def compare(name: str, folder: Path) -> dict:
     }
 
 
+def write_report(report: Path, folder: Path, results: dict) -> None:
+    versions = {"vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    recorded = json.loads((folder / "tiny_dac" / "cases.json").read_text())["versions"]
+    fields = {
+        "date": str(date.today()),
+        "vllm": versions,
+        "generate": recorded,
+        "tolerance": TOLERANCE,
+        "runs": results,
+    }
+    report.write_text(json.dumps(fields, indent=2) + "\n")
+
+
 def main(folder: Path, report: Path | None = None, *names: str) -> None:
-    results = {}
+    results = json.loads(report.read_text())["runs"] if names and report and report.exists() else {}
     # A process each: vLLM leaves much behind.
     if report is None:
         (name,) = names
         print("RESULT " + json.dumps(compare(name, folder)))
         return
-    import subprocess
-
-    for name in names or RUNS:
+    for name in names or (*RUNS, SERVER_RUN):
         command = [sys.executable, "-m", "experiments.serving.compare_served", str(folder), "-", name]
+        if name == SERVER_RUN:
+            command = [sys.executable, "-m", "experiments.serving.check_server", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True)
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         error = done.stderr.splitlines()[-3:] or ["no result"]
         results[name] = json.loads(lines[0].removeprefix("RESULT ")) if lines else {"failures": error}
         print(f"{name}: {results[name]}", flush=True)
-    versions = {"vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    recorded = json.loads((folder / "tiny_dac" / "cases.json").read_text())["versions"]
-    fields = {"date": str(date.today()), "vllm": versions, "generate": recorded, "tolerance": TOLERANCE, "runs": results}
-    report.write_text(json.dumps(fields, indent=2) + "\n")
+        write_report(report, folder, results)
     failed = [name for name, result in results.items() if result["failures"]]
     sys.exit(f"differs: {', '.join(failed)}" if failed else 0)
 

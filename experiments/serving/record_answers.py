@@ -33,7 +33,10 @@ def request_options(feedback: str) -> list[dict]:
     """What requests of one server may ask for, in turns; bias makes answers hold several reflections, or one."""
     options = [{}, {"reflect": True}, {"latent_steps": 3, "reflect": True}, {"reflect": False}]
     if feedback == "dac":
-        options += [{"latent_tolerance": 0.3, "reflect": True}, {"latent_tolerance": 0.05, "latent_steps": 12, "reflect": True}]
+        options += [
+            {"latent_tolerance": 0.3, "reflect": True},
+            {"latent_tolerance": 0.05, "latent_steps": 12, "reflect": True},
+        ]
     return options
 
 
@@ -52,7 +55,9 @@ def record(model, processor, feedback: str, folder: Path, several: bool) -> None
     def ask(pictures, given, bias):
         # Two questions: so the answer crosses from one block of vLLM's cache (32 tokens) into the next.
         question = f"{scenes[pictures[-1] - 1][1].text} {scenes[pictures[-1]][1].text}"
-        inputs = encode_prompts(processor, [user_turn([scenes[index][0].image for index in pictures], question)], "cpu")
+        inputs = encode_prompts(
+            processor, [user_turn([scenes[index][0].image for index in pictures], question)], "cpu"
+        )
         result = model.generate(
             **inputs,
             **given,

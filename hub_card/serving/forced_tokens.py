@@ -21,8 +21,6 @@ class ServedReflectionForcing(LogitsProcessor):
         cls.server.check_request(sampling_params)
 
     def apply(self, logits, ctx: LogitsContext):
-        if self.model_state is None:  # vLLM measures its memory
-            return logits
         start_id, slot_id, end_id = self.model_state.token_ids
         logits[:, slot_id] = logits[:, end_id] = float("-inf")
         batch = self.model_state.forced_tokens(ctx.idx_mapping_np.tolist())

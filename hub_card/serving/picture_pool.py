@@ -31,7 +31,9 @@ class PicturePool:
     def put(self, key: str, values: torch.Tensor) -> None:
         """Keeps the rows of a picture (L, *width). Raises a `ValueError` for more than the pool has."""
         if len(values) > len(self.buffer):
-            raise ValueError(f"A picture of {len(values)} merged patches, and the pool has room for {len(self.buffer)}.")
+            raise ValueError(
+                f"A picture of {len(values)} merged patches, and the pool has room for {len(self.buffer)}."
+            )
         self.free += self.rows.pop(key, [])
         while len(self.free) < len(values):
             self.free += self.rows.popitem(last=False)[1]

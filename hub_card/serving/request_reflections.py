@@ -96,7 +96,9 @@ class RequestReflections:
     def state_for(self, position: int) -> torch.Tensor:
         """The state (D,) that came before the slot at a position. Raises a `RuntimeError` if it is lost."""
         if self.state is None or self.state[0] != position:
-            raise RuntimeError(f"The latent at position {position} is lost: too many requests left the batch since then.")
+            raise RuntimeError(
+                f"The latent at position {position} is lost: too many requests left the batch since then."
+            )
         return self.state[1]
 
 

@@ -27,7 +27,9 @@ def pool_patches(vllm_config) -> int:
     additional = vllm_config.additional_config
     patches = additional.get("picture_pool_patches", least) if isinstance(additional, dict) else least
     if type(patches) is not int or patches < least:
-        raise ValueError(f"`picture_pool_patches` must be at least the longest prompt's {least} tokens, got {patches!r}.")
+        raise ValueError(
+            f"`picture_pool_patches` must be at least the longest prompt's {least} tokens, got {patches!r}."
+        )
     return patches
 
 
@@ -57,7 +59,11 @@ def refused_settings(vllm_config, uses_dac: bool) -> list[tuple[str, str]]:
     model, parallel, lora = vllm_config.model_config, vllm_config.parallel_config, vllm_config.lora_config
     multimodal = model.multimodal_config
     refused = [
-        (not vllm_config.use_v2_model_runner, "vLLM's V1 model runner", "install Triton, set VLLM_USE_V2_MODEL_RUNNER=1"),
+        (
+            not vllm_config.use_v2_model_runner,
+            "vLLM's V1 model runner",
+            "install Triton, set VLLM_USE_V2_MODEL_RUNNER=1",
+        ),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism", "use tensor parallelism"),
         (parallel.prefill_context_parallel_size > 1, "prefill context parallelism", "use tensor parallelism"),
         (parallel.enable_batch_sharded_sampling, "batch-sharded sampling", "leave it off"),
@@ -68,7 +74,11 @@ def refused_settings(vllm_config, uses_dac: bool) -> list[tuple[str, str]]:
         (model.enable_prompt_embeds, "prompt embeddings", "leave `--enable-prompt-embeds` out"),
         (model.enable_trace_replay, "trace replay", "leave `--enable-trace-replay` out"),
         (uses_dac and multimodal.enable_mm_embeds, "picture embeddings and DAC", "leave `--enable-mm-embeds` out"),
-        (uses_dac and multimodal.mm_encoder_tp_mode == "data", "a data-parallel vision encoder and DAC", "use 'weights'"),
+        (
+            uses_dac and multimodal.mm_encoder_tp_mode == "data",
+            "a data-parallel vision encoder and DAC",
+            "use 'weights'",
+        ),
         (
             uses_dac and lora is not None and lora.enable_tower_connector_lora,
             "LoRA of the vision encoder and DAC",
