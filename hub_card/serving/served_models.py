@@ -7,6 +7,7 @@ from transformers.processing_utils import ProcessorMixin
 from vllm.model_executor.models import qwen2_5_vl, qwen3_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import BaseProcessingInfo
 
 from modeling_vreflection.compression_vreflection import DynamicAutoregressiveCompression
 
@@ -24,6 +25,9 @@ class PicturesInfo:
 
     def get_supported_mm_limits(self):
         return {"image": None}
+
+    def get_supported_mm_processor_kwargs(self):
+        return BaseProcessingInfo.get_supported_mm_processor_kwargs(self)  # Qwen3-VL's adds to those of videos
 
     def get_mm_max_tokens_per_item(self, seq_len, mm_counts):
         return {"image": self.get_max_image_tokens()}
