@@ -77,9 +77,6 @@ class ReflectionModelState(DefaultModelState):
         super().execute_mm_encoder(scheduled_encoder_inputs)
         if self.pool is None:
             return
-        if self.pool_loads != self.model.loads:  # other weights since
-            self.pool.clear()
-            self.pool_loads = self.model.loads
         for request_id, numbers in scheduled_encoder_inputs.items():
             if self.requests[self.indices[request_id]].may_start:
                 features = self.encoder_cache.mm_features[request_id]
@@ -144,6 +141,9 @@ class ReflectionModelState(DefaultModelState):
 
     def _keep_pictures(self, pictures) -> None:
         """Makes sure that the pool holds these pictures; one that vLLM no longer has is encoded again."""
+        if self.pool_loads != self.model.loads:  # other weights since
+            self.pool.clear()
+            self.pool_loads = self.model.loads
         for picture in [picture for picture in pictures if not self.pool.touch(picture.identifier)]:
             encoded = self.encoder_cache.encoder_outputs.get(picture.identifier)
             if encoded is None:

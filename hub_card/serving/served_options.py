@@ -4,7 +4,7 @@ import threading
 from collections.abc import Mapping
 from types import SimpleNamespace
 
-from modeling_vreflection.decoding_vreflection import ReflectionOptions
+from modeling_vreflection.decoding_vreflection import UNCERTAIN, ReflectionOptions
 
 
 # What a request may set in `vllm_xargs` (over HTTP) or `extra_args`; all else of it is of other extensions.
@@ -52,6 +52,13 @@ class ServedOptions:
             raise ValueError("`latent_feedback` is the server's: set it there, by `--override-generation-config`.")
         if type(given.get("reflect")) is int and given["reflect"] in (0, 1):  # HTTP's extra arguments know no booleans
             given["reflect"] = bool(given["reflect"])
+        if UNCERTAIN in (
+            given.get("reflect"),
+            *(getattr(stored, "reflect", None) for stored in self.generation_configs),
+        ):
+            raise ValueError(
+                f"`reflect='{UNCERTAIN}'` isn't served by vLLM: set it to 0 or 1, or use `transformers serve`."
+            )
         return ReflectionOptions.resolve(self.config, *self.generation_configs, **given)
 
     def check_request(self, params) -> ReflectionOptions:

@@ -53,8 +53,9 @@ def test_requests_set_their_own(server):
     "given, message",
     [
         (params({"latent_steps": 2.5}), "whole number"),
-        (params({"reflect": 2}), "True, False or None"),
-        (params({"reflect": 1.0}), "True, False or None"),
+        (params({"reflect": 2}), "`reflect` must be"),
+        (params({"reflect": 1.0}), "`reflect` must be"),
+        (params({"reflect": "uncertain"}), "isn't served by vLLM"),
         (params({"latent_tolerance": 2}), "in \\[0, 1\\]"),
         (params({"latent_feedback": "hidden"}), "the server's"),
         (params(structured_outputs=object()), "structured_outputs"),
@@ -100,7 +101,8 @@ def forced_by_generate(options, answer, think_end_id=None):
     progress = ReflectionProgress(options, IDS, think_end_id=think_end_id)
     progress.prompt_length = 1
     tokens = torch.tensor([[5, *answer]])
-    progress.read(tokens)
+    for length in range(2, tokens.shape[1] + 1):
+        progress.read(tokens[:, :length])
     scores = ReflectionForcing(IDS, progress)(tokens, torch.zeros(1, 512))
     return int(scores.argmax()) if scores.isinf().any() else None
 
@@ -110,7 +112,8 @@ def forced_by_generate(options, answer, think_end_id=None):
 def test_forces_what_generate_forces(reflect, think_end_id):
     options = ReflectionOptions(3, "hidden", reflect)
     reflection = [START, SLOT, SLOT, SLOT, END]
-    answer = [7, THINK_END, 9, *reflection, 8, *reflection, THINK_END, 9, 4]
+    thoughts = [] if think_end_id is None and reflect else [7, THINK_END, 9]
+    answer = [*thoughts, *reflection, 8, *reflection, THINK_END, 9, 4]
     request = RequestReflections(options, IDS, 1, think_end_id)
     for length in range(len(answer) + 1):
         assert request.forced_token == forced_by_generate(options, answer[:length], think_end_id), length
