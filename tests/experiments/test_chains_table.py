@@ -280,6 +280,9 @@ def test_the_prose_on_the_short_schedule_says_what_its_files_say():
         assert path["kinship"]["1"] - other["kinship"]["1"] > 10
         if other is not one_box:
             assert max(other["spatial"]["1"], other["spatial"]["2"], other["relation"]["1"]) < 30, key
+    sft, filler = shares["sft_seed0", "text"], shares["filler_seed0", "filler"]
+    for kind, longest in (("kinship", "0123"), ("spatial", "012"), ("relation", "1")):
+        assert all(abs(sft[kind][hops] - filler[kind][hops]) < 10 for hops in longest)
     boxes = shares["boxes_seed0", "text"]
     assert max(share for counts in boxes.values() for share in counts.values()) < 25
     for way in ("hidden", "dac"):
