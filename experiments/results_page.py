@@ -24,6 +24,7 @@ DECODING_PAGE = ROOT / "docs" / "decoding.md"
 EMBEDDED_RESULTS = ROOT / "hub_card" / "results"
 BENCHMARK_RESULTS = ROOT / "experiments" / "benchmark" / "results"
 THRESHOLDS_RESULT = ROOT / "experiments" / "embedded_checkpoint" / "results" / "thresholds_chains.json"
+QWEN3_VL_RESULT = ROOT / "experiments" / "second_backbone" / "results" / "tiny_qwen3_vl.json"
 STUDY_RESULTS = ROOT / "experiments" / "study" / "results" / "quick"
 CHAINS_CPU_RESULTS = CHAINS_RESULTS / "cpu"
 CPU_TABLES = ("chains kinship", "chains other", "chains replaced")  # of arms that share a shorter schedule
@@ -33,6 +34,7 @@ RENDERERS: Renderers = {
     "glyphsearch mixed": (glyphsearch_table, EMBEDDED_RESULTS / "vreflection_tiny_mixed.json"),
     "study": (str.strip, STUDY_RESULTS / "tables.md"),
     "glyphsearch chains": (glyphsearch_table, EMBEDDED_RESULTS / "vreflection_tiny_chains.json"),
+    "glyphsearch qwen3_vl": (glyphsearch_table, QWEN3_VL_RESULT),
     "sizes": (sizes_table, SIZES_RESULT),
     "training small": (training_tables, BENCHMARK_RESULTS / "training_small.json"),
     "decoding 7b": (decoding_tables, BENCHMARK_RESULTS / "decoding_7b_cpu.json"),

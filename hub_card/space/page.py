@@ -235,16 +235,21 @@ def add_events(decode, note_about, picture, ask, asked, *outputs) -> None:
     askings = [ask.click, asked[0].submit, asked[-1].input]
     gr.on(askings, js=REMEMBER_PLACE, api_visibility="private")
     answer.change(None, answer, js=SHOW_ANSWER, api_visibility="private")
-    asking = gr.on(
-        askings,
-        answer_question,
-        [picture, *asked],
-        outputs,
-        preprocess=False,  # gradio's own opens the picture, and has no words for a broken one
-        show_progress="minimal",
-        show_progress_on=[heatmap],
-        api_visibility="private",
-    )
+    # While an answer comes, asking again is ignored; the switch isn't, or its place would belie the answer.
+    asking = [
+        gr.on(
+            triggers,
+            answer_question,
+            [picture, *asked],
+            outputs,
+            preprocess=False,  # gradio's own opens the picture, and has no words for a broken one
+            show_progress="minimal",
+            show_progress_on=[heatmap],
+            trigger_mode=mode,
+            api_visibility="private",
+        )
+        for triggers, mode in ((askings[:-1], "once"), (askings[-1:], "always_last"))
+    ]
     step.input(
         show_step,
         step,
@@ -260,7 +265,7 @@ def add_events(decode, note_about, picture, ask, asked, *outputs) -> None:
         outputs=[hint, results],
         queue=False,
         show_progress="hidden",
-        cancels=[asking],
+        cancels=asking,
         api_visibility="private",
     )
     checked = picture.upload(

@@ -148,6 +148,16 @@ def test_upload_ask_and_slide(visitor, ask_directly, tmp_path):
     visitor.until(lambda: not visitor.all("#results") and visitor.all("#hint"))
 
 
+def test_the_switch_is_heard_while_an_answer_comes(visitor):
+    visitor.one("#examples button").click()
+    visitor.until(lambda: visitor.all("#picture img"))
+    visitor.ask()
+    visitor.one("#zero-latents input").click()
+    visitor.until(lambda: visitor.all("#zeroed textarea"))  # it comes empty
+    visitor.one("#zero-latents input").click()
+    visitor.until(lambda: not visitor.all("#zeroed textarea") and visitor.text("plain"))
+
+
 @pytest.mark.slow
 def test_the_slider_follows_the_latent_steps(visitor, ask_directly):
     visitor.one("#examples button").click()
