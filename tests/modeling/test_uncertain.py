@@ -2,26 +2,11 @@
 
 import pytest
 import torch
-from reference import Row, ask, attend, encode, picture
+from reference import Row, attend, encode
 from transformers import GenerationConfig, LogitsProcessor
 
 
 NEW_TOKENS = 26
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return [
-        ask("Which glyph is on the red triangle?", picture(1)),
-        ask("What?", picture(2, (112, 56))),
-        ask("Which glyph is on the shape left of the blue circle?", picture(3, (84, 140)), picture(4, (56, 56))),
-        ask("Hello, who are you and what do you know?"),
-    ]
-
-
-@pytest.fixture(scope="module")
-def batch(processor, prompts):
-    return encode(processor, *prompts)
 
 
 @pytest.fixture(scope="module")

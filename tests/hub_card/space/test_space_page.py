@@ -148,6 +148,7 @@ def test_upload_ask_and_slide(visitor, ask_directly, tmp_path):
     visitor.until(lambda: not visitor.all("#results") and visitor.all("#hint"))
 
 
+@pytest.mark.slow
 def test_the_switch_is_heard_while_an_answer_comes(visitor):
     visitor.one("#examples button").click()
     visitor.until(lambda: visitor.all("#picture img"))
