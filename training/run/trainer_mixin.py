@@ -159,8 +159,10 @@ class RunMixin:
         check_finite_weights(self.model.state_dict() if state_dict is None else state_dict)
         with self._plain_model() if self.is_fsdp_enabled else nullcontext():
             super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # every process gets here, also while the one that writes is still writing
+            return
         folder = Path(output_dir or self.args.output_dir)
-        if is_peft_model(self.model) and self.args.should_save:
+        if is_peft_model(self.model):
             from ..adapters import save_base_configs  # peft is an extra
 
             save_base_configs(self.model, folder)

@@ -369,6 +369,14 @@ def test_weights_that_are_not_finite_are_not_saved(make_trainer, model, tmp_path
     assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "checkpoint-5").exists()
 
 
+def test_a_process_that_does_not_save_leaves_the_folder_alone(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(**saving(tmp_path))
+    before = set(tmp_path.iterdir())
+    monkeypatch.setattr(type(trainer.args), "should_save", False)  # as on a second process
+    trainer.save_model()
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_ctrl_c_writes_a_checkpoint(make_trainer, tmp_path):
     trainer = make_trainer(**saving(tmp_path))
     trainer.add_callback(Ended(at_step=1, number=signal.SIGINT))
