@@ -5,6 +5,7 @@ import json
 import pytest
 
 from experiments.reward import without_boxes
+from experiments.reward.reward_table import reward_table
 from vreflection_hub_card.inference.checkpoints import EMBEDDED
 
 
@@ -42,3 +43,26 @@ def test_an_arm_trains_is_asked_and_done_once(tmp_path, monkeypatch, arm):
     without_boxes.run(arm, chosen)
     with pytest.raises(SystemExit, match="is of other options"):
         without_boxes.run(arm, options(tmp_path, "--learning_rate", "1"))
+
+
+def answers(right, of_three_hops):
+    """Of 100 questions, half of them with three hops."""
+    kinds = {"kinship, 0 hops": (right - of_three_hops, 50), "kinship, 3 hops": (of_three_hops, 50)}
+    return {
+        "accuracy": {"share": right / 100},
+        "reflection_rate": {"share": 1.0},
+        "replacements": {"zeroed": {"accuracy": {"share": 0.1}}, "noise": {}, "shuffled": {}},
+        "by_kind": {name: {"successes": one, "count": count} for name, (one, count) in kinds.items()},
+    }
+
+
+def test_the_table_says_what_was_gained():
+    gained = {"difference": -0.025, "low": -0.05, "high": 0.01}
+    result = {"arm": "grpo", "options": {"start": "a", "steps": 9}, "seconds": 90, "before": answers(60, 15)}
+    result |= {"after": answers(50, 20), "gained": gained}
+    assert reward_table([{"arm": "sft"}, result]).splitlines()[2:] == [
+        "| the start | 60.0 | 30.0 | 100.0 | 10.0 | – | – |  |  |",
+        "| reward, gradients through the latents | 50.0 | 40.0 | 100.0 | 10.0 | – | – | −2.5 (−5.0 to +1.0) | 2 |",
+    ]
+    with pytest.raises(ValueError, match="different options"):
+        reward_table([result, {**result, "arm": "sft", "options": {"start": "b", "steps": 8}}])
