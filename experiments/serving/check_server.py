@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import openai
@@ -69,11 +71,13 @@ def check_starts(failures: list[str]) -> int:
 
 
 class Client:
-    """A client of a server that runs in a process of its own."""
+    """A client of a server that runs in a process of its own, with the recorded cases and their pictures of a folder."""
 
     def __init__(self, folder: Path, port: int):
-        self.folder = folder
+        self.folder, self.port = folder, port
         self.openai = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
+        self.cases = json.loads((folder / "cases.json").read_text())["cases"]
+        self.start_id = json.loads((Path(MODEL) / "config.json").read_text())["latent_start_token_id"]
 
     def ask(self, pictures: list[int], question: str, stream: bool = False, retries: int = 0, **given):
         urls = [base64.b64encode((self.folder / f"{index}.png").read_bytes()).decode() for index in pictures]
@@ -82,6 +86,15 @@ class Client:
         given = {"temperature": 0, "max_tokens": 40, **given}
         chat = self.openai.with_options(max_retries=retries).chat
         return chat.completions.create(model=MODEL, messages=messages, stream=stream, **given)
+
+    def ask_case(self, case: dict, stream: bool, **given):
+        if stream:
+            given["stream_options"] = {"include_usage": True}
+        if case["bias"]:
+            given["logit_bias"] = {str(self.start_id): case["bias"]}
+        return self.ask(
+            case["pictures"], case["question"], stream, extra_body={"vllm_xargs": case["options"]}, **given
+        )
 
     def wait(self, process: subprocess.Popen) -> None:
         for _ in range(300):
@@ -95,36 +108,55 @@ class Client:
         raise RuntimeError("the server didn't start")
 
 
-def check_answers(client: Client, cases: list[dict], failures: list[str], counts: Counter) -> None:
+@contextmanager
+def serving(folder: Path, log_file: Path, *options: str):
+    """A small server with these further options: the client and the server's process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    client = Client(folder, port)
+    command = [*SERVER, *SMALL, *options, "--host", "127.0.0.1", "--port", str(port)]
+    with log_file.open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            client.wait(process)
+            yield client, process
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def differences(case: dict, answer) -> list[str]:
+    """What differs between a whole answer, or the chunks of one, and the recorded one."""
+    if isinstance(answer, openai.Stream):
+        chunks = list(answer)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        usage = chunks[-1].usage
+    else:
+        text, usage = answer.choices[0].message.content, answer.usage
+    found = []
+    if text != case["text"] or any(name in text for name in PLACEHOLDERS):
+        found.append(f"text {text!r}, generate's {case['text']!r}")
+    if usage.completion_tokens != len(case["tokens"]):
+        found.append(f"{usage.completion_tokens} tokens counted, generate made {len(case['tokens'])}")
+    return found
+
+
+def check_answers(client: Client, failures: list[str], counts: Counter) -> None:
     """The recorded answers, from several clients at a time, every other one streamed."""
 
     def check(number: int) -> None:
-        case, streamed = cases[number], number % 2 == 1
-        extra = {"vllm_xargs": case["options"]}
-        given = {"stream_options": {"include_usage": True}} if streamed else {}
-        bias = {str(client.start_id): case["bias"]} if case["bias"] else None
-        answer = client.ask(
-            case["pictures"], case["question"], streamed, extra_body=extra, logit_bias=bias or openai.omit, **given
-        )
-        if streamed:
-            chunks = list(answer)
-            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-            usage = chunks[-1].usage
-        else:
-            text, usage = answer.choices[0].message.content, answer.usage
-        if text != case["text"] or any(name in text for name in PLACEHOLDERS):
-            failures.append(f"{number}: text {text!r}, generate's {case['text']!r}")
-        if usage.completion_tokens != len(case["tokens"]):
-            failures.append(f"{number}: {usage.completion_tokens} tokens counted, generate made {len(case['tokens'])}")
+        case, streamed = client.cases[number], number % 2 == 1
+        failures.extend(f"{number}: {found}" for found in differences(case, client.ask_case(case, streamed)))
         counts["answers"] += 1
         counts["streamed"] += streamed
 
     with ThreadPoolExecutor(CLIENTS) as pool:
-        list(pool.map(check, range(len(cases))))
+        list(pool.map(check, range(len(client.cases))))
 
 
-def check_refusals(client: Client, failures: list[str]) -> int:
-    """Requests that get status 400 and our text; the server answers the next one as before."""
+def refused_requests(client: Client) -> list[tuple[Callable, str]]:
+    """Requests that get status 400, and a word of our text."""
 
     def chat(xargs=None, pictures=(0,), **given):
         body = {"vllm_xargs": xargs or {}, **given.pop("extra_body", {})}
@@ -134,7 +166,7 @@ def check_refusals(client: Client, failures: list[str]) -> int:
         return lambda: client.openai.completions.create(model=MODEL, prompt=prompt, max_tokens=2, temperature=0)
 
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
-    refused = [
+    return [
         (chat({"latent_steps": 2.5}), "whole number"),
         (chat({"reflect": 2}), "`reflect` must be"),
         (chat({"latent_tolerance": 7}), "in [0, 1]"),
@@ -146,6 +178,11 @@ def check_refusals(client: Client, failures: list[str]) -> int:
         (complete("a <|lvr|> b"), "holds tokens of a reflection"),
         (complete([5, client.start_id]), "holds tokens of a reflection"),
     ]
+
+
+def check_refusals(client: Client, failures: list[str]) -> int:
+    """Requests that get status 400 and our text; the server answers the next one as before."""
+    refused = refused_requests(client)
     for request, expected in refused:
         try:
             said = f"answered {request()}"
@@ -162,25 +199,11 @@ def check_refusals(client: Client, failures: list[str]) -> int:
 
 
 def main(folder: Path) -> None:
-    records = folder / "tiny_dac"
     failures, counts = [], Counter()
     counts["starts refused"] = check_starts(failures)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    client = Client(records, port)
-    client.start_id = json.loads((Path(MODEL) / "config.json").read_text())["latent_start_token_id"]
-    command = [*SERVER, *SMALL, "--host", "127.0.0.1", "--port", str(port)]
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            client.wait(process)
-            cases = json.loads((records / "cases.json").read_text())["cases"]
-            counts["requests refused"] = check_refusals(client, failures)
-            check_answers(client, cases, failures, counts)
-        finally:
-            process.terminate()
-            process.wait(60)
+    with serving(folder / "tiny_dac", folder / "server.log") as (client, _):
+        counts["requests refused"] = check_refusals(client, failures)
+        check_answers(client, failures, counts)
     print("RESULT " + json.dumps({"counts": dict(counts), "failures": failures}))
 
 

@@ -59,6 +59,12 @@ RUNS = {
 SERVER_RUN = "server over HTTP"
 
 
+def conversation(pictures: list[Image.Image], question: str) -> list[dict]:
+    """One question about pictures, as `LLM.chat` takes it."""
+    content = [{"type": "image_pil", "image_pil": picture} for picture in pictures]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+
+
 def compare(name: str, folder: Path) -> dict:
     """One server: its answers, several requests at a time, beside those of `generate`."""
     records, options, passes = RUNS[name]
@@ -85,24 +91,8 @@ def compare(name: str, folder: Path) -> dict:
     state.departed.take = counted_take
     adapter = LoRARequest("adapter", 1, str(folder / "adapter")) if "enable_lora" in options else None
     start_id = state.token_ids[0]
-    conversations = [
-        [
-            {
-                "role": "user",
-                "content": [
-                    *(
-                        {
-                            "type": "image_pil",
-                            "image_pil": Image.open(folder / records / f"{index}.png").convert("RGB"),
-                        }
-                        for index in case["pictures"]
-                    ),
-                    {"type": "text", "text": case["question"]},
-                ],
-            }
-        ]
-        for case in cases
-    ]
+    pictures = [Image.open(file).convert("RGB") for file in sorted((folder / records).glob("*.png"))]
+    conversations = [conversation([pictures[index] for index in case["pictures"]], case["question"]) for case in cases]
     sampling = [
         SamplingParams(
             temperature=0,

@@ -27,6 +27,8 @@ MOST_TOKENS = 40
 SCENES = 8
 # Scenes of a question, by index; several pictures share a prompt, and one picture two questions.
 PICTURES = [[index] for index in range(SCENES)] + [[0, 1], [2, 3, 2], [4], [5, 0]]
+# Width and height of the pictures that are not as they were drawn; none is larger, and one prompt holds several sizes.
+SIZES = {1: (112, 168), 3: (112, 112), 6: (168, 84)}
 
 
 def request_options(feedback: str) -> list[dict]:
@@ -44,20 +46,19 @@ def record(model, processor, feedback: str, folder: Path, several: bool) -> None
     """Asks all questions and writes what was answered, fed and how likely it was."""
     folder.mkdir(parents=True, exist_ok=True)
     scenes = [draw_chain("test", index) for index in range(SCENES)]
-    for index, (scene, _) in enumerate(scenes):
-        scene.image.save(folder / f"{index}.png")
+    pictures = [scene.image.resize(SIZES.get(index, scene.image.size)) for index, (scene, _) in enumerate(scenes)]
+    for index, picture in enumerate(pictures):
+        picture.save(folder / f"{index}.png")
     options = request_options(feedback)
-    asked = [(pictures, options[number % len(options)], 0.0) for number, pictures in enumerate(PICTURES)]
+    asked = [(indices, options[number % len(options)], 0.0) for number, indices in enumerate(PICTURES)]
     asked += [([number], options[(number + 3) % len(options)], 0.0) for number in range(SCENES)]
     start, _, end = model.config.latent_token_ids
     cases, latents = [], {}
 
-    def ask(pictures, given, bias):
+    def ask(indices, given, bias):
         # Two questions: so the answer crosses from one block of vLLM's cache (32 tokens) into the next.
-        question = f"{scenes[pictures[-1] - 1][1].text} {scenes[pictures[-1]][1].text}"
-        inputs = encode_prompts(
-            processor, [user_turn([scenes[index][0].image for index in pictures], question)], "cpu"
-        )
+        question = f"{scenes[indices[-1] - 1][1].text} {scenes[indices[-1]][1].text}"
+        inputs = encode_prompts(processor, [user_turn([pictures[index] for index in indices], question)], "cpu")
         result = model.generate(
             **inputs,
             **given,
@@ -71,7 +72,7 @@ def record(model, processor, feedback: str, folder: Path, several: bool) -> None
         tokens = result.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         scores = [step[0].float().log_softmax(-1) for step in result.scores]
         case = {
-            "pictures": pictures,
+            "pictures": indices,
             "question": question,
             "options": {name: int(value) if isinstance(value, bool) else value for name, value in given.items()},
             "bias": bias,
@@ -83,14 +84,14 @@ def record(model, processor, feedback: str, folder: Path, several: bool) -> None
         }
         return case, result.latents[0]
 
-    for pictures, given, bias in asked:
-        case, fed = ask(pictures, given, bias)
+    for indices, given, bias in asked:
+        case, fed = ask(indices, given, bias)
         latents[str(len(cases))] = fed.contiguous()
         cases.append(case)
     # A bias for the start token that makes the answer hold several reflections and words between them.
-    for pictures in [[0], [2], [6]] if several else []:
+    for indices in [[0], [2], [6]] if several else []:
         for bias in (step / 2 for step in count(1)):
-            case, fed = ask(pictures, {"latent_steps": 3}, bias)
+            case, fed = ask(indices, {"latent_steps": 3}, bias)
             if case["reflections"] >= 2 or bias > 20:
                 break
         latents[str(len(cases))] = fed.contiguous()
