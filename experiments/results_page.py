@@ -1,4 +1,4 @@
-"""Renders `docs/results.md`, `docs/latents.md` and `docs/decoding.md` from the committed result files: `python -m experiments.results_page`.
+"""Renders what pages of `docs` show of the committed result files: `python -m experiments.results_page`.
 
 A page's tables stand between markers, `<!-- NAME -->` and `<!-- /NAME -->`; all else is written by hand.
 """
@@ -15,16 +15,19 @@ from .benchmark.sizes import RESULT as SIZES_RESULT
 from .benchmark.sizes import sizes_table
 from .chains.table import TABLES, read_results, time_table
 from .chains.train import RESULTS as CHAINS_RESULTS
+from .serving.served_tables import profile_table, soak_report
 
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
 LATENTS_PAGE = ROOT / "docs" / "latents.md"
 DECODING_PAGE = ROOT / "docs" / "decoding.md"
+SERVING_PAGE = ROOT / "docs" / "serving.md"
 EMBEDDED_RESULTS = ROOT / "hub_card" / "results"
 BENCHMARK_RESULTS = ROOT / "experiments" / "benchmark" / "results"
 THRESHOLDS_RESULT = ROOT / "experiments" / "embedded_checkpoint" / "results" / "thresholds_chains.json"
 QWEN3_VL_RESULT = ROOT / "experiments" / "second_backbone" / "results" / "tiny_qwen3_vl.json"
+SERVING_RESULTS = ROOT / "experiments" / "serving" / "results"
 STUDY_RESULTS = ROOT / "experiments" / "study" / "results" / "quick"
 CHAINS_CPU_RESULTS = CHAINS_RESULTS / "cpu"
 CPU_TABLES = ("chains kinship", "chains other", "chains replaced")  # of arms that share a shorter schedule
@@ -49,7 +52,11 @@ LATENTS: Renderers = {
     "chains time": (time_table, CHAINS_RESULTS / "answer_time.json"),
 }
 DECODING: Renderers = {"thresholds": (thresholds_report, THRESHOLDS_RESULT)}
-PAGES = {PAGE: RENDERERS, LATENTS_PAGE: LATENTS, DECODING_PAGE: DECODING}
+SERVING: Renderers = {
+    "soak": (soak_report, SERVING_RESULTS / "vllm_soak.json"),
+    "profile": (profile_table, SERVING_RESULTS / "vllm_profile.json"),
+}
+PAGES = {PAGE: RENDERERS, LATENTS_PAGE: LATENTS, DECODING_PAGE: DECODING, SERVING_PAGE: SERVING}
 
 
 def render_page(page: str, renderers: Renderers) -> str:

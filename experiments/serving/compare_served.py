@@ -22,6 +22,7 @@ import vllm  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 
 from vreflection_hub_card import checkpoint_folder  # noqa: E402
@@ -51,6 +52,7 @@ CROWDED = {"num_gpu_blocks_override": 11}
 RUNS = {
     "dac, chunked prefill, prefix caching": ("tiny_dac", {}, 2),
     "dac, preemption": ("tiny_dac", CROWDED, 1),
+    "dac, asynchronous scheduling, preemption": ("tiny_dac", CROWDED, 1),
     "dac, LoRA": ("adapter_dac", {"enable_lora": True, "max_lora_rank": 8}, 1),
     "hidden, preemption": ("tiny_hidden", CROWDED, 1),
     "Qwen3-VL, dac, preemption": ("qwen3_vl_dac", CROWDED, 1),
@@ -65,18 +67,33 @@ def conversation(pictures: list[Image.Image], question: str) -> list[dict]:
     return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
+def schedule_ahead() -> None:
+    """Makes configurations schedule asynchronously: on a GPU vLLM does by default, on a CPU it ignores the option."""
+    create = EngineArgs.create_engine_config
+
+    def created(*args, **given):
+        config = create(*args, **given)
+        config.scheduler_config.async_scheduling = True
+        return config
+
+    EngineArgs.create_engine_config = created
+
+
 def compare(name: str, folder: Path) -> dict:
     """One server: its answers, several requests at a time, beside those of `generate`."""
     records, options, passes = RUNS[name]
     recorded = json.loads((folder / records / "cases.json").read_text())
     cases, latents = recorded["cases"], load_file(folder / records / "latents.safetensors")
     own = folder / records.rsplit("_", 1)[0] / "checkpoint"
+    if "asynchronous" in name:
+        schedule_ahead()
     llm = LLM(
         str(own if own.exists() else checkpoint_folder()),
         override_generation_config={"latent_feedback": recorded["feedback"]},
         **COMMON | options,
     )
-    state = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model_state
+    core = llm.llm_engine.engine_core.engine_core
+    state = core.model_executor.driver_worker.worker.model_runner.model_state
     state.departed.limit = 10_000  # to read what was fed
     seen = Counter()
     take = state.departed.take
@@ -142,6 +159,8 @@ def compare(name: str, folder: Path) -> dict:
         state.departed.kept.clear()
     if worst["latent"] > TOLERANCE:
         failures.append(f"latents are {worst['latent']:.2e} apart")
+    if "asynchronous" in name and not core.batch_queue_size > 1:
+        failures.append("no step was scheduled before the last one's tokens were known")
     if "preemption" in name and not seen["preempted within a reflection"]:
         failures.append("no request was preempted within a reflection")
     if passes > 1 and not seen["answers with a cached prefix"]:

@@ -1,8 +1,8 @@
 """The processor's time that the plugin adds to vLLM's steps: `python -m experiments.serving.profile_plugin REPORT`.
 
 Runs in vLLM's environment, see `.ci/vllm`. The embedded checkpoint answers eight requests at a time with `dac`, all with a reflection or
-all without. Times are of one thread, so that other programs don't count. On a CPU a step is mostly Triton's interpreter: the share of
-the step says little, the time that is added says what it would be beside a GPU, apart from the work on tensors.
+all without. Times are of one thread, so that other programs' count little. On a CPU a step is mostly Triton's interpreter, so
+that the plugin's share of it says little; its time without DAC's work on tensors is that of Python, on a GPU too.
 """
 
 import functools
@@ -29,9 +29,9 @@ from .compare_served import COMMON, conversation
 
 AT_A_TIME, BATCHES = 8, 8
 VLLM = "vLLM"
-# What vLLM calls, and what of it is the work of DAC on tensors; what overrides a method of vLLM's calls that one as well.
+# Methods that override vLLM's and call them; DAC's work on tensors.
 OVERRIDES = ("prepare_inputs_embeds", "execute_mm_encoder", "add_request", "remove_request")
-HOOKS = (*OVERRIDES, "_look", "_keep_pictures", "forced_tokens")
+DAC = ("_look", "_keep_pictures")
 
 
 class Clock:
@@ -68,7 +68,7 @@ def profile() -> dict:
     clock, steps = Clock(), {"prompts": [], "latents": [], "words": []}
     for name in OVERRIDES:
         clock.watch(DefaultModelState, name, VLLM)
-    for name in HOOKS:
+    for name in (*OVERRIDES, *DAC, "forced_tokens"):
         clock.watch(ReflectionModelState, name, name)
     clock.watch(ServedReflectionForcing, "apply", "apply")
     room = {"max_num_batched_tokens": 2048, "additional_config": {"picture_pool_patches": 4096}}  # no prompt in parts
@@ -107,6 +107,7 @@ def summary(seen: list[tuple[Counter, int]]) -> dict:
         "latents in a step": round(sum(looks for _, looks in seen) / len(seen), 2),
         "step, ms": round(total.total() / len(seen) / 1e6, 2),
         "plugin, µs": round(sum(parts.values()), 1),
+        "DAC, µs": round(sum(parts.get(part, 0.0) for part in DAC), 1),
         "share of the step": round(1 - total[VLLM] / total.total(), 5),
         "parts, µs": parts,
     }

@@ -1,5 +1,6 @@
 """The tokens that a reflection forces and bans, in vLLM's batches."""
 
+import torch
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor
 
 from .served_options import ServedOptions
@@ -27,7 +28,7 @@ class ServedReflectionForcing(LogitsProcessor):
         if banned := [row for row, (may_start, _) in enumerate(batch) if not may_start]:
             logits[banned, start_id] = float("-inf")
         if forced := [(row, token) for row, (_, token) in enumerate(batch) if token is not None]:
-            rows, tokens = zip(*forced)
-            logits[list(rows)] = float("-inf")
-            logits[list(rows), list(tokens)] = 0.0
+            rows, tokens = torch.tensor(forced, device=logits.device).T
+            logits[rows] = float("-inf")
+            logits[rows, tokens] = 0.0
         return logits

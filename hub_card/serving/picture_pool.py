@@ -19,8 +19,8 @@ class PicturePool:
         self.clear()
 
     def clear(self) -> None:
-        self.free = list(range(len(self.buffer)))
-        self.rows: OrderedDict[str, list[int]] = OrderedDict()
+        self.free = torch.arange(len(self.buffer), device=self.buffer.device)
+        self.rows: OrderedDict[str, torch.Tensor] = OrderedDict()  # which are a picture's, (L,)
 
     def touch(self, key: str) -> bool:
         """Whether a picture is here; then it is the one that leaves last."""
@@ -34,13 +34,14 @@ class PicturePool:
             raise ValueError(
                 f"A picture of {len(values)} merged patches, and the pool has room for {len(self.buffer)}."
             )
-        self.free += self.rows.pop(key, [])
-        while len(self.free) < len(values):
-            self.free += self.rows.popitem(last=False)[1]
-        rows = [self.free.pop() for _ in range(len(values))]
+        gone = [self.rows.pop(key)] if key in self.rows else []
+        while len(self.free) + sum(map(len, gone)) < len(values):
+            gone.append(self.rows.popitem(last=False)[1])
+        free = torch.cat([self.free, *gone])
+        rows, self.free = free[: len(values)].clone(), free[len(values) :]  # a view would keep all of `free` in memory
         self.buffer[rows] = values
         self.rows[key] = rows
 
     def gather(self, keys: list[str]) -> torch.Tensor:
         """The rows of several pictures (L, *width), one behind the other."""
-        return self.buffer[[row for key in keys for row in self.rows[key]]]
+        return self.buffer[torch.cat([self.rows[key] for key in keys])]
