@@ -198,14 +198,15 @@ def check_refusals(client: Client, failures: list[str]) -> int:
     return len(refused)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *options: str) -> None:
     failures, counts = [], Counter()
-    counts["starts refused"] = check_starts(failures)
-    with serving(folder / "tiny_dac", folder / "server.log") as (client, _):
+    if not options:
+        counts["starts refused"] = check_starts(failures)
+    with serving(folder / "tiny_dac", folder / "server.log", *options) as (client, _):
         counts["requests refused"] = check_refusals(client, failures)
         check_answers(client, failures, counts)
     print("RESULT " + json.dumps({"counts": dict(counts), "failures": failures}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -58,7 +58,8 @@ RUNS = {
     "Qwen3-VL, dac, preemption": ("qwen3_vl_dac", CROWDED, 1),
     "Qwen3-VL, hidden, chunked prefill, prefix caching": ("qwen3_vl_hidden", {}, 2),
 }
-SERVER_RUN = "server over HTTP"
+# By name: options of a server that is asked over HTTP.
+SERVER_RUNS = {"server over HTTP": [], "server over HTTP, tensor parallelism": ["--tensor-parallel-size", "2"]}
 
 
 def conversation(pictures: list[Image.Image], question: str) -> list[dict]:
@@ -196,10 +197,10 @@ def main(folder: Path, report: Path | None = None, *names: str) -> None:
         (name,) = names
         print("RESULT " + json.dumps(compare(name, folder)))
         return
-    for name in names or (*RUNS, SERVER_RUN):
+    for name in names or (*RUNS, *SERVER_RUNS):
         command = [sys.executable, "-m", "experiments.serving.compare_served", str(folder), "-", name]
-        if name == SERVER_RUN:
-            command = [sys.executable, "-m", "experiments.serving.check_server", str(folder)]
+        if name in SERVER_RUNS:
+            command = [sys.executable, "-m", "experiments.serving.check_server", str(folder), *SERVER_RUNS[name]]
         done = subprocess.run(command, capture_output=True, text=True)
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         error = done.stderr.splitlines()[-3:] or ["no result"]

@@ -11,13 +11,14 @@ def soak_report(result: dict) -> str:
         f"{name} {seen['second sixth, MiB']:,.0f} to {seen['last sixth, MiB']:,.0f} MiB"
         for name, seen in memory.items()
     )
-    failed = "; ".join(result["failures"]) or "nothing"
+    failed = "; ".join(result["failures"]) or "none"
     return (
-        f"{result['minutes']:g} minutes, {result['clients']} clients: {counts['answers']:,} whole answers, {counts['streamed']:,} of "
-        f"them streamed, {counts['mixed answers']:,} other than recorded; {counts['left']:,} requests whose client left in the middle, "
-        f"{counts['refused']:,} refused, {counts.get('retried', 0):,} sent again after status 500. The server preempted requests "
-        f"{counts['preemptions']:,} times, and found {counts['prompt tokens found in the cache']:,} tokens of prompts in "
-        f"its cache. Memory, from the second sixth of the time to the last: {grown}. Failed: {failed}. {measured(result)}"
+        f"In {result['minutes']:g} minutes {result['clients']} clients got {counts['answers']:,} whole answers, {counts['streamed']:,} of "
+        f"them streamed; {counts['mixed answers']:,} differ from the recorded one. {counts['left']:,} times a client left in the "
+        f"middle, {counts['refused']:,} requests were refused, and {counts.get('retried', 0):,} were sent again after status 500. "
+        f"Requests were preempted {counts['preemptions']:,} times; {counts['prompt tokens found in the cache']:,} of "
+        f"{counts['prompt tokens']:,} tokens of prompts were found in the cache. Memory, from the second sixth of the time to "
+        f"the last: {grown}. Failures: {failed}. {measured(result)}"
     )
 
 
