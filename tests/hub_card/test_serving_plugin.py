@@ -181,3 +181,6 @@ def test_the_pool_keeps_the_latest_pictures():
         pool.put("e", torch.randn(7, 2, 3))
     pool.clear()
     assert not pool.touch("d") and len(pool.free) == 6
+    for name in "aa":  # one picture twice in a prompt
+        pool.put(name, pictures[name])
+    assert len(pool.free) == 4
