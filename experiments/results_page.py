@@ -15,6 +15,8 @@ from .benchmark.sizes import RESULT as SIZES_RESULT
 from .benchmark.sizes import sizes_table
 from .chains.table import TABLES, read_results, time_table
 from .chains.train import RESULTS as CHAINS_RESULTS
+from .reward.reward_table import reward_table
+from .reward.without_boxes import RESULTS as REWARD_RESULTS
 from .serving.served_tables import profile_table, soak_report
 
 
@@ -23,6 +25,7 @@ PAGE = ROOT / "docs" / "results.md"
 LATENTS_PAGE = ROOT / "docs" / "latents.md"
 DECODING_PAGE = ROOT / "docs" / "decoding.md"
 SERVING_PAGE = ROOT / "docs" / "serving.md"
+TRAINING_PAGE = ROOT / "docs" / "training.md"
 EMBEDDED_RESULTS = ROOT / "hub_card" / "results"
 BENCHMARK_RESULTS = ROOT / "experiments" / "benchmark" / "results"
 THRESHOLDS_RESULT = ROOT / "experiments" / "embedded_checkpoint" / "results" / "thresholds_chains.json"
@@ -56,7 +59,14 @@ SERVING: Renderers = {
     "soak": (soak_report, SERVING_RESULTS / "vllm_soak.json"),
     "profile": (profile_table, SERVING_RESULTS / "vllm_profile.json"),
 }
-PAGES = {PAGE: RENDERERS, LATENTS_PAGE: LATENTS, DECODING_PAGE: DECODING, SERVING_PAGE: SERVING}
+TRAINING: Renderers = {"reward": (reward_table, REWARD_RESULTS)}
+PAGES = {
+    PAGE: RENDERERS,
+    LATENTS_PAGE: LATENTS,
+    DECODING_PAGE: DECODING,
+    SERVING_PAGE: SERVING,
+    TRAINING_PAGE: TRAINING,
+}
 
 
 def render_page(page: str, renderers: Renderers) -> str:
@@ -72,6 +82,8 @@ def render_page(page: str, renderers: Renderers) -> str:
 
 def read(path: Path) -> dict | list[dict] | str:
     """What a table is rendered from."""
+    if path == REWARD_RESULTS:
+        return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(path.glob("*.json"))]
     if path.is_dir():
         return read_results(path)
     text = path.read_text(encoding="utf-8")

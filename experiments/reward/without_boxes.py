@@ -124,7 +124,7 @@ def run(arm: str, options: argparse.Namespace) -> None:
     name = f"{arm}_seed{options.seed}"
     path = options.output / f"{name}.json"
     settings = {key: value for key, value in vars(options).items() if key not in ("arms", "output", "work")}
-    settings = json.loads(json.dumps(settings, default=str))
+    settings["start"] = options.start.name
     result = json.loads(path.read_text()) if path.exists() else {"arm": arm, "options": settings}
     if result["options"] != settings:
         raise SystemExit(f"{path} is of other options ({result['options']}): name another --output, or delete it.")

@@ -95,8 +95,8 @@ def test_it_gives_the_trainers_losses(chains, make_run, tmp_path):
     "phase, changes",
     [
         ("path", {"patch_positions": "none", "whole_path": False}),
-        ("path", {"reflecting_rows": 0.5}),
-        ("stage 1", {}),
+        pytest.param("path", {"reflecting_rows": 0.5}, marks=pytest.mark.slow),
+        pytest.param("stage 1", {}, marks=pytest.mark.slow),
         ("stage 2", {"whole_path": False}),
         ("sft", {"answer": "glyph"}),
     ],

@@ -5,10 +5,16 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
+from vreflection_training.stages import SFT_STAGES
+
 
 # Of a test that builds on `checkpoint`. With `--backbone` the whole of a module runs on the other one.
 on_both_backbones = pytest.mark.parametrize(
     "checkpoint", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.slow)], indirect=True
+)
+# The recommended stage in the default suite, the others among the slow tests.
+every_stage = pytest.mark.parametrize(
+    "stage", ["path", *(pytest.param(stage, marks=pytest.mark.slow) for stage in SFT_STAGES if stage != "path")]
 )
 
 

@@ -225,7 +225,7 @@ def test_a_run_resumes_bit_for_bit(make_trainer, bases, tmp_path):
     assert len(losses[0]) == 4 and losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("stage", ["path", "2"])
+@pytest.mark.parametrize("stage", ["path", pytest.param("2", marks=pytest.mark.slow)])
 def test_gradient_checkpointing_changes_nothing(make_trainer, bases, tmp_path, stage):
     peft_config = LoraConfig(r=4)
     options = {"stage": stage, "optim": "sgd", "learning_rate": 1.0, "max_steps": 1, "max_grad_norm": 1e9}
@@ -240,7 +240,7 @@ def test_gradient_checkpointing_changes_nothing(make_trainer, bases, tmp_path, s
 
 
 @pytest.mark.parametrize("checkpoint", ["qwen3_vl"], indirect=True)
-@pytest.mark.parametrize("freeze_vision", [True, False])
+@pytest.mark.parametrize("freeze_vision", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_adapter_of_the_other_backbone_loads_and_merges(make_trainer, bases, tmp_path, freeze_vision):
     trainer = make_trainer(bases[True], tmp_path / "run", stage="path", freeze_vision=freeze_vision)
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
@@ -395,6 +395,7 @@ def test_a_model_that_carries_an_adapter_is_refused(run, rows, tmp_path):
         VReflectionSFTTrainer(run.trainer.model, settings(tmp_path), train_dataset=rows)
 
 
+@pytest.mark.slow
 def test_a_quantized_base_trains_and_merges_onto_the_full_weights(make_trainer, bases, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     quantization = get_quantization_config(ModelConfig(load_in_4bit=True, dtype="float32"))

@@ -415,13 +415,7 @@ def dry_run(place, tmp_path, monkeypatch):
 
 
 # One of each kind; CI runs the others, too.
-QUICK = (
-    "path_3b",
-    "path_7b_lora",
-    "qwen2_5_vl_7b_stage1",
-    "qwen2_5_vl_7b_stage2",
-    "qwen3_vl_8b_path",
-)
+QUICK = ("path_3b", "path_7b_lora", "qwen3_vl_8b_path")
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from run_helpers import Rows, gradients, moved, on_both_backbones
+from run_helpers import Rows, every_stage, gradients, moved, on_both_backbones
 from transformers import AutoModelForImageTextToText
 
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_training import VReflectionDataCollator, VReflectionSFTConfig, VReflectionSFTTrainer
 from vreflection_training.collator import NON_MODEL_KEYS
 from vreflection_training.losses import latent_losses, states_learn
-from vreflection_training.stages import SFT_STAGES, STAGES
+from vreflection_training.stages import STAGES
 
 
 @on_both_backbones
@@ -69,7 +69,7 @@ def test_the_total_is_the_weighted_sum_of_the_logged_components(make_trainer, op
     assert log["loss"] == pytest.approx(sum(factors[name] * log[name] for name in names | {"loss_ce"}), rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", ["path", "1", "2"])
+@pytest.mark.parametrize("stage", ["path", *(pytest.param(stage, marks=pytest.mark.slow) for stage in "12")])
 def test_accumulated_micro_batches_equal_one_batch(make_trainer, checkpoint, model, stage):
     # Rows of different lengths, and one without a reflection, so that micro-batches weigh differently.
     scenes = glyphsearch_dataset("train", 3)
@@ -195,7 +195,7 @@ def test_a_frozen_vision_encoder_is_not_run_backwards(make_trainer, model, froze
 
 
 @on_both_backbones
-@pytest.mark.parametrize("stage", SFT_STAGES)
+@every_stage
 def test_gradient_checkpointing_changes_nothing(make_trainer, model, stage):
     other = copy.deepcopy(model)
     options = {"stage": stage, "optim": "sgd", "learning_rate": 1.0, "max_steps": 1, "weight_decay": 0.0}
@@ -295,7 +295,7 @@ def test_what_is_no_list_of_rows_is_refused(make_trainer, rows, error, message):
 
 
 @on_both_backbones
-@pytest.mark.parametrize("stage", SFT_STAGES)
+@every_stage
 def test_a_pack_trains_like_its_samples(make_trainer, model, rows, stage):
     other = copy.deepcopy(model)
     plain = {"id": "text", "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "red"}]}

@@ -185,14 +185,15 @@ def break_checkpoint(folder, how):
         (folder / "tokenizer.json").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how, reason",
     [
         ("code needs the package", "vreflection_hub_card"),
-        pytest.param("weights missing", "1 weights are missing, unknown", marks=pytest.mark.slow),
-        pytest.param("unknown weights", "model.spare first", marks=pytest.mark.slow),
-        pytest.param("no auto_map", "vreflection", marks=pytest.mark.slow),
-        pytest.param("no tokenizer", "", marks=pytest.mark.slow),
+        ("weights missing", "1 weights are missing, unknown"),
+        ("unknown weights", "model.spare first"),
+        ("no auto_map", "vreflection"),
+        ("no tokenizer", ""),
     ],
 )
 def test_a_clean_process_refuses(checkpoint, how, reason):

@@ -32,7 +32,7 @@ class Visitor:
         browser.get(address)
         self.until(lambda: self.all("#ask") and self.all("#picture img") and self.all("#question textarea"))
 
-    def until(self, condition, seconds=40):
+    def until(self, condition, seconds=120):
         return WebDriverWait(self.browser, seconds, 0.1).until(lambda _: condition())
 
     def all(self, selector):
@@ -186,7 +186,7 @@ def test_the_slider_follows_the_latent_steps(visitor, ask_directly):
     visitor.one("#latent-feedback input[value=dac]").click()  # as it was: later tests share the page
 
 
-@pytest.mark.parametrize("name, fragment", [("broken.png", "not a picture"), ("cut.png", "damaged"), ("huge.png", "54 megapixels"), ("heavy.png", "size")])  # fmt: skip
+@pytest.mark.parametrize("name, fragment", [("broken.png", "not a picture"), ("cut.png", "damaged"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("huge.png", "54 megapixels"), ("heavy.png", "size")))])  # fmt: skip
 def test_bad_files_get_a_message(visitor, page, tmp_path, name, fragment):
     scene = draw_question("test", 101)[0].image
     scene.save(tmp_path / "whole.png")
