@@ -43,7 +43,8 @@ QWEN3 = {
 }
 ADAPTERS = [LORA, "path_7b_lora", "qwen3_vl_8b_path_lora"]
 LARGE = [*PAPER, LORA, *RELEASED, *PATH_LARGE, *QWEN3]
-TINY = ["tiny_base", "tiny_stage1", "tiny_stage2", "path_tiny", "tiny_qwen3_vl_base", "tiny_qwen3_vl"]
+TINY = ["tiny_base", "tiny_stage1", "tiny_stage2", "path_tiny"]
+TINY += ["tiny_qwen3_vl_base", "tiny_qwen3_vl", "tiny_qwen3_vl_longer"]
 # By reward.
 REWARDED = ["tiny_grpo", "path_7b_grpo"]
 # What a machine without a GPU can't do.
