@@ -18,8 +18,7 @@ MANY_HOPS = ("2 hops", "3 hops")
 def reward_table(results: list[dict]) -> str:
     """A row for the start and each arm. Raises a `ValueError` for arms of different options."""
     results = sorted((one for one in results if "after" in one), key=lambda one: list(TITLES).index(one["arm"]))
-    options = [{key: value for key, value in one["options"].items() if key != "start"} for one in results]
-    if any(one != options[0] for one in options):
+    if any(one["options"] != results[0]["options"] for one in results):
         raise ValueError("The arms' result files are of different options: run the arms anew with one set of them.")
     rows = [["the start", *figures(results[0]["before"]), "", ""]]
     for one in results:

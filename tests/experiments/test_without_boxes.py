@@ -65,4 +65,4 @@ def test_the_table_says_what_was_gained():
         "| reward, gradients through the latents | 50.0 | 40.0 | 100.0 | 10.0 | – | – | −2.5 (−5.0 to +1.0) | 2 |",
     ]
     with pytest.raises(ValueError, match="different options"):
-        reward_table([result, {**result, "arm": "sft", "options": {"start": "b", "steps": 8}}])
+        reward_table([result, {**result, "arm": "sft", "options": {"start": "b", "steps": 9}}])

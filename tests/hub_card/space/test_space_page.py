@@ -186,7 +186,15 @@ def test_the_slider_follows_the_latent_steps(visitor, ask_directly):
     visitor.one("#latent-feedback input[value=dac]").click()  # as it was: later tests share the page
 
 
-@pytest.mark.parametrize("name, fragment", [("broken.png", "not a picture"), ("cut.png", "damaged"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("huge.png", "54 megapixels"), ("heavy.png", "size")))])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, fragment",
+    [
+        ("broken.png", "not a picture"),
+        ("cut.png", "damaged"),
+        pytest.param("huge.png", "54 megapixels", marks=pytest.mark.slow),
+        pytest.param("heavy.png", "size", marks=pytest.mark.slow),
+    ],
+)
 def test_bad_files_get_a_message(visitor, page, tmp_path, name, fragment):
     scene = draw_question("test", 101)[0].image
     scene.save(tmp_path / "whole.png")
