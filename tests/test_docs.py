@@ -64,6 +64,15 @@ def test_the_rows_of_frames_pass_the_check(tmp_path, monkeypatch, capsys):
     assert f"At most {MAX_FRAMES} frames" in page
 
 
+def test_the_paths_that_pages_and_scripts_name_exist():
+    folders = "tests|experiments|docs|hub_card|modeling_vreflection|training"
+    pages = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *(path for path in ROOT.glob(".ci/*") if path.is_file())]
+    pages.remove(DOCS / "results.md")  # its commands are those of the day of each measurement
+    named = {path for page in pages for path in re.findall(rf"(?<![\w/.-])(?:{folders})/[\w/.-]*\w", page.read_text())}
+    assert len(named) > 20
+    assert {path for path in named if not (ROOT / path).exists()} <= {"docs/_build"}  # built by the command beside it
+
+
 def test_what_a_backbone_takes_exists():
     text = (DOCS / "adding_a_backbone.md").read_text()
     code = "".join(path.read_text() for path in ROOT.glob("modeling_vreflection/*.py"))

@@ -1,4 +1,4 @@
-"""What must hold on every backbone; test_modeling.py and test_generation.py run whole on one with `--backbone`."""
+"""What must hold on every backbone; test_modeling.py and generation/ run whole on one with `--backbone`."""
 
 from types import SimpleNamespace
 
