@@ -22,8 +22,8 @@ from ..inference.attention_maps import offered_sources
 from .answering import answer_each_way
 from .frames import FrameStore
 from .guard import Page, RequestGuard
+from .in_browser import HIDE_ANSWER, REMEMBER_PLACE, SHOW_ANSWER
 from .overlay import Frame, draw_frames
-from .scrolling import REMEMBER_PLACE, SHOW_ANSWER
 from .texts import EMBEDDED_NOTES, HEADER, HINT, NOTES, READING, caption_of
 from .uploaded_picture import MAX_BYTES, open_upload
 from .uploads import Uploads, private_folder
@@ -228,10 +228,6 @@ def add_events(decode, note_about, picture, ask, asked, *outputs) -> None:
         with errors_on_page():
             return show_frame(frames.get(request.session_hash, number))
 
-    def forget_answer(request: gr.Request) -> dict:
-        frames.put(request.session_hash, [])
-        return {hint: gr.HTML(visible=True), results: gr.Column(visible=False)}
-
     askings = [ask.click, asked[0].submit, asked[-1].input]
     gr.on(askings, js=REMEMBER_PLACE, api_visibility="private")
     answer.change(None, answer, js=SHOW_ANSWER, api_visibility="private")
@@ -260,14 +256,7 @@ def add_events(decode, note_about, picture, ask, asked, *outputs) -> None:
         trigger_mode="always_last",
         api_visibility="private",
     )
-    picture.change(
-        forget_answer,
-        outputs=[hint, results],
-        queue=False,
-        show_progress="hidden",
-        cancels=asking,
-        api_visibility="private",
-    )
+    picture.change(None, outputs=[hint, results], js=HIDE_ANSWER, cancels=asking, api_visibility="private")
     checked = picture.upload(
         check_upload,
         picture,

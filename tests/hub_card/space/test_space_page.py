@@ -48,6 +48,11 @@ class Visitor:
         self.remove_picture()
         self.one("#picture input[type=file]").send_keys(str(path))
 
+    def take_example(self):
+        self.remove_picture()
+        self.one("#examples button").click()
+        self.until(lambda: self.all("#picture img"))
+
     def remove_picture(self):
         if self.all("#picture img"):
             self.one("#picture button[aria-label='Remove Image']").click()
@@ -148,10 +153,22 @@ def test_upload_ask_and_slide(visitor, ask_directly, tmp_path):
     visitor.until(lambda: not visitor.all("#results") and visitor.all("#hint"))
 
 
+def test_a_hurried_visitor_gets_the_answer(visitor):
+    visitor.remove_picture()
+    visitor.run(
+        "document.querySelector('#examples button').click();"
+        "const watch = new MutationObserver(() => {"
+        "    if (document.querySelector('#picture img')) { watch.disconnect(); setTimeout(() => "
+        "        document.querySelector('#ask').click()); }"
+        "});"
+        "watch.observe(document.body, {childList: true, subtree: true});"
+    )
+    visitor.until(lambda: visitor.all("#heatmap img") and visitor.text("plain"))
+
+
 @pytest.mark.slow
 def test_the_switch_is_heard_while_an_answer_comes(visitor):
-    visitor.one("#examples button").click()
-    visitor.until(lambda: visitor.all("#picture img"))
+    visitor.take_example()
     visitor.ask()
     visitor.one("#zero-latents input").click()
     visitor.until(lambda: visitor.all("#zeroed textarea"))  # it comes empty
@@ -161,8 +178,7 @@ def test_the_switch_is_heard_while_an_answer_comes(visitor):
 
 @pytest.mark.slow
 def test_the_slider_follows_the_latent_steps(visitor, ask_directly):
-    visitor.one("#examples button").click()
-    visitor.until(lambda: visitor.all("#picture img"))
+    visitor.take_example()
     scene, asked = draw_chain("test", 3)
     visitor.until(lambda: visitor.text("question") == asked.text)
     visitor.one("#options button").click()
@@ -273,8 +289,7 @@ ANSWERS_TOP = "return document.querySelector('#answers').getBoundingClientRect()
 
 
 def test_a_phone_scrolls_to_the_answer_once(phone):
-    phone.one("#examples button").click()
-    phone.until(lambda: not phone.all("#results"))
+    phone.take_example()
     phone.run("scrollTo(0, 0)")
     phone.one("#ask").click()
     phone.until(lambda: phone.all("#answers") and 0 <= phone.run(ANSWERS_TOP) < 20 and phone.text("answer"))

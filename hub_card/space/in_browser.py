@@ -1,6 +1,9 @@
-"""What the browser runs so that an answer below the fold, as on a phone, comes into view once: functions of JavaScript."""
+"""What the browser runs by itself: functions of JavaScript."""
 
-# When a question is asked.
+# With a new picture. Asked of the server, a late reply would hide the answer to a question about the new one.
+HIDE_ANSWER = '() => [{__type__: "update", visible: true}, {__type__: "update", visible: false}]'
+
+# The next two bring an answer below the fold, as on a phone, into view once. When a question is asked.
 REMEMBER_PLACE = "() => { window.askedAt = window.scrollY; }"
 
 # With each piece of the answer. A visitor who has scrolled since asking, or has seen the beginning, is left where they are.
