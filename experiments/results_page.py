@@ -59,7 +59,10 @@ SERVING: Renderers = {
     "soak": (soak_report, SERVING_RESULTS / "vllm_soak.json"),
     "profile": (profile_table, SERVING_RESULTS / "vllm_profile.json"),
 }
-TRAINING: Renderers = {"reward": (reward_table, REWARD_RESULTS)}
+TRAINING: Renderers = {
+    "reward": (reward_table, REWARD_RESULTS),
+    "reward from an earlier start": (reward_table, REWARD_RESULTS / "earlier_start"),
+}
 PAGES = {
     PAGE: RENDERERS,
     LATENTS_PAGE: LATENTS,
@@ -82,7 +85,7 @@ def render_page(page: str, renderers: Renderers) -> str:
 
 def read(path: Path) -> dict | list[dict] | str:
     """What a table is rendered from."""
-    if path == REWARD_RESULTS:
+    if REWARD_RESULTS in (path, *path.parents):
         return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(path.glob("*.json"))]
     if path.is_dir():
         return read_results(path)

@@ -44,6 +44,8 @@ def write_checkpoint(weights: dict[str, torch.Tensor], result: dict, folder: Pat
     model.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
     made_with = result["made_with"]
+    stopped = result["steps_done"] < options["steps"]
+    schedule = "cosine to 5 %" + (f" at step {options['steps']}, stopped early" if stopped else "")
     run = {
         "stage": "path",
         "title": "stage path, BCM and DAC",
@@ -63,7 +65,7 @@ def write_checkpoint(weights: dict[str, torch.Tensor], result: dict, folder: Pat
         "optimiser": {
             "optim": "adamw_torch_fused",
             "learning_rate": options["learning_rate"],
-            "lr_scheduler_type": "cosine to 5 %",
+            "lr_scheduler_type": schedule,
             "warmup_steps": WARM_UP,
             "weight_decay": OPTIMISER["weight_decay"],
             "adam_beta1": OPTIMISER["betas"][0],

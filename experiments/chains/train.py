@@ -248,12 +248,12 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def train_side_by_side(runs: list[Run], save_every: float = 60.0) -> None:
-    """Trains runs to the end of the schedule, one step of each in turn; saves all of them from time to time.
+    """Trains runs to the end of the schedule, or to `--stop_at`, one step of each in turn; saves all of them from time to time.
 
     Raises:
         FloatingPointError: A loss that isn't finite; nothing of that run is saved from then on.
     """
-    steps = runs[0].options.steps
+    steps = runs[0].options.stop_at or runs[0].options.steps
     begun = saved = time.monotonic()
     before = [run.seconds for run in runs]
     with tqdm(total=steps * len(runs), initial=sum(run.done for run in runs), unit="step") as progress:
@@ -298,6 +298,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["path"], metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=18_000)
+    parser.add_argument("--stop_at", type=int, help="stop after this many steps of the schedule, and ask nothing yet")
     parser.add_argument("--batch", type=int, default=16, help="scenes a step, with seven rows each")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--scenes", type=int, default=24_000, help="for training")
@@ -339,6 +340,9 @@ def main(arguments: list[str] | None = None) -> None:
         train_side_by_side(together)
         for run in together:
             run.save_weights()
+            if run.done < options.steps:
+                print(f"{run.name}, seed {run.seed}, was stopped at step {run.done}: call again without --stop_at to go on.")
+                continue
             evaluation = Evaluation(run.network, tokens, test_scenes[0.0], test)
             write_result(run, {"scenes": len(test_scenes[0.0].features), "results": evaluation.run(run.arm)})
 

@@ -20,12 +20,13 @@ def reward_table(results: list[dict]) -> str:
     results = sorted((one for one in results if "after" in one), key=lambda one: list(TITLES).index(one["arm"]))
     if any(one["options"] != results[0]["options"] for one in results):
         raise ValueError("The arms' result files are of different options: run the arms anew with one set of them.")
-    rows = [["the start", *figures(results[0]["before"]), "", ""]]
+    rows = [["the start", *figures(results[0]["before"]), "", "", ""]]
     for one in results:
         minutes = f"{one['seconds'] / 60:.0f}"
-        rows.append([TITLES[one["arm"]], *figures(one["after"]), gained(one["gained"]), minutes])
+        rows.append([TITLES[one["arm"]], *figures(one["after"]), gained(one["gained"]), rewards(one), minutes])
     header = (
-        "learned from | right, % | of 2 and 3 hops | reflects | zeros | noise | another scene's | gained | minutes"
+        "learned from | right, % | of 2 and 3 hops | reflects | made to reflect | zeros | noise | another scene's | gained"
+        " | sampled reward | minutes"
     )
     return markdown(header, rows)
 
@@ -37,9 +38,19 @@ def figures(answers: dict) -> list[str]:
         answers["accuracy"]["share"],
         sum(one["successes"] for one in many) / sum(one["count"] for one in many),
         answers["reflection_rate"]["share"],
+        answers.get("made_to_reflect", {}).get("share"),
         *(answers["replacements"].get(name, {}).get("accuracy", {}).get("share") for name in REPLACED),
     ]
     return ["–" if share is None else f"{100 * share:.1f}" for share in shares]
+
+
+def rewards(result: dict) -> str:
+    """The share of sampled answers with a reward in the first and the last 100 steps, in %; nothing where none was sampled."""
+    if not result["arm"].startswith("grpo"):
+        return ""
+    sampled = [step["reward"] for step in result["log"]]
+    first, last = (sum(some) / len(some) for some in (sampled[:100], sampled[-100:]))
+    return f"{100 * first:.1f} to {100 * last:.1f}"
 
 
 def gained(difference: dict) -> str:

@@ -8,6 +8,7 @@ A result file is written for each arm as it goes; a call goes on where an earlie
 """
 
 import argparse
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -98,16 +99,22 @@ def test_rows(count: int) -> list[dict]:
 
 
 def evaluate(checkpoint: Path, options: argparse.Namespace, name: str) -> tuple[dict, list[bool]]:
-    """Greedy answers of a checkpoint as it decodes by default: what `vreflection evaluate` counts, and which are right."""
+    """Greedy answers of a checkpoint: what `vreflection evaluate` counts as it decodes by default, how many are right if every
+    answer has to begin with a reflection, and which are right by default."""
     model, processor = load_model_and_processor(str(checkpoint), dtype="float32")
     model.to(options.device).eval()
     rule, rows = Match("exact"), read_own_rows(test_rows(options.questions), Match("exact"))
-    decoding = decoding_options(model, REPLACED, TOKENS, None, None, None)
-    folder = options.work / "answers" / name
-    log = AnswerLog(folder, {"checkpoint": str(checkpoint), "questions": options.questions, "decoding": decoding}, 0)
-    found = ask_and_summarise(RowsAsker(model, processor, rows, decoding, 50, log), rule, REPLACED)
-    right = [sample["verdicts"]["exact"]["correct"] for sample in found.samples]
-    return {**found.result, "by_kind": by_kind(right)}, right
+
+    def ask(folder: str, reflect: bool | None, replaced: tuple[str, ...]) -> tuple[dict, list[bool]]:
+        decoding = decoding_options(model, replaced, TOKENS, None, None, reflect)
+        asked = {"checkpoint": str(checkpoint), "questions": options.questions, "decoding": decoding}
+        log = AnswerLog(options.work / "answers" / folder, asked, 0)
+        found = ask_and_summarise(RowsAsker(model, processor, rows, decoding, 50, log), rule, replaced)
+        return found.result, [sample["verdicts"]["exact"]["correct"] for sample in found.samples]
+
+    result, right = ask(name, None, REPLACED)
+    _, made_to_reflect = ask(f"{name}_made_to_reflect", True, ())
+    return {**result, "by_kind": by_kind(right), "made_to_reflect": proportion(made_to_reflect)}, right
 
 
 def by_kind(right: list[bool]) -> dict:
@@ -124,7 +131,8 @@ def run(arm: str, options: argparse.Namespace) -> None:
     name = f"{arm}_seed{options.seed}"
     path = options.output / f"{name}.json"
     settings = {key: value for key, value in vars(options).items() if key not in ("arms", "output", "work")}
-    settings["start"] = options.start.name
+    weights = (options.start / "model.safetensors").read_bytes()
+    settings |= {"start": options.start.name, "start_sha256": hashlib.sha256(weights).hexdigest()}
     result = json.loads(path.read_text()) if path.exists() else {"arm": arm, "options": settings}
     if result["options"] != settings:
         raise SystemExit(f"{path} is of other options ({result['options']}): name another --output, or delete it.")
@@ -165,7 +173,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--start", type=Path, required=True, help="folder of a path checkpoint")
     parser.add_argument("--arms", nargs="+", choices=LEARNERS, default=LEARNERS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rows", type=int, default=8, help="questions a step")
     parser.add_argument("--answers", type=int, default=8, help="sampled answers of a question, for grpo")
     parser.add_argument("--learning_rate", type=float, default=2e-5)

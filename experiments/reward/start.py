@@ -1,0 +1,29 @@
+"""Trains the start of all arms and writes it as a checkpoint: `python -m experiments.reward.start FOLDER`.
+
+A path run that is stopped while its learning rate is high, after 45 minutes on one core.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from experiments.chains.embed import write_checkpoint
+from experiments.chains.train import main as train
+
+
+ARM, SEED = "path", 0
+SCHEDULE = "--steps 10000 --stop_at 6800 --batch 5 --learning_rate 1e-3 --scenes 12000 --device cpu"
+
+
+def make_start(folder: Path, *options: str) -> None:
+    """Trains in `folder / "run"`, where a later call goes on, and writes the checkpoint beside it; `options` as of `train`."""
+    run = folder / "run"
+    train(["--arms", ARM, "--seeds", str(SEED), "--output", str(run), "--checkpoints", str(run), *options])
+    result = json.loads((run / f"{ARM}_seed{SEED}.json").read_text())
+    write_checkpoint(load_file(run / f"{ARM}_seed{SEED}" / "weights.safetensors"), result, folder)
+
+
+if __name__ == "__main__":
+    make_start(Path(sys.argv[1]), *SCHEDULE.split())
