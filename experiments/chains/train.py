@@ -341,7 +341,9 @@ def main(arguments: list[str] | None = None) -> None:
         for run in together:
             run.save_weights()
             if run.done < options.steps:
-                print(f"{run.name}, seed {run.seed}, was stopped at step {run.done}: call again without --stop_at to go on.")
+                print(
+                    f"{run.name}, seed {run.seed}, was stopped at step {run.done}: call again without --stop_at to go on."
+                )
                 continue
             evaluation = Evaluation(run.network, tokens, test_scenes[0.0], test)
             write_result(run, {"scenes": len(test_scenes[0.0].features), "results": evaluation.run(run.arm)})
