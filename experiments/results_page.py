@@ -61,6 +61,7 @@ SERVING: Renderers = {
 }
 TRAINING: Renderers = {
     "reward": (reward_table, REWARD_RESULTS),
+    "reward after forgetting": (reward_table, REWARD_RESULTS / "after_forgetting"),
     "reward from an earlier start": (reward_table, REWARD_RESULTS / "earlier_start"),
 }
 PAGES = {
