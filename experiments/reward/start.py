@@ -1,10 +1,10 @@
 """Trains the start of all arms and writes it as a checkpoint: `python -m experiments.reward.start FOLDER`.
 
-A path run that is stopped while its learning rate is high, after 45 minutes on one core.
+A path run that is stopped while its learning rate is high. A call that was stopped goes on.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -26,4 +26,6 @@ def make_start(folder: Path, *options: str) -> None:
 
 
 if __name__ == "__main__":
-    make_start(Path(sys.argv[1]), *SCHEDULE.split())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where to write the checkpoint")
+    make_start(parser.parse_args().folder, *SCHEDULE.split())
