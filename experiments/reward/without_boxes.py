@@ -164,7 +164,7 @@ def run(arm: str, options: argparse.Namespace) -> None:
 def write(path: Path, result: dict) -> None:
     """Writes a result file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".new").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".new").write_text(json.dumps(result) + "\n")
     path.with_suffix(".new").replace(path)
 
 
