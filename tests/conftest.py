@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The matrices are tiny: a second thread gains little, and on a busy machine waiting for it costs tenfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import devices  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from tiny_models import make_random_model, make_stock, save_strong_backbone  # noqa: E402
@@ -27,9 +28,12 @@ def pytest_addoption(parser):
         default="qwen2_5_vl",
         help="whose tiny form tests/modeling runs on",
     )
+    parser.addoption("--device", type=torch.device, default="cpu", help="where the tests of models and trainers run")
 
 
 def pytest_configure(config):
+    devices.DEVICE = config.getoption("--device")
+    torch.backends.cudnn.allow_tf32 = False  # the convolution of the patches would round to 10 bits
     # A deprecated argument or name that our code still uses: the next release breaks it.
     config.addinivalue_line("filterwarnings", f"error::FutureWarning:{OURS}")
     config.addinivalue_line("filterwarnings", f"error::DeprecationWarning:{OURS}")
@@ -47,7 +51,7 @@ def backbone(tmp_path_factory, pytestconfig):
 @pytest.fixture(scope="session")
 def make_model(backbone):
     """See `make_random_model`."""
-    return partial(make_random_model, backbone)
+    return partial(make_random_model, backbone, devices.DEVICE)
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ def save_thinking_backbone(folder):
     return folder
 
 
-def make_random_model(backbone, **config) -> VReflectionForConditionalGeneration:
+def make_random_model(backbone, device, **config) -> VReflectionForConditionalGeneration:
     """Makes a model, with config fields as arguments, whose BCM and DAC are far from their initial symmetry.
 
     Unless it is asked for, they don't know where patches lie.
@@ -42,12 +42,12 @@ def make_random_model(backbone, **config) -> VReflectionForConditionalGeneration
     for seed, module in enumerate((model.model.bcm, model.model.dac)):
         if module is not None:
             randomise(module, seed)
-    return model
+    return model.to(device)
 
 
 def make_stock(backbone, model):
     """The stock class with the weights of `model`."""
-    stock = AutoModelForImageTextToText.from_pretrained(backbone, dtype=torch.float32)
+    stock = AutoModelForImageTextToText.from_pretrained(backbone, dtype=torch.float32).to(model.device)
     with torch.no_grad():  # the three tokens are the only rows that differ
         stock.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight)
     return stock

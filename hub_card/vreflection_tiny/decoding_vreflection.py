@@ -384,13 +384,14 @@ class ReflectionForcing(LogitsProcessor):
     def __init__(self, token_ids: tuple[int, int, int], progress: ReflectionProgress):
         self.token_ids = token_ids
         self.progress = progress
-        self.forced: torch.FloatTensor | None = None  # (3, V), the scores that force the start, slot and end token
+        self.forced: tuple[torch.FloatTensor, ...] | None = None  # what forces the start, slot and end token, (V,)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         progress, left = self.progress, self.progress.left
         if self.forced is None:
-            self.forced = scores.new_full((3, scores.shape[1]), float("-inf"))
-            self.forced[torch.arange(3), torch.tensor(self.token_ids)] = 0.0
+            forced = scores.new_full((3, scores.shape[1]), float("-inf"))
+            forced[torch.arange(3), torch.tensor(self.token_ids)] = 0.0
+            self.forced = forced.unbind()
         start, slot, end = self.forced
         new, opens = input_ids.shape[1] - progress.prompt_length, progress.uncertain
         if progress.options.reflect is True and (new == 0 or progress.think_end_id is not None):

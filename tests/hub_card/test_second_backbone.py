@@ -26,7 +26,7 @@ def stock(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(stock, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    model = make_random_model(stock, patch_positions="sincos")
+    model = make_random_model(stock, "cpu", patch_positions="sincos")
     model.generation_config.latent_feedback = "dac"
     model.generation_config.reflect = True
     model.save_pretrained(folder)

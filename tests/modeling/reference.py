@@ -5,6 +5,7 @@ They run the stock class, without a cache, on one row at a time, over embeddings
 
 import math
 
+import devices
 import torch
 from torch import nn
 from transformers import LogitsProcessor
@@ -48,7 +49,7 @@ def encode(processor, *conversations, **kwargs):
     options = {"padding": True, "return_tensors": "pt"}
     return processor.apply_chat_template(
         list(conversations), tokenize=True, return_dict=True, processor_kwargs=options, **kwargs
-    )
+    ).to(devices.DEVICE)
 
 
 def attend(module: nn.Module, queries: torch.Tensor, features: torch.Tensor, **kwargs):
@@ -60,7 +61,7 @@ def attend(module: nn.Module, queries: torch.Tensor, features: torch.Tensor, **k
     content, located, places = features.split(size, -1) if features.shape[-1] > size else (features, features, None)
     if isinstance(module, BoxGuidedCompression):
         located = content
-    attention = nn.MultiheadAttention(size, module.num_heads, batch_first=True)
+    attention = nn.MultiheadAttention(size, module.num_heads, batch_first=True, device=queries.device)
     projections = (module.q_proj, module.k_proj, module.v_proj)
     with torch.no_grad():
         attention.in_proj_weight.copy_(torch.cat([projection.weight for projection in projections]))
@@ -99,7 +100,7 @@ def with_positions(features: torch.Tensor, grid: tuple[int, int]) -> torch.Tenso
                 [2 * math.pi * wave * at for wave in waves] for at in ((column + 0.5) / width, (row + 0.5) / height)
             ]
             rows.append([wave(angle) for of_axis in angles for wave in (math.sin, math.cos) for angle in of_axis])
-    places = torch.tensor(rows)
+    places = torch.tensor(rows, device=features.device)
     places = places / places.square().mean().sqrt()
     return torch.cat([features, features + places * features.square().mean().sqrt(), places], 1)
 
@@ -140,12 +141,12 @@ class Row:
 
     def extend(self, token: int, embed: torch.Tensor):
         """Appends a token and what is fed for it."""
-        self.ids = torch.cat([self.ids, torch.tensor([token])])
+        self.ids = torch.cat([self.ids, torch.tensor([token], device=self.ids.device)])
         self.embeds = torch.cat([self.embeds, embed[None]])
 
     def fill(self, columns, values: torch.Tensor):
         """Feeds values (N, D) at columns of the unpadded row."""
-        self.embeds = self.embeds.index_put((torch.as_tensor(columns),), values)
+        self.embeds = self.embeds.index_put((torch.as_tensor(columns, device=self.embeds.device),), values)
 
     def run(self, length: int | None = None) -> torch.Tensor:
         """Final-norm states (T, D) of the first `length` positions, from scratch."""
@@ -155,7 +156,7 @@ class Row:
             types = (ids == self.stock.config.image_token_id).int()
             positions, _ = self.stock.model.get_rope_index(ids, types, image_grid_thw=self.grid_thw)
         else:
-            positions = torch.arange(ids.shape[1]).expand(3, 1, -1)
+            positions = torch.arange(ids.shape[1], device=ids.device).expand(3, 1, -1)
         deepstack = {}
         if self.levels:
             mask = ids == self.stock.config.image_token_id

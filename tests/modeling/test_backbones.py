@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import devices
 import pytest
 import torch
 from isolation import run_isolated
@@ -36,7 +37,7 @@ STARTS = ({0, 12}, {3}, {5})  # the first row reflects twice, the rows enter and
 def own(request, tmp_path_factory):
     """A backbone's folder, model, processor and stock model; prompts over several pictures of several sizes."""
     folder = save_strong_backbone(tmp_path_factory.mktemp(request.param), request.param)
-    model = make_random_model(folder, patch_positions="sincos").eval()
+    model = make_random_model(folder, devices.DEVICE, patch_positions="sincos").eval()
     processor = VReflectionForConditionalGeneration.from_backbone(folder)[1]
     prompts = [
         ask("Which glyph is on the red triangle?", picture(1)),
@@ -169,7 +170,9 @@ def test_packed_rows_equal_separate_ones(own, taught, latent_inputs):
     apart = [encode(own.processor, sample) for sample in taught]
     together = {name: torch.cat([row[name] for row in apart], 1) for name in ("input_ids", "mm_token_type_ids")}
     together |= {name: torch.cat([row[name] for row in apart]) for name in ("pixel_values", "image_grid_thw")}
-    together["position_ids"] = torch.cat([torch.arange(row["input_ids"].shape[1]) for row in apart])[None]
+    together["position_ids"] = torch.cat([torch.arange(row["input_ids"].shape[1]) for row in apart])[None].to(
+        devices.DEVICE
+    )
     boxes = [apart[0]["boxes"], apart[1]["boxes"].clone()]
     boxes[1][..., 4] += 2  # two pictures come before the second row's
     options = {"latent_inputs": latent_inputs, "use_cache": False}
@@ -190,7 +193,7 @@ def test_recorded_latents_replay(own, feedback):
     inputs["mm_token_type_ids"] = torch.cat([own.batch["mm_token_type_ids"], torch.zeros_like(new)], 1)
     with torch.no_grad():
         logits = own.model(**inputs, latents=result.latents).logits[:, length - 1 : -1]
-    free = torch.isin(new, torch.tensor(own.model.config.latent_token_ids[1:]), invert=True)
+    free = torch.isin(new, new.new_tensor(own.model.config.latent_token_ids[1:]), invert=True)
     expected = torch.stack(result.logits, 1)
     torch.testing.assert_close(log_softmax(logits, -1)[free], log_softmax(expected, -1)[free], atol=2e-3, rtol=2e-3)
 
@@ -199,7 +202,9 @@ def test_recorded_latents_replay(own, feedback):
 def test_videos_are_refused(own, name):
     inputs = dict(own.batch)
     if name == "input_ids":
-        inputs[name] = inputs[name].index_fill(1, torch.tensor([0]), own.model.config.video_token_id)
+        inputs[name] = inputs[name].index_fill(
+            1, torch.tensor([0], device=devices.DEVICE), own.model.config.video_token_id
+        )
     else:
         inputs |= {name: torch.zeros(4, 8), "video_grid_thw": torch.tensor([[1, 2, 2]])}
     for call in (own.model, own.model.generate):
@@ -217,7 +222,7 @@ def test_a_folder_holds_no_other_backbone(own, tmp_path):
     carried = {path.stem for path in folder.glob("*.py")}
     assert {name for name in carried if name.startswith("modeling_")} == {file}
     assert {reference.partition(".")[0] for reference in own.model.config.auto_map.values()} <= carried
-    loaded = AutoModelForImageTextToText.from_pretrained(folder)
+    loaded = AutoModelForImageTextToText.from_pretrained(folder).to(devices.DEVICE)
     assert type(loaded) is type(own.model) and type(AutoProcessor.from_pretrained(folder)) is type(own.processor)
     for name, weight in own.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight), name
@@ -240,7 +245,8 @@ def test_prompts_have_the_backbones_own_format(own):
 def thinking(tmp_path_factory):
     """A model of a backbone that thinks in words, whose stock template opens the thoughts, and its processor."""
     folder = save_thinking_backbone(tmp_path_factory.mktemp("thinking"))
-    return VReflectionForConditionalGeneration.from_backbone(folder, dtype=torch.float32)
+    model, processor = VReflectionForConditionalGeneration.from_backbone(folder, dtype=torch.float32)
+    return model.to(devices.DEVICE), processor
 
 
 def test_thoughts_are_kept_and_the_reflection_is_where_the_answer_is(thinking):
@@ -285,7 +291,7 @@ def test_an_asked_for_reflection_opens_behind_the_thoughts(thinking, tmp_path, s
     if saved:
         for part in (model, processor):
             part.save_pretrained(tmp_path)
-        model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path).to(devices.DEVICE)
         processor = AutoProcessor.from_pretrained(tmp_path)
     start, slot, end = model.config.latent_token_ids
     close = processor.tokenizer.convert_tokens_to_ids("</think>")

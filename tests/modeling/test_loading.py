@@ -82,7 +82,7 @@ def test_the_vocabulary_grows_only_where_it_must(tmp_path, room, tied):
     assert len(model.get_input_embeddings().weight) == len(model.lm_head.weight) == rows
     assert model.config.text_config.vocab_size == model.lm_head.out_features == rows
     check_backbone(model, weights, tokens)
-    inputs = encode(processor, ask("Which?", picture(1)))
+    inputs = encode(processor, ask("Which?", picture(1))).to(model.device)
     assert (model.generate(**inputs, max_new_tokens=12, reflect=True) == tokens + 1).sum() == 8
 
 
@@ -147,7 +147,7 @@ def test_tokens_may_have_other_names(backbone, tmp_path):
         assert [ids.count(token) for token in model.config.latent_token_ids] == [1, 8, 1]
         assert inputs["boxes"].tolist() == [[[0, 0, 32768, 32768, 0]] * 8]
         assert loaded.tokenizer.convert_ids_to_tokens(model.config.latent_token_ids) == list(names)
-    inputs = encode(processor, ask("What?", picture(1)))
+    inputs = encode(processor, ask("What?", picture(1))).to(model.device)
     sequences = model.generate(**inputs, reflect=True, max_new_tokens=11)
     assert "<|lvr_start|>" + "<|lvr|>" * 8 + "<|lvr_end|>" in processor.decode(sequences[0])
 
@@ -165,7 +165,7 @@ def folder(model, processor, tmp_path_factory):
 
 
 def test_saved_loaded_and_saved_again_is_the_same(model, folder, tmp_path):
-    loaded = VReflectionForConditionalGeneration.from_pretrained(folder)
+    loaded = VReflectionForConditionalGeneration.from_pretrained(folder).to(model.device)
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
@@ -200,7 +200,7 @@ def test_the_modules_of_a_checkpoint_can_be_left_out(model, folder):
     assert not report["unexpected_keys"] and not report["missing_keys"]
     kept = {name: weight for name, weight in model.state_dict().items() if ".bcm." not in name and ".dac." not in name}
     assert loaded.state_dict().keys() == kept.keys() != model.state_dict().keys()
-    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in kept.items())
+    assert all(torch.equal(loaded.state_dict()[name], weight.cpu()) for name, weight in kept.items())
 
 
 def test_the_generation_config_keeps_how_to_reflect(folder, backbone, stock, ids):
@@ -210,7 +210,7 @@ def test_the_generation_config_keeps_how_to_reflect(folder, backbone, stock, ids
     assert (fresh.generation_config.latent_steps, fresh.generation_config.latent_feedback) == (8, "hidden")
     for config in (fresh.generation_config, loaded.generation_config):
         assert config.eos_token_id == stock.generation_config.eos_token_id
-    inputs = encode(AutoProcessor.from_pretrained(folder), ask("What?", picture(1)))
+    inputs = encode(AutoProcessor.from_pretrained(folder), ask("What?", picture(1))).to(loaded.device)
     tokens = loaded.generate(**inputs, reflect=True, max_new_tokens=12, min_new_tokens=12)
     assert (tokens == ids[1]).sum() == 5
 

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import devices
 import pytest
 import torch
 from reference import BOXES, Row, answer, ask, attend, encode, patches_inside, picture, with_positions
@@ -45,7 +46,9 @@ def paths(processor, mixed):
         for first, row in zip(first_image, regions)
         for region in row
     ]
-    return SimpleNamespace(inputs={**mixed.inputs, "boxes": torch.tensor(boxes)}, regions=regions)
+    return SimpleNamespace(
+        inputs={**mixed.inputs, "boxes": torch.tensor(boxes, device=devices.DEVICE)}, regions=regions
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +93,10 @@ def expect(model, stock, batch, latent_inputs, position="before"):
         everything = torch.cat(read) if read else None
         offsets = torch.tensor([0, *map(len, row.features)]).cumsum(0).tolist()
         for region in regions:
-            latents, maps, inside = [], torch.zeros(STEPS, len(everything)), torch.zeros(STEPS, len(everything))
+            latents, (maps, inside) = [], everything.new_zeros(2, STEPS, len(everything))
             for step, (box, image) in enumerate(by_step(region)):
-                patches = torch.tensor(patches_inside(box, row.grids[image]))
-                attention = torch.full((len(patches),), 1 / len(patches))
+                patches = torch.tensor(patches_inside(box, row.grids[image]), device=everything.device)
+                attention = everything.new_full((len(patches),), 1 / len(patches))
                 if model.model.bcm is not None:
                     query = model.model.bcm.queries[None, step : step + 1]
                     seen_by_step, weights = attend(model.model.bcm, query, read[image][patches][None])
@@ -201,7 +204,7 @@ def test_each_step_sees_what_a_call_with_its_box_alone_shows(make_model, paths, 
                 torch.testing.assert_close(whole.teacher_latents[:, step], alone.teacher_latents[:, step])
             torch.testing.assert_close(whole.teacher_attention[:, step], alone.teacher_attention[:, step])
             assert torch.equal(whole.inside_box[:, step], alone.inside_box[:, step])
-    torch.testing.assert_close(whole.teacher_attention.sum(2), torch.ones(whole.teacher_attention.shape[:2]))
+    torch.testing.assert_close(whole.teacher_attention.sum(2), torch.ones_like(whole.teacher_attention[..., 0]))
 
 
 def test_one_box_a_segment_can_be_given_with_its_image_in_front(model, mixed):
@@ -282,7 +285,7 @@ def test_random_queries_are_fresh_gaussians(make_model, mixed):
         first = model(**mixed.inputs, latent_inputs="bcm").student_latents
         second = model(**mixed.inputs, latent_inputs="bcm").student_latents
         torch.manual_seed(0)
-        queries = torch.randn(3, STEPS, first.shape[-1])
+        queries = torch.randn(3, STEPS, first.shape[-1], device=first.device)
         features = model.get_image_features(mixed.inputs["pixel_values"], mixed.inputs["image_grid_thw"]).pooler_output
         expected, _ = attend(model.model.dac, queries[2:], features[3][None])
     torch.testing.assert_close(first[2:], expected, atol=1e-4, rtol=1e-4)
@@ -319,7 +322,7 @@ def test_without_boxes_dac_looks_at_all_images_of_the_row(model, stock, aligned)
 def test_a_reflection_without_any_image_feeds_states_back(model, processor):
     messages = ask("Hello") + answer([0.1, 0.1, 0.9, 0.9], "Z")
     text = processor.apply_chat_template(messages, tokenize=False)
-    inputs = processor(text=text, return_tensors="pt")
+    inputs = processor(text=text, return_tensors="pt").to(devices.DEVICE)
     outputs = model(**inputs, latent_inputs="hidden")
     assert outputs.student_latents is None and outputs.latent_states.shape[:2] == (1, STEPS)
     prompt = encode(processor, ask("Hello"))
@@ -359,7 +362,7 @@ def test_encoded_images_can_be_handed_in(model, mixed):
 
 def test_roi_align_teacher_still_sums_to_one(make_model, mixed):
     outputs = make_model(region_pooling="roi_align")(**mixed.inputs, latent_inputs="bcm")
-    torch.testing.assert_close(outputs.teacher_attention.sum(-1), torch.ones(3, STEPS))
+    torch.testing.assert_close(outputs.teacher_attention.sum(-1), torch.ones(3, STEPS, device=devices.DEVICE))
     assert (outputs.teacher_attention[1, :, 12:] == 0).all()  # the image of segment 1 has 12 patches
 
 
@@ -461,7 +464,7 @@ def test_gradient_checkpointing_changes_nothing(make_model, mixed, latent_inputs
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_a_cache_is_known_by_both_of_its_names(model, processor, name):
     ids = encode(processor, ask("What is on the red square?"))["input_ids"]
-    positions = torch.arange(ids.shape[1])[None]
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
     whole = model(input_ids=ids, position_ids=positions).logits
     cache, parts = DynamicCache(config=model.config.get_text_config()), []
     for columns in (slice(0, 5), slice(5, None)):
@@ -593,7 +596,7 @@ def test_a_segment_without_its_start_token_is_refused(model, mixed, ids):
 def test_a_segment_that_begins_its_row_is_refused(model, ids):
     _, slot, end = ids
     with pytest.raises(ValueError, match="start token"):
-        model(input_ids=torch.tensor([[slot] * 8 + [end]]), latent_inputs="hidden")
+        model(input_ids=torch.tensor([[slot] * 8 + [end]], device=devices.DEVICE), latent_inputs="hidden")
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")
@@ -603,7 +606,9 @@ def test_feeding_back_refuses_what_a_cache_cannot_do(model, make_model, processo
     samples = [sample("What?", [picture(1)], BOXES[0], "A"), sample("What?", [picture(1)], BOXES[0], "A A A")]
     with pytest.raises(ValueError, match="one column.*left"):
         model(**batch_of(processor, samples).inputs, latent_inputs="hidden")
-    packed = torch.arange(aligned.inputs["input_ids"].shape[1]).expand(4, len(aligned.inputs["input_ids"]), -1)
+    packed = torch.arange(aligned.inputs["input_ids"].shape[1], device=devices.DEVICE).expand(
+        4, len(aligned.inputs["input_ids"]), -1
+    )
     with pytest.raises(ValueError, match="turn `sample_packing` off"):
         model(**aligned.inputs, position_ids=packed, latent_inputs="hidden")
     checkpointed = make_model().train()

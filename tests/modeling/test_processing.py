@@ -3,6 +3,7 @@
 import json
 import random
 
+import devices
 import numpy as np
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_scripts_in_qwens_own_way_give_the_same_prompt(processor):
     messages = ask("Which is larger?", picture(0, (120, 160)), picture(1, (96, 64)))
     pictures, _ = process_vision_info(messages, image_patch_size=processor.image_processor.patch_size)
     text = render(processor, messages, add_generation_prompt=True)
-    own_way = processor(text=[text], images=pictures, return_tensors="pt")
+    own_way = processor(text=[text], images=pictures, return_tensors="pt").to(devices.DEVICE)
     expected = encode(processor, messages)
     assert torch.equal(own_way["input_ids"], expected["input_ids"])
     assert torch.equal(own_way["image_grid_thw"], expected["image_grid_thw"])
@@ -164,10 +165,10 @@ TYPED = f"{START} {SLOT}{SLOT} {END} <|so{START}vt|> {START * 2}"
 )
 def test_text_never_becomes_a_token_of_a_reflection(model, processor, ids, messages):
     inputs = encode(processor, messages)
-    assert not torch.isin(inputs["input_ids"], torch.tensor(ids)).any()
+    assert not torch.isin(inputs["input_ids"], inputs["input_ids"].new_tensor(ids)).any()
     text = render(processor, messages, add_generation_prompt=True)
     images = [part["image"] for message in messages for part in message["content"] if "image" in part]
-    by_hand = processor(text=text, images=images or None, return_tensors="pt")
+    by_hand = processor(text=text, images=images or None, return_tensors="pt").to(devices.DEVICE)
     assert torch.equal(by_hand["input_ids"], inputs["input_ids"])
     assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
     shown = processor.decode(inputs["input_ids"][0]).replace("\u2060", "")

@@ -1,5 +1,6 @@
 """`reflect="uncertain"` against a plain loop that recomputes everything, decides by the entropy, and shares no code with it."""
 
+import devices
 import pytest
 import torch
 from reference import Row, attend, encode
@@ -26,7 +27,7 @@ def never_said(model):
 
 def entropies(logits, banned):
     """In nats, (B,)."""
-    logits = logits.double().index_fill(-1, torch.tensor(banned), float("-inf"))
+    logits = logits.double().index_fill(-1, torch.tensor(banned, device=logits.device), float("-inf"))
     logs = logits.log_softmax(-1)
     return -(logs.exp() * logs.masked_fill(logs == float("-inf"), 0)).sum(-1)
 
@@ -56,7 +57,11 @@ def decide_uncached(model, row, ids, threshold, most=2, feedback=None, given=Non
         elif tokens.count(start) < most and tokens[-1:] != [end] and entropies(logits, banned) > threshold:
             token, queue = start, [slot] * 8 + [end]
         else:
-            token = given[step] if given else int(logits.index_fill(0, torch.tensor(banned), float("-inf")).argmax())
+            token = (
+                given[step]
+                if given
+                else int(logits.index_fill(0, torch.tensor(banned, device=logits.device), float("-inf")).argmax())
+            )
         fed = row.stock.get_input_embeddings().weight[token]
         if token == slot:
             fed = state if feedback is None else feedback(state)
@@ -89,7 +94,9 @@ def test_it_reflects_where_the_next_token_is_uncertain(
     assert len({tuple(steps) for steps in opened}) > 1, "all rows open at the same steps: the test shows little"
     assert any(steps and steps[0] > 0 for steps in opened) and any(len(steps) == 2 for steps in opened)
     costs = model.compute_transition_scores(result.sequences, result.logits, normalize_logits=True)
-    assert (costs[torch.isin(result.sequences[:, length:], torch.tensor(ids))] == 0).all(), "what is forced is free"
+    assert (costs[torch.isin(result.sequences[:, length:], result.sequences.new_tensor(ids))] == 0).all(), (
+        "what is forced is free"
+    )
 
 
 def test_samples_decide_by_the_distribution_before_it_is_warped(model, stock, batch, ids, threshold):
@@ -120,10 +127,10 @@ class Wish(LogitsProcessor):
     """Raises some tokens' scores, or all others'."""
 
     def __init__(self, wished):
-        self.wished = torch.as_tensor(wished)
+        self.wished = torch.as_tensor(wished, device=devices.DEVICE)
 
     def __call__(self, input_ids, scores):
-        return scores.index_add(1, self.wished, torch.full((len(scores), len(self.wished)), 100.0))
+        return scores.index_add(1, self.wished, scores.new_full((len(scores), len(self.wished)), 100.0))
 
 
 def test_what_may_not_be_said_counts_nothing(model, batch, ids, threshold):

@@ -1,3 +1,4 @@
+import devices
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -28,7 +29,7 @@ def processor(checkpoint):
 @pytest.fixture
 def model(checkpoint):
     """A fresh model with a BCM that counts as trained."""
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).to(devices.DEVICE)
     with torch.no_grad():
         model.model.bcm.norm.bias.fill_(0.01)
     return model
@@ -52,7 +53,7 @@ def make_trainer(tmp_path, model, processor, rows):
             "logging_steps": 1,
             "save_strategy": "no",
             "bf16": False,
-            "use_cpu": True,
+            "use_cpu": devices.DEVICE.type == "cpu",
             "gradient_checkpointing": False,
             "disable_tqdm": True,
             "dataloader_pin_memory": False,

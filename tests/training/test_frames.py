@@ -44,7 +44,7 @@ def columns_of(item, frame):
 def own(request, tmp_path_factory):
     """A backbone's model and processor, and two rows from a file, with their frames as files beside it."""
     folder = save_strong_backbone(tmp_path_factory.mktemp(request.param), request.param)
-    model = make_random_model(folder, patch_positions="sincos").eval()
+    model = make_random_model(folder, "cpu", patch_positions="sincos").eval()
     processor = VReflectionForConditionalGeneration.from_backbone(folder)[1]
     looks = {
         "second": ({"box": list(SECOND.target.box), "image_index": 1}, SECOND.text, SECOND.answer),

@@ -3,6 +3,7 @@ import importlib.util
 import logging
 import math
 
+import devices
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,8 +96,8 @@ def test_a_zero_weight_is_the_cross_entropy_alone(make_trainer, model, processor
     trainer = make_trainer(stage="1", lambda_bcm=0.0, optim="sgd", learning_rate=1.0, max_steps=1, weight_decay=0.0)
     got = gradients(trainer)
     batch = VReflectionDataCollator(processor, model.config)([rows[0], rows[1]])
-    labels = batch["labels"]
-    batch = {key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}
+    labels = batch["labels"].to(model.device)
+    batch = {key: value.to(model.device) for key, value in batch.items() if key not in NON_MODEL_KEYS}
     other.model.visual.requires_grad_(False)
     logits = other(**batch, latent_inputs="bcm").logits[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
@@ -132,7 +133,7 @@ def test_the_draw_decides_who_learns_from_the_alignment(make_trainer, model, sta
     trainer = make_trainer(stage="1", bernoulli_p=states)
     trainer.__class__ = AlignmentOnly
     batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
-    trainer.compute_loss(model, batch).backward()
+    trainer.compute_loss(model, trainer._prepare_inputs(batch)).backward()
     got = {
         name.split(".")[1] for name, value in model.named_parameters() if value.grad is not None and value.grad.any()
     }
@@ -319,7 +320,7 @@ def test_a_pack_trains_like_its_samples(make_trainer, model, rows, stage):
 def test_both_poolings_train(make_trainer, checkpoint, region_pooling):
     model = AutoModelForImageTextToText.from_pretrained(
         checkpoint, dtype=torch.float32, region_pooling=region_pooling, patch_positions="none"
-    )
+    ).to(devices.DEVICE)
     before = copy.deepcopy(model.state_dict())
     trainer = make_trainer(
         trained=model, sample_packing=True, per_device_train_batch_size=1, gradient_checkpointing=True
@@ -375,7 +376,8 @@ def run_log(trainer):
 def test_metrics_against_a_computation_by_hand(make_trainer, model, processor, rows):
     log = run_log(make_trainer(stage="1", max_steps=1, learning_rate=0.0))[0]
     batch = VReflectionDataCollator(processor, model.config)([rows[0], rows[1]])
-    outputs = model(**{key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}, latent_inputs="bcm")
+    batch = {key: value.to(model.device) for key, value in batch.items() if key not in NON_MODEL_KEYS}
+    outputs = model(**batch, latent_inputs="bcm")
     distance = (outputs.latent_states - outputs.teacher_latents).abs().mean().item()
     assert log["latent_distance"] == pytest.approx(distance, rel=1e-5)
     h = outputs.latent_states.double()  # two segments: one minus their inner product over their mean square

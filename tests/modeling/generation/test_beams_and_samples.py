@@ -27,7 +27,7 @@ def test_sampling_never_keeps_banned_tokens_alone(model, batch, ids, warper, pla
     options = {"do_sample": True, "max_new_tokens": 3, "temperature": 0.7, "top_k": 0, "top_p": 1.0, **warper, **plain}
     tokens = model.generate(**batch, logits_processor=[WantReflections()], **options)[:, batch["input_ids"].shape[1] :]
     assert tokens.shape[1] >= 1
-    assert not torch.isin(tokens, torch.tensor(ids[1:] if plain == {} else ids)).any()
+    assert not torch.isin(tokens, tokens.new_tensor(ids[1:] if plain == {} else ids)).any()
 
 
 @pytest.mark.parametrize("plain", [{"latent_steps": 0}, {}])
@@ -53,7 +53,7 @@ def test_top_k_leaves_as_many_tokens_as_it_says(model, batch, ids, plain):
 def test_a_warper_of_the_users_keeps_what_may_be_said(model, batch, ids):
     class WantReflections(LogitsProcessor):
         def __call__(self, input_ids, scores):
-            return scores.index_fill(1, torch.tensor(ids), 100.0)
+            return scores.index_fill(1, input_ids.new_tensor(ids), 100.0)
 
     # The model's own favourites: bans come before the list that the user gave, and once more after it.
     bias = {(token,): 100.0 for token in ids}
@@ -61,7 +61,7 @@ def test_a_warper_of_the_users_keeps_what_may_be_said(model, batch, ids):
     for given in ([TopKLogitsWarper(1)], [WantReflections()]):
         extra = {"sequence_bias": bias} if isinstance(given[0], TopKLogitsWarper) else {}
         tokens = model.generate(**batch, **options, **extra, logits_processor=given)
-        assert not torch.isin(tokens[:, batch["input_ids"].shape[1] :], torch.tensor(ids)).any()
+        assert not torch.isin(tokens[:, batch["input_ids"].shape[1] :], tokens.new_tensor(ids)).any()
 
 
 def test_dac_feedback_with_beams_and_several_sequences(model, processor, prompts):
@@ -184,7 +184,7 @@ def test_every_beam_has_the_score_of_its_sequence(model, stock, processor, promp
 
         _, logits = decode_uncached(row, ids, new_tokens, given=tokens, feedback=query if feedback == "dac" else None)
         costs = logits.log_softmax(-1)[range(new_tokens), tokens]
-        costs += torch.tensor([conductor.extra(step) for step in range(new_tokens)])
+        costs += costs.new_tensor([conductor.extra(step) for step in range(new_tokens)])
         costs[start : start + 10] = 0.0
         costs[start] = conductor.price
         assert result.sequences_scores[number].item() == pytest.approx(costs.sum().item(), abs=5e-4)
@@ -199,7 +199,7 @@ def test_an_answers_log_probability_is_that_of_its_free_tokens(model, batch, ids
     result = decode(model, batch, starts, reflect=reflect, **options)
     length, beam_indices = batch["input_ids"].shape[1], getattr(result, "beam_indices", None)
     tokens = result.sequences[:, length:]
-    forced = torch.isin(tokens, torch.tensor(ids[1:]))
+    forced = torch.isin(tokens, tokens.new_tensor(ids[1:]))
     forced[:, 0] |= bool(reflect)
     assert forced.sum(1).min() > 8
     by_logits = model.compute_transition_scores(result.sequences, result.logits, beam_indices, normalize_logits=True)

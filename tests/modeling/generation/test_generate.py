@@ -68,7 +68,7 @@ def test_without_latents_no_reflection_token_appears(model, batch, ids, plain):
             return scores
 
     tokens = model.generate(**batch, max_new_tokens=6, do_sample=False, logits_processor=[WantReflections()], **plain)
-    assert not torch.isin(tokens, torch.tensor(ids)).any()
+    assert not torch.isin(tokens, tokens.new_tensor(ids)).any()
 
 
 def test_slots_and_end_appear_only_in_a_reflection(model, batch, ids):
@@ -79,7 +79,7 @@ def test_slots_and_end_appear_only_in_a_reflection(model, batch, ids):
             return scores
 
     tokens = model.generate(**batch, max_new_tokens=6, do_sample=False, logits_processor=[WantSlots()])
-    assert not torch.isin(tokens, torch.tensor(ids[1:])).any()
+    assert not torch.isin(tokens, tokens.new_tensor(ids[1:])).any()
 
 
 def test_a_user_processor_cannot_break_a_reflection(model, processor, prompts, ids):
@@ -195,7 +195,7 @@ def test_scores_and_states_of_an_earlier_call_do_not_matter(model, batch, proces
 
 
 def test_pipeline_answers_in_text(model, processor):
-    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    pipe = pipeline("image-text-to-text", model=model, processor=processor, device=model.device)
     content = [{"type": "image", "image": picture(1)}, {"type": "text", "text": "What?"}]
     kwargs = {"max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False, "reflect": True}
     text = pipe(text=[{"role": "user", "content": content}], return_full_text=False, generate_kwargs=kwargs)

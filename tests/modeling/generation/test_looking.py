@@ -1,5 +1,6 @@
 """`latent_feedback="dac"` against uncached re-computation: which pictures are looked at, and when a reflection ends."""
 
+import devices
 import pytest
 import torch
 from generation_helpers import NEW_TOKENS, STARTS, decode, looker, new_tokens_of, stock_tokens
@@ -46,7 +47,7 @@ def test_looks_reach_the_pictures_wherever_they_are_kept(
         assert not result.latents[index, count:].any() and not result.latent_attention[index, count:].any()
         patches = sum(map(len, row.features))
         seen = result.latent_attention[index, :count]
-        torch.testing.assert_close(seen.sum(1), torch.ones(count))
+        torch.testing.assert_close(seen.sum(1), torch.ones(count, device=devices.DEVICE))
         assert not seen[:, patches:].any()
 
 
@@ -130,7 +131,7 @@ def test_rows_without_a_picture_do_not_reflect_by_looking(model, stock, processo
     }
     inputs = encode(processor, prompts[3], prompts[0])
     tokens = model.generate(**inputs, **want)[:, inputs["input_ids"].shape[1] :]
-    assert not torch.isin(tokens[0], torch.tensor(ids)).any() and tokens[1, 0] == ids[0]
+    assert not torch.isin(tokens[0], tokens.new_tensor(ids)).any() and tokens[1, 0] == ids[0]
     assert tokens[0].isfinite().all()
     text = encode(processor, prompts[3])
     assert torch.equal(decode(model, text, new_tokens=8, latent_feedback="dac"), stock_tokens(stock, text, 8))
