@@ -3,6 +3,7 @@
 import copy
 import json
 
+import devices
 import pytest
 import torch
 from randomise import randomise
@@ -69,7 +70,7 @@ def make(tmp_path, processor, model):
             "logging_steps": 1,
             "save_strategy": "no",
             "bf16": False,
-            "use_cpu": True,
+            "use_cpu": devices.DEVICE.type == "cpu",
             "gradient_checkpointing": False,
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
@@ -174,7 +175,7 @@ def test_gradients_go_through_the_latents_into_dac(make, model):
     trainer = make(generation_kwargs={"reflect": True})
     model.train()
     batch, _ = roll_out(trainer)
-    weights = torch.randn(batch["completion_ids"].shape) * batch["tool_mask"]
+    weights = torch.randn(batch["completion_ids"].shape, device=devices.DEVICE) * batch["tool_mask"]
     (log_probs(trainer, batch) * weights).sum().backward()
     bias = model.model.dac.norm.bias
     direction = torch.randn_like(bias)
@@ -324,8 +325,8 @@ def test_latent_use_is_the_drop_of_the_right_answers_log_probability(make, model
         right = processor.tokenizer(trainer.train_dataset[row // 2]["answer"]).input_ids + [
             processor.tokenizer.eos_token_id
         ]
-        tokens = torch.tensor([answer[: len(answer) - answer[::-1].index(end)] + right])
         prompt = inputs["input_ids"][row : row + 1, inputs["attention_mask"][row].argmax() :]
+        tokens = prompt.new_tensor([answer[: len(answer) - answer[::-1].index(end)] + right])
         pixels = inputs["pixel_values"][images[row] - int(inputs["image_grid_thw"][row].prod()) : images[row]]
         ids = torch.cat([prompt, tokens], 1)
         sums = []
@@ -339,7 +340,7 @@ def test_latent_use_is_the_drop_of_the_right_answers_log_probability(make, model
                     latents=latents,
                 ).logits[0, -len(right) - 1 : -1]
             logits[:, [slot, end, model.config.image_token_id, model.config.video_token_id]] = float("-inf")
-            sums.append(logits.log_softmax(-1).gather(1, torch.tensor(right)[:, None]).sum().item())
+            sums.append(logits.log_softmax(-1).gather(1, ids[0, -len(right) :, None]).sum().item())
         assert value == pytest.approx(sums[0] - sums[1], abs=1e-4)
 
 
