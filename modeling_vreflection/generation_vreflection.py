@@ -273,8 +273,10 @@ class ReflectionGenerationMixin:
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if model_kwargs["reflection"].options.can_start:
-            # On the cache, since beam search reorders nothing else; a clone, since CUDA graphs reuse their memory.
-            model_kwargs[CACHE].latent_state = outputs.last_hidden_state[:, -1:].clone()
+            # On the cache, since beam search reorders nothing else. A clone, since CUDA graphs reuse their memory; contiguous,
+            # since a compiled step is compiled anew for other strides, and those of the prompt's states are its length's.
+            state = outputs.last_hidden_state[:, -1:].clone(memory_format=torch.contiguous_format)
+            model_kwargs[CACHE].latent_state = state
         return model_kwargs
 
     def _reorder_cache(self, cache: Cache, beam_idx: torch.LongTensor) -> Cache:

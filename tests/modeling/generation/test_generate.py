@@ -125,22 +125,37 @@ def test_static_cache_equals_dynamic(model, batch, greedy):
     assert tokens.tolist() == new_tokens_of(greedy, batch)
 
 
-@pytest.mark.slow
-def test_compiled_forward_equals_eager(model, processor, prompts):
-    """Full graph, static cache; the backend that only traces shows whatever a graph can't hold."""
-    inputs = encode(processor, *prompts[:2])
-    expected = decode(model, inputs, [{0}, {3}], 16)
+@pytest.fixture
+def compiled(model):
+    """Options of `generate` that compile its steps, by a backend that only traces: it shows whatever a graph can't hold."""
     options = CompileConfig(fullgraph=True, backend="eager", mode=None)
     options._compile_all_devices = True
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    try:
-        tokens = decode(model, inputs, [{0}, {3}], 16, cache_implementation="static", compile_config=options)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"
-    finally:
-        model.__dict__.pop("_compiled_call", None)
-        torch._dynamo.reset()
+    yield {"cache_implementation": "static", "compile_config": options}
+    model.__dict__.pop("_compiled_call", None)
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+def test_compiled_forward_equals_eager(model, processor, prompts, compiled):
+    inputs = encode(processor, *prompts[:2])
+    expected = decode(model, inputs, [{0}, {3}], 16)
+    tokens = decode(model, inputs, [{0}, {3}], 16, **compiled)
+    assert graphs() >= 1, "nothing was compiled"
     assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("feedback", ["hidden", "dac"])
+def test_text_steps_are_compiled_once_and_latent_steps_are(model, processor, prompts, compiled, feedback):
+    """Whatever the prompts' lengths: the graphs are those of the first answer."""
+    for prompt in prompts[:3]:
+        decode(model, encode(processor, prompt), new_tokens=14, reflect=True, latent_feedback=feedback, **compiled)
+        assert graphs() == 2
 
 
 def test_a_prompt_of_embeddings_equals_one_of_ids(model, processor):
