@@ -389,9 +389,8 @@ class ReflectionForcing(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         progress, left = self.progress, self.progress.left
         if self.forced is None:
-            forced = scores.new_full((3, scores.shape[1]), float("-inf"))
-            forced[torch.arange(3), torch.tensor(self.token_ids)] = 0.0
-            self.forced = forced.unbind()
+            ids = torch.tensor(self.token_ids, device=scores.device)
+            self.forced = scores.new_full((3, scores.shape[1]), float("-inf")).scatter(1, ids[:, None], 0.0).unbind()
         start, slot, end = self.forced
         new, opens = input_ids.shape[1] - progress.prompt_length, progress.uncertain
         if progress.options.reflect is True and (new == 0 or progress.think_end_id is not None):
