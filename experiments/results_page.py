@@ -11,6 +11,8 @@ from pathlib import Path
 from vreflection_hub_card.evaluation.report import glyphsearch_table, thresholds_report
 
 from .benchmark.benchmark_tables import decoding_tables, training_tables
+from .benchmark.operators import RESULT as OPERATORS_RESULT
+from .benchmark.operators import operators_table
 from .benchmark.sizes import RESULT as SIZES_RESULT
 from .benchmark.sizes import sizes_table
 from .chains.table import TABLES, read_results, time_table
@@ -42,6 +44,7 @@ RENDERERS: Renderers = {
     "glyphsearch chains": (glyphsearch_table, EMBEDDED_RESULTS / "vreflection_tiny_chains.json"),
     "glyphsearch qwen3_vl": (glyphsearch_table, QWEN3_VL_RESULT),
     "sizes": (sizes_table, SIZES_RESULT),
+    "operators": (operators_table, OPERATORS_RESULT),
     "training small": (training_tables, BENCHMARK_RESULTS / "training_small.json"),
     "decoding 7b": (decoding_tables, BENCHMARK_RESULTS / "decoding_7b_cpu.json"),
     "decoding 3b dac": (decoding_tables, BENCHMARK_RESULTS / "decoding_3b_dac_cpu.json"),

@@ -153,10 +153,10 @@ class ReflectionProgress:
         noise (`float`): Standard deviation of what is added to the values that are fed.
 
     Attributes:
-        left (`torch.LongTensor` of shape `(B,)`): Next tokens of each row that are forced; `None` before the first.
+        left (`torch.LongTensor` of shape `(B,)`): Next tokens of each row that are forced; `None` before the first, and where
+            the host knows that all rows have `forced_steps`.
         forced_steps (`int`): Next tokens that are known to be forced in all rows.
         in_slots (`bool`): Whether the last token of any row may be a slot.
-        settled (`torch.BoolTensor` of shape `(B,)`): Rows whose look came to rest, so that their reflection ends here.
         uncertain (`torch.BoolTensor` of shape `(B,)`): With `reflect="uncertain"`, rows whose next token opens a reflection
             unless they are in one.
         pictures (`tuple`): Of all images of each row DAC's keys and values (B, heads, L, D / heads), with `patch_positions`
@@ -188,7 +188,6 @@ class ReflectionProgress:
         # `left` at the tokens before: every row of `reflect=True` begins with the start token.
         begins = options.reflect is True and think_end_id is None
         self._left_before = HostCopy(torch.tensor([options.latent_steps + 2 if begins else 0]))
-        self.settled: torch.BoolTensor | None = None
         self.uncertain: torch.BoolTensor | None = None
         self.pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor] | None = None
         self.has_pictures: torch.BoolTensor | None = None
@@ -207,17 +206,16 @@ class ReflectionProgress:
         before = self._left_before.tolist()
         least, most = max(min(before) - 1, 0), max(max(before) - 1, 0)
         steps, tolerance = self.options.latent_steps, self.options.latent_tolerance
-        self.settled = None
         self.in_slots = 0 < most <= steps
         self.forced_steps = least
-        if most:
+        known = least > 0 and not tolerance  # no row leaves its reflection or opens one
+        if known and least == most:
+            self.left = None
+        elif most:
             self.left = forced_tokens_left(input_ids, self.start_id, self.end_id, steps)
         else:
             self.left = (input_ids[:, -1] == self.start_id) * (steps + 1)
-        if least and not tolerance:  # no row leaves its reflection or opens one
-            self._left_before = HostCopy(torch.tensor([least, most]))
-            return
-        self._left_before = HostCopy(self.left)
+        self._left_before = HostCopy(torch.tensor([least, most]) if known else self.left)
         if tolerance:  # a look that came to rest may have ended a reflection before its time
             left = self._left_before.tolist()
             self.in_slots &= max(left) > 0
@@ -251,7 +249,8 @@ class ReflectionProgress:
     def compare(self, look: torch.Tensor, previous: torch.Tensor):
         """Ends the reflections whose looks (B, L) came to rest, from the second step on: half the L1 distance is small."""
         second = (self.left > 1) & (self.left < self.options.latent_steps)
-        self.settled = second & ((look - previous).abs().sum(1) / 2 < self.options.latent_tolerance)
+        settled = second & ((look - previous).abs().sum(1) / 2 < self.options.latent_tolerance)
+        self.left = torch.where(settled, 1, self.left)
 
     def feed(self, input_ids: torch.LongTensor, latents: torch.Tensor) -> torch.Tensor:
         """What is fed to the last of tokens (B, T), where it is a slot: `latents` (B, 1, D), or those given; and noise."""
@@ -392,6 +391,8 @@ class ReflectionForcing(LogitsProcessor):
             ids = torch.tensor(self.token_ids, device=scores.device)
             self.forced = scores.new_full((3, scores.shape[1]), float("-inf")).scatter(1, ids[:, None], 0.0).unbind()
         start, slot, end = self.forced
+        if left is None and progress.forced_steps:
+            return (slot if progress.forced_steps > 1 else end).expand_as(scores)
         new, opens = input_ids.shape[1] - progress.prompt_length, progress.uncertain
         if progress.options.reflect is True and (new == 0 or progress.think_end_id is not None):
             opens = progress.begins_answer(input_ids[:, progress.prompt_length :])[:, -1]
@@ -401,8 +402,7 @@ class ReflectionForcing(LogitsProcessor):
             return scores
         scores = torch.where(left[:, None] > 0, slot, scores)
         if progress.in_slots:
-            ends = left == 1 if progress.settled is None else (left == 1) | progress.settled
-            scores = torch.where(ends[:, None], end, scores)
+            scores = torch.where(left[:, None] == 1, end, scores)
         return scores
 
     __call__.__signature__ = signature(__call__)
