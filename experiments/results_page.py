@@ -35,7 +35,10 @@ QWEN3_VL_RESULT = ROOT / "experiments" / "second_backbone" / "results" / "tiny_q
 SERVING_RESULTS = ROOT / "experiments" / "serving" / "results"
 STUDY_RESULTS = ROOT / "experiments" / "study" / "results" / "quick"
 CHAINS_CPU_RESULTS = CHAINS_RESULTS / "cpu"
-CPU_TABLES = ("chains kinship", "chains other", "chains replaced")  # of arms that share a shorter schedule
+# Of arms that share a shorter schedule.
+CPU_TABLES = tuple(
+    f"chains {what}" for what in ("missing", "kinship", "other", "replaced", "looks", "without reflecting")
+)
 Renderers = dict[str, tuple[Callable[..., str], Path]]
 RENDERERS: Renderers = {
     "glyphsearch default": (glyphsearch_table, EMBEDDED_RESULTS / "vreflection_tiny.json"),
