@@ -470,7 +470,7 @@ def test_a_cache_is_known_by_both_of_its_names(model, processor, name):
     for columns in (slice(0, 5), slice(5, None)):
         chunk = {"input_ids": ids[:, columns], "position_ids": positions[:, columns]}
         parts.append(model(**chunk, **{name: cache}).logits)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=5e-5, rtol=0)
     with pytest.raises(ValueError, match="pass one of them"):
         model(input_ids=ids, cache=cache, past_key_values=cache)
 

@@ -93,18 +93,18 @@ def test_packed_and_separate_agree(strong, processor, latent_inputs):
     for sample, (pack, number) in enumerate(where):
         at = 0 if number == 0 else at
         torch.testing.assert_close(
-            rows[pack][at : at + lengths[sample]], separate.logits[sample, : lengths[sample]], rtol=0, atol=1e-5
+            rows[pack][at : at + lengths[sample]], separate.logits[sample, : lengths[sample]], rtol=0, atol=5e-5
         )
         at += lengths[sample]
     for name in ("latent_states", "teacher_latents", "student_latents", "teacher_attention", "student_attention"):
-        torch.testing.assert_close(getattr(packed, name), getattr(separate, name), rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(getattr(packed, name), getattr(separate, name), rtol=0, atol=5e-5, msg=name)
     for name, loss in separate_losses.items():
-        assert packed_losses[name].item() == pytest.approx(loss.item(), rel=1e-5), name
+        assert packed_losses[name].item() == pytest.approx(loss.item(), rel=5e-5), name
     for name, parameter in strong.named_parameters():
         if parameter.grad is not None:
             scale = parameter.grad.abs().max().clamp(min=1)
             difference = (packed_gradients[name] - parameter.grad).abs().max()
-            assert difference <= 1e-5 * scale, name
+            assert difference <= 5e-5 * scale, name
     assert batch["input_ids"].shape[0] == 2
 
 
