@@ -312,6 +312,13 @@ def test_the_prose_on_the_short_schedule_says_what_its_files_say():
             max(one[kind][hops] for kind, longest in (("kinship", "0123"), ("spatial", "012")) for hops in longest)
             < 25
         )
+    after = {}
+    for name in ("path_seed0", "path_seed1", "path_seed2", "path_half_seed0", "sft_seed0"):
+        losses = files[name]["losses"]
+        curve = [loss for step, loss in zip(losses["step"], losses["CE"]) if step > 1200]
+        after[name] = sum(curve) / len(curve)
+    assert max(after[f"path_seed{seed}"] for seed in range(3)) < 0.02
+    assert after["sft_seed0"] < after["path_half_seed0"] < 1.2 * after["sft_seed0"]
     for arm, way, most in (("two_stages", "hidden", 4), ("two_stages", "dac", 4), ("path_half", "dac", 5)):
         one = tables[f"{arm}_seed0", way]
         for replaced in one["replaced"].values():
