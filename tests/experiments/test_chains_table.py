@@ -280,12 +280,16 @@ def test_the_prose_on_the_short_schedule_says_what_its_files_say():
     for path in paths:
         assert min(path["spatial"][hops] for hops in "012") > 70 and path["relation"]["1"] > 95
         assert 35 < path["kinship"]["1"] < 50
-    assert max(one["kinship"][hops] for one in shares.values() for hops in "23") < 30, "no arm answers them"
+    assert max(one["kinship"][hops] for one in shares.values() for hops in "23") < 33, "no arm answers them"
     for (name, _), one in shares.items():
         if name.startswith("sft_seed"):
             assert guesses(one) and max(one["kinship"][hops] for hops in "123") < 20
-        if name.startswith("names_seed"):
-            assert guesses(one) and 28 < one["kinship"]["1"] < 40
+    words = [one for (name, _), one in shares.items() if name.startswith("names_seed")]
+    ahead = [
+        sum(one["kinship"][hops] for one in words) / len(words) - sum(path["kinship"][hops] for path in paths) / 3
+        for hops in "12"
+    ]
+    assert all(map(guesses, words)) and abs(ahead[0]) < 8 and 2 < ahead[1] < 10
     plain = shares["path_without_positions_seed0", "dac"]
     assert guesses(plain) and plain["kinship"]["1"] > 35
     moved, means = (
@@ -319,7 +323,7 @@ def test_the_prose_on_the_short_schedule_says_what_its_files_say():
         after[name] = sum(curve) / len(curve)
     assert max(after[f"path_seed{seed}"] for seed in range(3)) < 0.02
     assert after["sft_seed0"] < after["path_half_seed0"] < 1.2 * after["sft_seed0"]
-    for arm, way, most in (("two_stages", "hidden", 4), ("two_stages", "dac", 4), ("path_half", "dac", 5)):
+    for arm, way, most in (("two_stages", "hidden", 4), ("two_stages", "dac", 4), ("path_half", "dac", 3)):
         one = tables[f"{arm}_seed0", way]
         for replaced in one["replaced"].values():
             for kind, longest in (("kinship", 3), ("spatial", 2)):
