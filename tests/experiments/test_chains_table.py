@@ -301,6 +301,9 @@ def test_the_prose_on_the_short_schedule_says_what_its_files_say():
     )
     assert 0.4 < moved["kinship"]["1"] / means["kinship"]["1"] < 0.6
     assert all(0.7 < moved["spatial"][hops] / means["spatial"][hops] < 0.85 for hops in "12")
+    eighth = shares["path_8_seed0", "dac"]
+    for kind, longest in (("kinship", "0123"), ("spatial", "012"), ("relation", "1")):
+        assert all(sum(path[kind][hops] for path in paths) / 3 - eighth[kind][hops] < 10 for hops in longest)
     one_box = shares["one_box_seed0", "dac"]
     assert all(30 < one_box["spatial"][hops] < 37 for hops in "12") and 45 < one_box["relation"]["1"] < 55
     assert guesses(shares["one_box_seed0", "hidden"])
