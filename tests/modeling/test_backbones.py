@@ -170,9 +170,8 @@ def test_packed_rows_equal_separate_ones(own, taught, latent_inputs):
     apart = [encode(own.processor, sample) for sample in taught]
     together = {name: torch.cat([row[name] for row in apart], 1) for name in ("input_ids", "mm_token_type_ids")}
     together |= {name: torch.cat([row[name] for row in apart]) for name in ("pixel_values", "image_grid_thw")}
-    together["position_ids"] = torch.cat([torch.arange(row["input_ids"].shape[1]) for row in apart])[None].to(
-        devices.DEVICE
-    )
+    positions = [torch.arange(row["input_ids"].shape[1], device=devices.DEVICE) for row in apart]
+    together["position_ids"] = torch.cat(positions)[None]
     boxes = [apart[0]["boxes"], apart[1]["boxes"].clone()]
     boxes[1][..., 4] += 2  # two pictures come before the second row's
     options = {"latent_inputs": latent_inputs, "use_cache": False}
@@ -202,9 +201,7 @@ def test_recorded_latents_replay(own, feedback):
 def test_videos_are_refused(own, name):
     inputs = dict(own.batch)
     if name == "input_ids":
-        inputs[name] = inputs[name].index_fill(
-            1, torch.tensor([0], device=devices.DEVICE), own.model.config.video_token_id
-        )
+        inputs[name] = inputs[name].index_fill(1, inputs[name].new_tensor([0]), own.model.config.video_token_id)
     else:
         inputs |= {name: torch.zeros(4, 8), "video_grid_thw": torch.tensor([[1, 2, 2]])}
     for call in (own.model, own.model.generate):

@@ -57,11 +57,8 @@ def decide_uncached(model, row, ids, threshold, most=2, feedback=None, given=Non
         elif tokens.count(start) < most and tokens[-1:] != [end] and entropies(logits, banned) > threshold:
             token, queue = start, [slot] * 8 + [end]
         else:
-            token = (
-                given[step]
-                if given
-                else int(logits.index_fill(0, torch.tensor(banned, device=logits.device), float("-inf")).argmax())
-            )
+            allowed = logits.index_fill(0, torch.tensor(banned, device=logits.device), float("-inf"))
+            token = given[step] if given else int(allowed.argmax())
         fed = row.stock.get_input_embeddings().weight[token]
         if token == slot:
             fed = state if feedback is None else feedback(state)

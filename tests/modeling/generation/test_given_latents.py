@@ -9,6 +9,10 @@ from generation_helpers import NEW_TOKENS, decode, looker, new_tokens_of
 from reference import Row, answer, ask, decode_uncached, encode, picture
 
 
+def zeros(rows: int, count: int) -> torch.Tensor:
+    return torch.zeros(rows, count, 192, device=devices.DEVICE)
+
+
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 5e-6), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("feedback", ["hidden", "dac"])
 def test_recorded_latents_replay_to_the_same_log_probabilities(
@@ -72,19 +76,17 @@ def test_a_replay_needs_a_latent_for_each_slot(model, processor, ids):
     inputs = encode(processor, ask("Which?", picture(1)) + answer([0.1, 0.1, 0.5, 0.5], "N"))
     boxes = inputs.pop("boxes")
     with pytest.raises(ValueError, match=r"Rows hold \[8\] slots, and `latents` 7"):
-        model(**inputs, latents=torch.zeros(1, 7, 192, device=devices.DEVICE))
+        model(**inputs, latents=zeros(1, 7))
     with pytest.raises(ValueError, match=r"`latents` must be \(1, latents, 192\)"):
-        model(**inputs, latents=torch.zeros(2, 8, 192, device=devices.DEVICE))
+        model(**inputs, latents=zeros(2, 8))
     for wrong in ({"latent_inputs": "bcm"}, {"boxes": boxes}):
         with pytest.raises(ValueError, match="neither `boxes` nor `latent_inputs='bcm'`"):
-            model(**inputs, latents=torch.zeros(1, 8, 192, device=devices.DEVICE), **wrong)
+            model(**inputs, latents=zeros(1, 8), **wrong)
     cut = int((inputs["input_ids"][0] == ids[1]).nonzero()[3]) + 1
     last = {name: inputs[name][:, :cut] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
     pictures = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
     with torch.no_grad():
-        model(
-            **last, **pictures, latents=torch.zeros(1, 3, 192, device=devices.DEVICE)
-        )  # nothing was fed to the last token
+        model(**last, **pictures, latents=zeros(1, 3))  # nothing was fed to the last token
 
 
 @pytest.mark.parametrize("feedback", ["hidden", "dac"])
@@ -94,7 +96,7 @@ def test_given_latents_take_the_place_of_the_models_own(model, stock, processor,
     usual = decode(model, inputs, starts, **own)
     again = decode(model, inputs, starts, **own, latents=usual.latents)
     assert torch.equal(again.sequences, usual.sequences) and torch.equal(again.latents, usual.latents)
-    zeroed = decode(model, inputs, starts, **own, latents=torch.zeros(2, 8, 192, device=devices.DEVICE))
+    zeroed = decode(model, inputs, starts, **own, latents=zeros(2, 8))
     assert not zeroed.latents[:, :8].any() and zeroed.latents[0, 8:].any(), "past the last, the model's own"
     row = Row(stock, inputs, 0)
     feed = looker(model, row)[0] if feedback == "dac" else (lambda state: state)
@@ -106,15 +108,7 @@ def test_given_latents_take_the_place_of_the_models_own(model, stock, processor,
 
     expected, _ = decode_uncached(row, ids, NEW_TOKENS, starts[0], feedback=zeros_first, banned=eos)
     assert new_tokens_of(zeroed, inputs)[0] == expected != new_tokens_of(usual, inputs)[0]
-    copies = decode(
-        model,
-        inputs,
-        starts,
-        **own,
-        latents=torch.zeros(2, 8, 192, device=devices.DEVICE),
-        num_beams=2,
-        num_return_sequences=2,
-    )
+    copies = decode(model, inputs, starts, **own, latents=zeros(2, 8), num_beams=2, num_return_sequences=2)
     assert not copies.latents[:, :8].any() and len(copies.latents) == 4
 
 
@@ -156,11 +150,11 @@ def test_given_latents_of_another_shape_are_refused(model, one, latents):
 def test_given_latents_need_reflections(model, one):
     for plain in ({"latent_steps": 0}, {"reflect": False}):
         with pytest.raises(ValueError, match="`latents` are fed in reflections.*leave out.*`reflect=False`"):
-            model.generate(**one, max_new_tokens=16, latents=torch.zeros(1, 8, 192, device=devices.DEVICE), **plain)
+            model.generate(**one, max_new_tokens=16, latents=zeros(1, 8), **plain)
 
 
 def test_given_latents_must_be_finite(model, one):
-    latents = torch.zeros(1, 8, 192, device=devices.DEVICE)
+    latents = zeros(1, 8)
     latents[0, 3, 5] = float("nan")
     with pytest.raises(ValueError, match="`latents` hold values that aren't finite"):
         model.generate(**one, max_new_tokens=16, latents=latents)
@@ -169,8 +163,6 @@ def test_given_latents_must_be_finite(model, one):
 def test_given_latents_fit_a_prompt_of_embeddings(model, processor):
     embeds = model.get_input_embeddings()(encode(processor, ask("Hello?"))["input_ids"]).detach()
     options = {"reflect": True, "max_new_tokens": 14, "do_sample": False, "return_dict_in_generate": True}
-    assert not model.generate(
-        inputs_embeds=embeds, **options, latents=torch.zeros(1, 8, 192, device=devices.DEVICE)
-    ).latents.any()
+    assert not model.generate(inputs_embeds=embeds, **options, latents=zeros(1, 8)).latents.any()
     with pytest.raises(ValueError, match=r"`latents` must be \(1, at least 1, 192\), got \(2, 8, 192\)"):
-        model.generate(inputs_embeds=embeds, **options, latents=torch.zeros(2, 8, 192, device=devices.DEVICE))
+        model.generate(inputs_embeds=embeds, **options, latents=zeros(2, 8))
