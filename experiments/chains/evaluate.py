@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from .arms import Arm
+from .decoding import Prompts
 from .network import Batch, Network
 from .rows import Example, Rows, Scenes, Tokens
 
@@ -64,27 +65,27 @@ class Evaluation:
         """Accuracy of greedy text; with `slots`, after a reflection whose slots keep their embeddings."""
         right = []
         for index in self.chunks(rows):
-            batch = Batch.pick(rows, self.scenes, index)
-            column = (batch.slot + len(self.network.steps) if slots else rows.answer[index] - 1)[:, 0]
-            right += self.continue_text(batch, column, self.glyphs[index], banned or [self.slot_id])
+            prompts = self.prompts(rows, index)
+            embeds = prompts.embeds(len(self.network.steps) + 3 if slots else 1)
+            right += self.continue_text(prompts, embeds, self.glyphs[index], banned or [self.slot_id])
         return self.by_kind(right)
 
-    def continue_text(self, batch: Batch, column: torch.Tensor, glyphs: torch.Tensor, banned: list[int]) -> list[bool]:
-        """Whether the last token before the end of the turn is the glyph, where text goes on after each line's column."""
-        table = self.network.core.get_input_embeddings().weight.detach()
-        embeds = self.network.embed(batch)
-        embeds = torch.cat([embeds, embeds.new_zeros(len(embeds), MAX_TEXT_TOKENS, embeds.shape[2])], 1)
-        batch = replace(batch, place=torch.arange(embeds.shape[1], device=self.device).expand(len(embeds), -1))
-        everyone = torch.arange(len(embeds), device=self.device)
-        last, running = torch.full_like(column, -1), torch.ones_like(column, dtype=torch.bool)
+    def prompts(self, rows: Rows, index: torch.Tensor) -> Prompts:
+        """The prompts of the rows of these numbers."""
+        return Prompts(self.network, Batch.pick(rows, self.scenes, index), rows.answer[index, 0])
+
+    def continue_text(
+        self, prompts: Prompts, embeds: torch.Tensor, glyphs: torch.Tensor, banned: list[int]
+    ) -> list[bool]:
+        """Whether the last token before the end of the turn is the glyph, where text goes on after embeddings (B, T, D)."""
+        last, running = torch.full_like(glyphs, -1), torch.ones_like(glyphs, dtype=torch.bool)
         for _ in range(MAX_TEXT_TOKENS):
-            token = self.network.next_tokens(batch, embeds, column, banned)
+            token = prompts.next_tokens(embeds, banned)
             running &= token != self.end
             last = torch.where(running, token, last)
             if not running.any():
                 break
-            column = column + 1
-            embeds[everyone, column] = table[token]
+            embeds = torch.cat([embeds, prompts.table[token][:, None]], 1)
         return ((last == glyphs) & ~running).tolist()
 
     def reflecting(self, rows: Rows, feedback: str) -> dict:
@@ -92,21 +93,20 @@ class Evaluation:
         generator = torch.Generator().manual_seed(0)
         right, begins, inside, tolerant = defaultdict(list), [], [], defaultdict(list)
         for index in self.chunks(rows):
-            batch, glyphs = Batch.pick(rows, self.scenes, index), self.glyphs[index]
-            first = self.network.next_tokens(batch, self.network.embed(batch), rows.answer[index, 0] - 1, [])
-            begins += (first == self.start_id).tolist()
-            latents, looks = self.network.roll_out(batch, feedback)
-            right["own"] += self.answer(batch, latents, glyphs)
+            prompts, glyphs = self.prompts(rows, index), self.glyphs[index]
+            begins += (prompts.next_tokens(prompts.embeds(1), []) == self.start_id).tolist()
+            latents, looks = prompts.roll_out(feedback)
+            right["own"] += self.answer(prompts, latents, glyphs)
             for name in REPLACEMENTS:
-                right[name] += self.answer(batch, replace_all(name, latents, generator), glyphs)
+                right[name] += self.answer(prompts, replace_all(name, latents, generator), glyphs)
             if looks is not None:
-                inside.append(batch.inside.gather(2, looks.argmax(-1, keepdim=True))[..., 0])
+                inside.append(prompts.batch.inside.gather(2, looks.argmax(-1, keepdim=True))[..., 0])
                 moved = (looks[:, 1:] - looks[:, :-1]).abs().sum(-1) / 2
                 for tolerance in TOLERANCES:
                     # The step whose look is like the one before is the last.
                     settled = torch.cat([moved < tolerance, torch.ones_like(moved[:, :1], dtype=torch.bool)], 1)
                     count = (settled.int().argmax(1) + 2).clamp(max=len(self.network.steps))
-                    hits = self.answer(batch, latents, glyphs, count)
+                    hits = self.answer(prompts, latents, glyphs, count)
                     tolerant[tolerance] += list(zip(hits, count.tolist()))
         results = {
             "accuracy": self.by_kind(right.pop("own")),
@@ -125,17 +125,16 @@ class Evaluation:
             }
         return results
 
-    def answer(self, batch: Batch, latents: torch.Tensor, glyphs: torch.Tensor, count=None) -> list[bool]:
+    def answer(self, prompts: Prompts, latents: torch.Tensor, glyphs: torch.Tensor, count=None) -> list[bool]:
         """Whether the answers after these latents, or after the first `count` (B,) of them, are right and end there."""
-        steps = len(self.network.steps)
-        embeds = self.network.fill(self.network.embed(batch), batch, latents)
-        column = batch.slot[:, 0] + (steps if count is None else count)
+        begun = torch.cat([prompts.embeds(2), latents], 1)
+        column = torch.full_like(glyphs, begun.shape[1]) if count is None else 2 + count
+        embeds = torch.cat([begun, torch.zeros_like(begun[:, :2])], 1)
         everyone = torch.arange(len(embeds), device=embeds.device)
-        table = self.network.core.get_input_embeddings().weight
-        embeds[everyone, column] = table[self.end_id].detach()
-        token = self.network.next_tokens(batch, embeds, column, self.latent_ids)
-        embeds[everyone, column + 1] = table[token].detach()
-        end = self.network.next_tokens(batch, embeds, column + 1, self.latent_ids)
+        embeds[everyone, column] = prompts.table[self.end_id]
+        token = prompts.next_tokens(embeds, self.latent_ids, column)
+        embeds[everyone, column + 1] = prompts.table[token]
+        end = prompts.next_tokens(embeds, self.latent_ids, column + 1)
         return ((token == glyphs) & (end == self.end)).tolist()
 
     def chunks(self, rows: Rows):

@@ -1,4 +1,4 @@
-"""The model on rows of one length with cached vision features: losses, and answers by whole passes.
+"""The model on rows of one length with cached vision features, and its losses.
 
 No step waits for the device, so that a whole training step can be recorded as one CUDA graph. Symbols in shapes: N lines
 of R rows each, T tokens, S latent steps, D hidden size, L merged patches.
@@ -88,11 +88,9 @@ class Network:
 
     def states(self, batch: Batch, embeds: torch.Tensor) -> torch.Tensor:
         """The final norm's output (N, T, D): a token sees the shared beginning and its own row, up to itself."""
-        mask = None  # causal; a row that is alone in its line needs no more
-        if batch.slot.shape[1] > 1:
-            earlier = torch.ones(2 * [embeds.shape[1]], dtype=torch.bool, device=embeds.device).tril()
-            keys = batch.row[:, None]
-            mask = (((keys == -1) | (keys == batch.row[:, :, None])) & earlier)[:, None]
+        earlier = torch.ones(2 * [embeds.shape[1]], dtype=torch.bool, device=embeds.device).tril()
+        keys = batch.row[:, None]
+        mask = (((keys == -1) | (keys == batch.row[:, :, None])) & earlier)[:, None]
         return self.core.language_model(
             inputs_embeds=embeds,
             position_ids=self.positions[:, batch.place],
@@ -179,27 +177,3 @@ class Network:
         weights = {"L_BCM": phase.lambda_bcm, "L_feat": phase.lambda_feat, "L_attn": phase.lambda_attn, "CE": 1.0}
         terms["loss"] = sum(weights[name] * value for name, value in terms.items())
         return terms
-
-    @torch.no_grad()
-    def roll_out(self, batch: Batch, feedback: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The latents (B, S, D) that decoding makes, by a whole pass a step; with `"dac"` their attention (B, S, L), too.
-
-        Each line holds one row.
-        """
-        embeds, looked = self.embed(batch), self.looked_at(batch.features)
-        latents = torch.zeros(len(embeds), len(self.steps), self.width, device=embeds.device)
-        looks = torch.zeros(*latents.shape[:2], looked.shape[1], device=embeds.device)
-        for step in range(len(self.steps)):
-            before = self.at(self.states(batch, self.fill(embeds, batch, latents)), batch)[:, step : step + 1]
-            if feedback == "dac":
-                before, looks[:, step : step + 1] = self.look(before, looked)
-            latents[:, step : step + 1] = before
-        return latents, looks if feedback == "dac" else None
-
-    @torch.no_grad()
-    def next_tokens(self, batch: Batch, embeds: torch.Tensor, column: torch.Tensor, banned: list[int]) -> torch.Tensor:
-        """The most probable token (B,) after each line's column (B,), without the banned ones."""
-        states = self.states(batch, embeds)[torch.arange(len(embeds), device=embeds.device), column]
-        logits = self.model.lm_head(states)
-        logits[:, banned] = float("-inf")
-        return logits.argmax(-1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from experiments.chains.arms import ARMS, TWO_STAGES, Arm
+from experiments.chains.decoding import Prompts
 from experiments.chains.evaluate import Evaluation
 from experiments.chains.network import EMBEDDED, Batch, Network, starting_model
 from modeling_vreflection import VReflectionForConditionalGeneration
@@ -83,6 +84,12 @@ def alone(chains) -> list:
     return [[example] for *_, example in first_questions(chains)]
 
 
+def prompts_of(chains, network: Network, arm: Arm) -> Prompts:
+    """The same examples' prompts."""
+    rows = chains.tokens.rows(alone(chains), arm, CPU)
+    return Prompts(network, Batch.pick(rows, chains.scenes[0.0], torch.arange(len(rows.ids))), rows.answer[:, 0])
+
+
 def generate(chains, network: Network, row: int, **options):
     """What `generate` returns for the question of a row, and the new tokens."""
     scene, question, _ = first_questions(chains)[row]
@@ -95,7 +102,7 @@ def generate(chains, network: Network, row: int, **options):
 @pytest.mark.parametrize("feedback", ["dac", "hidden"])
 def test_roll_out_feeds_what_generate_feeds(chains, network, feedback):
     """Step by step after the same latents: where DAC was never trained, a rounding error grows tenfold a step."""
-    latents, looks = network.roll_out(batch_of(chains, alone(chains), ARMS["path"]), feedback)
+    latents, looks = prompts_of(chains, network, ARMS["path"]).roll_out(feedback)
     assert (looks is None) == (feedback == "hidden")
     for row in (0, 2, 4):
         for step in range(8):
@@ -128,14 +135,14 @@ def own(chains, network):
 @pytest.mark.parametrize("feedback", ["dac", "hidden"])
 def test_answers_are_those_of_generate(chains, network, evaluation, own, feedback):
     """After the same latents: right is the token that `generate` says, where it then ends; another token is wrong."""
-    batch = batch_of(chains, alone(chains), ARMS["path"])
+    prompts = prompts_of(chains, network, ARMS["path"])
     latents = torch.cat([result.latents for result, _ in own[feedback]])
     said = [tokens[10:] for _, tokens in own[feedback]]
     glyphs = torch.tensor([tokens[0] for tokens in said])
     ended = [tokens[1] == evaluation.end for tokens in said]
     assert any(ended)
-    assert evaluation.answer(batch, latents, glyphs) == ended
-    assert not any(evaluation.answer(batch, latents, glyphs + 1))
+    assert evaluation.answer(prompts, latents, glyphs) == ended
+    assert not any(evaluation.answer(prompts, latents, glyphs + 1))
 
 
 def counted(evaluation: Evaluation, values: list) -> dict:
@@ -155,7 +162,7 @@ def is_right(evaluation: Evaluation, row: int, said: list[int]) -> bool:
 def test_figures_of_a_reflecting_arm_are_those_of_generate(chains, network, evaluation, own):
     rows = chains.tokens.rows(alone(chains), ARMS["path"], CPU)
     figures = evaluation.reflecting(rows, "dac")
-    latents, _ = network.roll_out(Batch.pick(rows, evaluation.scenes, torch.arange(len(rows.ids))), "dac")
+    latents, _ = prompts_of(chains, network, ARMS["path"]).roll_out("dac")
     everyone = range(len(latents))
     right = [is_right(evaluation, row, tokens[10:]) for row, (_, tokens) in enumerate(own["dac"])]
     assert figures["accuracy"] == counted(evaluation, right)
@@ -202,14 +209,12 @@ def test_a_tolerance_ends_reflections_where_generate_does(chains, network, evalu
 
 def test_text_goes_on_as_generate_does(chains, network, evaluation):
     """Right is the last token before the end of the turn."""
-    rows = chains.tokens.rows(alone(chains), ARMS["sft"], CPU)
-    batch = Batch.pick(rows, evaluation.scenes, torch.arange(len(rows.ids)))
-    said = [generate(chains, network, row, reflect=False)[1] for row in range(len(rows.ids))]
+    prompts = prompts_of(chains, network, ARMS["sft"])
+    said = [generate(chains, network, row, reflect=False)[1] for row in range(len(prompts.last))]
     assert all(tokens[-1] == evaluation.end for tokens in said)
     last = torch.tensor([tokens[-2] for tokens in said])
-    column = rows.answer[:, 0] - 1
-    assert all(evaluation.continue_text(batch, column, last, evaluation.latent_ids))
-    assert not any(evaluation.continue_text(batch, column, last + 1, evaluation.latent_ids))
+    assert all(evaluation.continue_text(prompts, prompts.embeds(1), last, evaluation.latent_ids))
+    assert not any(evaluation.continue_text(prompts, prompts.embeds(1), last + 1, evaluation.latent_ids))
 
 
 def test_filler_is_a_reflection_fed_with_the_slots_own_embedding(chains, network, evaluation):
