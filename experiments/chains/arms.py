@@ -16,9 +16,11 @@ class Phase:
     lambda_feat: float = 0.0  # of L_feat, Eq. 5
     lambda_attn: float = 0.0  # of L_attn, Eq. 4
     attention_target: str = "box"  # or "teacher"
+    reflecting_rows: float = 1.0  # share of the rows with a reflection
 
 
 PATH = (Phase(slots="bcm", lambda_feat=1.0, lambda_attn=0.1),)
+MIXED = (replace(PATH[0], reflecting_rows=0.5),)
 # The paper's two stages, with its weights; as many steps of each.
 TWO_STAGES = (
     Phase(share=0.5, slots="bcm", lambda_bcm=0.1),
@@ -38,8 +40,12 @@ class Arm:
     patch_positions: str = "sincos"
     whole_path: bool = True  # a box a step; otherwise the last shape's box for all
     jitter: float = 0.0  # how far a box's sides are moved, at most, in sides of the box
-    reflecting_rows: float = 1.0  # share of the rows with a reflection
     share_of_scenes: float = 1.0
+
+    @property
+    def plain_rows(self) -> bool:
+        """Whether some of the rows have no reflection."""
+        return any(phase.reflecting_rows < 1 for phase in self.phases)
 
 
 PLAIN = Arm("", phases=(Phase(),), decodings=("text",))
@@ -61,7 +67,17 @@ ARMS = {
     "boxes": replace(PLAIN, title="words: each shape's box", answer="boxes"),
     "path_jitter_10": replace(PATH_ARM, title="path, boxes jittered by 10 %", jitter=0.1),
     "path_jitter_30": replace(PATH_ARM, title="path, boxes jittered by 30 %", jitter=0.3),
-    "path_half": replace(PATH_ARM, title="path, half of the rows without a reflection", reflecting_rows=0.5),
+    "path_half": replace(PATH_ARM, title="path, half of the rows without a reflection", phases=MIXED),
+    "path_quarter": replace(
+        PATH_ARM,
+        title="path, a quarter of the rows without a reflection",
+        phases=(replace(PATH[0], reflecting_rows=0.75),),
+    ),
+    "path_then_half": replace(
+        PATH_ARM,
+        title="path, from the middle on half of the rows without a reflection",
+        phases=tuple(replace(phase, share=0.5) for phase in PATH + MIXED),
+    ),
     **{
         f"{name}_{denominator}": replace(
             arm, title=f"{arm.title}, 1/{denominator} of the rows", share_of_scenes=1 / denominator

@@ -1,7 +1,6 @@
 """Answers of a trained arm to questions about unseen scenes: accuracy by kind and hops, other latents, where it looked."""
 
 from collections import defaultdict
-from dataclasses import replace
 
 import torch
 
@@ -49,7 +48,7 @@ class Evaluation:
     def run(self, arm: Arm) -> dict:
         """All that the table says of an arm, ready for JSON."""
         alone = [[example] for example in self.examples]
-        rows = self.tokens.rows(alone, replace(arm, reflecting_rows=1.0), self.device)
+        rows = self.tokens.rows(alone, arm, self.device)
         length = (rows.row >= -1).sum(1) - rows.answer[:, 0]
         results = {"tokens of a right answer": self.by_kind(length.tolist())}
         for decoding in arm.decodings:
@@ -57,7 +56,7 @@ class Evaluation:
                 results[decoding] = {"accuracy": self.text(rows, slots=decoding == "filler")}
             else:
                 results[decoding] = self.reflecting(rows, decoding)
-        if arm.reflecting_rows < 1:
+        if arm.plain_rows:
             results["without reflecting"] = {"accuracy": self.text(rows, banned=self.latent_ids)}
         return results
 

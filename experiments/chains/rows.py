@@ -179,8 +179,15 @@ class Tokens:
         )
         return torch.cat([before, image, after], 1)
 
-    def rows(self, groups: list[list[Example]], arm: Arm, device: torch.device, seed: int = 0) -> Rows:
-        """The arm's rows of these examples, grouped by scene, as many in each; some without a reflection, where it says so."""
+    def rows(
+        self,
+        groups: list[list[Example]],
+        arm: Arm,
+        device: torch.device,
+        reflecting_rows: float = 1.0,
+        seed: int = 0,
+    ) -> Rows:
+        """The arm's rows of these examples, grouped by scene, as many in each; `seed` draws the share that reflects."""
         rng = random.Random(seed)
         steps, shared = self.config.num_latent_tokens, len(self.head)
         columns = {name: [] for name in ("scene", "path", "slot", "reflects", "answer")}
@@ -190,7 +197,7 @@ class Tokens:
             place, row = [*range(shared)], [-1] * shared
             path, slot, reflects, answers = [], [], [], []
             for number, example in enumerate(group):
-                form = arm.answer if rng.random() < arm.reflecting_rows else "glyph"
+                form = arm.answer if rng.random() < reflecting_rows else "glyph"
                 question, answer = example.prompt[shared:], example.answers[form]
                 answers.append(len(ids) + len(question))
                 reflects.append(form == "slots glyph")

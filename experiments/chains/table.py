@@ -237,7 +237,7 @@ def without_reflecting_table(results: list[dict]) -> str:
     """Accuracy of answers in which no reflection may begin, of arms that were trained with such rows, too."""
     columns, rows, used = [*KINSHIP, *SPATIAL, *SINGLE], [], []
     for arm, seeds in by_arm(results):
-        if ARMS[arm].reflecting_rows < 1:
+        if ARMS[arm].plain_rows:
             used += seeds
             tables = [result["results"]["without reflecting"]["accuracy"] for result in seeds]
             cells = [share_cell(pick(tables, *column)) for column in columns]

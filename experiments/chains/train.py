@@ -53,7 +53,10 @@ def row_order(count: int, steps: int, batch: int, seed: int) -> torch.Tensor:
 
 
 class Run:
-    """One arm and seed: everything that a step reads lies on the device, and the step itself is one CUDA graph there."""
+    """One arm and seed: everything that a step reads lies on the device, and the step itself is one CUDA graph there.
+
+    `scenes` by the jitter of their boxes; `rows` by the share of them that reflects.
+    """
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class Run:
         options: argparse.Namespace,
         scenes: dict,
         tokens: Tokens,
-        rows: Rows,
+        rows: dict[float, Rows],
     ):
         self.name, self.arm, self.seed, self.options = name, arm, seed, options
         self.folder = options.checkpoints / f"{name}_seed{seed}"
@@ -71,7 +74,9 @@ class Run:
         model = starting_model(seed, arm.patch_positions, self.device)
         self.scenes, self.rows = scenes[arm.jitter], rows
         self.network = Network(model, tokens)
-        kept = int((rows.scene < arm.share_of_scenes * options.scenes).sum())
+        any_rows = rows[arm.phases[0].reflecting_rows]
+        self.rows_a_line = any_rows.slot.shape[1]
+        kept = int((any_rows.scene < arm.share_of_scenes * options.scenes).sum())
         self.order = row_order(kept, options.steps, options.batch, seed).to(self.device)
         self.rates = learning_rates(options.steps, options.learning_rate).to(self.device)
         draws = [float(states_learn(seed, step, 0.5)) for step in range(options.steps)]
@@ -94,7 +99,7 @@ class Run:
     def train_step(self) -> None:
         """One optimiser step, from the step's number on the device to its losses in the log there."""
         index = self.order.index_select(0, self.step)[0]
-        batch = Batch.pick(self.rows, self.scenes, index)
+        batch = Batch.pick(self.rows[self.phase.reflecting_rows], self.scenes, index)
         terms = self.network.losses(batch, self.phase, self.draws.index_select(0, self.step)[0])
         self.optimiser.zero_grad()
         terms["loss"].backward()
@@ -217,7 +222,7 @@ class Run:
             "arm": self.name,
             "seed": self.seed,
             "options": json.loads(fingerprint(self.arm, self.options)),
-            "rows": (int(self.order.max()) + 1) * self.rows.slot.shape[1],
+            "rows": (int(self.order.max()) + 1) * self.rows_a_line,
             "steps_done": self.done,
             "seconds_beside_other_arms": round(self.seconds, 1),
             "made_with": versions(self.device),
@@ -330,10 +335,13 @@ def main(arguments: list[str] | None = None) -> None:
     rows, runs = {}, []
     for name, seed in wanted:
         arm = ARMS[name]
-        key = (arm.answer, arm.whole_path, arm.reflecting_rows, seed if arm.reflecting_rows < 1 else 0)
-        if key not in rows:
-            rows[key] = tokens.rows(examples, arm, device, seed)
-        runs.append(Run(name, arm, seed, options, scenes, tokens, rows[key]))
+        by_share = {}
+        for share in {phase.reflecting_rows for phase in arm.phases}:
+            key = (arm.answer, arm.whole_path, share, seed if share < 1 else 0)
+            if key not in rows:
+                rows[key] = tokens.rows(examples, arm, device, share, seed)
+            by_share[share] = rows[key]
+        runs.append(Run(name, arm, seed, options, scenes, tokens, by_share))
         runs[-1].resume()
     # A GPU has room for many arms at once; on a CPU they would only take turns.
     for together in [runs] if device.type == "cuda" else [[run] for run in runs]:

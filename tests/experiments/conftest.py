@@ -105,7 +105,8 @@ def make_run(chains, tmp_path):
         options |= {"output": tmp_path / "results", "checkpoints": tmp_path / "checkpoints"}
         arguments = [word for option, value in options.items() for word in (f"--{option}", str(value))]
         groups = [group[:QUESTIONS] for group in chains.examples]
-        rows = chains.tokens.rows(groups, arm, CPU, seed)
+        shares = {phase.reflecting_rows for phase in arm.phases}
+        rows = {share: chains.tokens.rows(groups, arm, CPU, share, seed) for share in shares}
         return Run(name, arm, seed, parse_arguments(arguments), chains.scenes, chains.tokens, rows)
 
     return make

@@ -18,9 +18,10 @@ CPU = torch.device("cpu")
 def trainer_log(chains, run: Run, tmp_path, **options) -> list[dict]:
     """What the package's Trainer logs of the same rows in the same order."""
     arm, rows = run.arm, []
-    for line in run.order.flatten().tolist():
+    for step, line in [(step, line) for step, lines in enumerate(run.order.tolist()) for line in lines]:
         scene, questions = chains.drawn[line]
-        for question, reflects in zip(questions, run.rows.reflects[line].tolist()):
+        reflecting = run.rows[run.phase_at(step).reflecting_rows].reflects[line]
+        for question, reflects in zip(questions, reflecting.tolist()):
             path = question.path if arm.whole_path else question.path[-1:]
             answer = [{"type": "text", "text": question.answer}]
             if reflects:
@@ -37,7 +38,7 @@ def trainer_log(chains, run: Run, tmp_path, **options) -> list[dict]:
     args = VReflectionSFTConfig(
         output_dir=str(tmp_path / "trainer"),
         max_steps=run.options.steps,
-        per_device_train_batch_size=run.options.batch * run.rows.slot.shape[1],
+        per_device_train_batch_size=run.options.batch * run.rows_a_line,
         train_sampling_strategy="sequential",
         max_grad_norm=1.0,
         logging_steps=1,
@@ -64,10 +65,12 @@ def trainer_log(chains, run: Run, tmp_path, **options) -> list[dict]:
 
 
 PHASES = {
-    "path": (PATH[0], {"stage": "path"}),
-    "stage 1": (TWO_STAGES[0], {"stage": "1"}),
-    "stage 2": (TWO_STAGES[1], {"stage": "2", "latent_inputs": "dac", "allow_untrained_bcm": True}),
-    "sft": (ARMS["sft"].phases[0], {"stage": "sft"}),
+    "path": (PATH, {"stage": "path"}),
+    "path, mixed rows": (ARMS["path_half"].phases, {"stage": "path"}),
+    "path, then mixed rows": (ARMS["path_then_half"].phases, {"stage": "path"}),
+    "stage 1": (TWO_STAGES[:1], {"stage": "1"}),
+    "stage 2": (TWO_STAGES[1:], {"stage": "2", "latent_inputs": "dac", "allow_untrained_bcm": True}),
+    "sft": (ARMS["sft"].phases, {"stage": "sft"}),
 }
 
 
@@ -92,18 +95,18 @@ def test_it_gives_the_trainers_losses(chains, make_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "phase, changes",
+    "phases, changes",
     [
         ("path", {"patch_positions": "none", "whole_path": False}),
-        pytest.param("path", {"reflecting_rows": 0.5}, marks=pytest.mark.slow),
+        pytest.param("path, mixed rows", {}, marks=pytest.mark.slow),
+        ("path, then mixed rows", {}),
         pytest.param("stage 1", {}, marks=pytest.mark.slow),
         ("stage 2", {"whole_path": False}),
         ("sft", {"answer": "glyph"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "_".join(value),
 )
-def test_every_phase_gives_the_trainers_losses(chains, make_run, tmp_path, phase, changes):
-    phase, options = PHASES[phase]
-    arm = replace(ARMS["path"], phases=(replace(phase, share=1.0),), **changes)
-    run = make_run(arm, 3, seed=1, batch=2)
+def test_every_phase_gives_the_trainers_losses(chains, make_run, tmp_path, phases, changes):
+    phases, options = PHASES[phases]
+    run = make_run(replace(ARMS["path"], phases=phases, **changes), 3, seed=1, batch=2)
     assert max(differences(run, trainer_log(chains, run, tmp_path, **options))) < 1e-5

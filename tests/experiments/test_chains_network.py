@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def batch_of(chains, groups, arm: Arm) -> Batch:
-    rows = chains.tokens.rows(groups, arm, CPU)
+    rows = chains.tokens.rows(groups, arm, CPU, arm.phases[0].reflecting_rows)
     return Batch.pick(rows, chains.scenes[0.0], torch.arange(len(groups)))
 
 

@@ -115,7 +115,7 @@ def test_a_step_looks_at_its_own_box(chains, whole_path):
 
 def test_half_of_the_rows_without_a_reflection(chains, starting):
     groups = chains.examples * 20
-    rows = chains.tokens.rows(groups, ARMS["path_half"], CPU, seed=1)
+    rows = chains.tokens.rows(groups, ARMS["path"], CPU, 0.5, seed=1)
     assert 0.45 < rows.reflects.float().mean() < 0.55
     start, slot, _ = starting.config.latent_token_ids
     for line, answers in enumerate(rows.answer.tolist()):
@@ -123,7 +123,7 @@ def test_half_of_the_rows_without_a_reflection(chains, starting):
             reflects = bool(rows.reflects[line, row])
             assert (rows.ids[line, column] == start) == reflects
             assert rows.slot[line, row] == (column + 1 if reflects else 1)
-    other = chains.tokens.rows(groups, ARMS["path_half"], CPU, seed=2)
+    other = chains.tokens.rows(groups, ARMS["path"], CPU, 0.5, seed=2)
     assert not torch.equal(rows.reflects, other.reflects)
 
 

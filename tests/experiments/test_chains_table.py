@@ -48,7 +48,7 @@ def write_result(folder, arm: str, seed: int, right: float, **options) -> dict:
         decoding: {"accuracy": by_kind(lambda hops: right)} if decoding in ("text", "filler") else reflecting(right)
         for decoding in ARMS[arm].decodings
     }
-    if ARMS[arm].reflecting_rows < 1:
+    if ARMS[arm].plain_rows:
         said["without reflecting"] = {"accuracy": by_kind(lambda hops: 0.25)}
     result = {
         "arm": arm,

@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_nothing_is_saved(make_r
 def test_rows_of_a_part_of_the_scenes(make_run):
     run = make_run(replace(ARMS["path"], share_of_scenes=1 / 2), 9, scenes=8)
     assert run.order.unique().tolist() == [0, 1, 2, 3]
-    assert run.result()["rows"] == 4 * run.rows.slot.shape[1]
+    assert run.result()["rows"] == 4 * run.rows_a_line
 
 
 def test_every_row_comes_once_before_any_comes_again():
