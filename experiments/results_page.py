@@ -31,6 +31,7 @@ TRAINING_PAGE = ROOT / "docs" / "training.md"
 EMBEDDED_RESULTS = ROOT / "hub_card" / "results"
 BENCHMARK_RESULTS = ROOT / "experiments" / "benchmark" / "results"
 THRESHOLDS_RESULT = ROOT / "experiments" / "embedded_checkpoint" / "results" / "thresholds_chains.json"
+MIXED_THRESHOLDS_RESULT = CHAINS_RESULTS / "thresholds" / "path_then_half.json"
 QWEN3_VL_RESULT = ROOT / "experiments" / "second_backbone" / "results" / "tiny_qwen3_vl.json"
 SERVING_RESULTS = ROOT / "experiments" / "serving" / "results"
 STUDY_RESULTS = ROOT / "experiments" / "study" / "results" / "quick"
@@ -60,7 +61,10 @@ LATENTS: Renderers = {
     **{f"cpu {name}": (TABLES[name], CHAINS_CPU_RESULTS) for name in CPU_TABLES},
     "chains time": (time_table, CHAINS_RESULTS / "answer_time.json"),
 }
-DECODING: Renderers = {"thresholds": (thresholds_report, THRESHOLDS_RESULT)}
+DECODING: Renderers = {
+    "thresholds": (thresholds_report, THRESHOLDS_RESULT),
+    "thresholds of mixed rows": (thresholds_report, MIXED_THRESHOLDS_RESULT),
+}
 SERVING: Renderers = {
     "soak": (soak_report, SERVING_RESULTS / "vllm_soak.json"),
     "profile": (profile_table, SERVING_RESULTS / "vllm_profile.json"),

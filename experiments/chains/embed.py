@@ -1,8 +1,9 @@
-"""Trains the embedded checkpoint and writes it into `hub_card/vreflection_tiny`: `python -m experiments.chains.embed`.
+"""Trains an arm and writes it as a checkpoint: `python -m experiments.chains.embed`, by default the embedded one.
 
-With a GPU it takes minutes. Its vision encoder stays as it is; the language model starts from `base/`.
+With a GPU that takes minutes. The vision encoder stays as it is; the language model starts from `base/`.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -19,8 +20,6 @@ from .train import CLIP, OPTIMISER, WARM_UP
 from .train import main as train
 
 
-FOLDER = Path("outputs/chains/embedded")
-ARM, SEED = "path", 1
 EARLIER_RUNS = 3  # in the training facts: those that `base/` had
 
 
@@ -46,6 +45,7 @@ def write_checkpoint(weights: dict[str, torch.Tensor], result: dict, folder: Pat
     made_with = result["made_with"]
     stopped = result["steps_done"] < options["steps"]
     schedule = "cosine to 5 %" + (f" at step {options['steps']}, stopped early" if stopped else "")
+    mixed = {"reflecting_rows": [phase.reflecting_rows for phase in arm.phases]} if arm.plain_rows else {}
     run = {
         "stage": "path",
         "title": "stage path, BCM and DAC",
@@ -61,6 +61,7 @@ def write_checkpoint(weights: dict[str, torch.Tensor], result: dict, folder: Pat
             "freeze_vision": True,
             "questions_per_scene": QUESTIONS,
             "scenes_of_attributes_and_relations": f"1 in {RELATION_SCENE_EVERY}",
+            **mixed,
         },
         "optimiser": {
             "optim": "adamw_torch_fused",
@@ -82,7 +83,22 @@ def write_checkpoint(weights: dict[str, torch.Tensor], result: dict, folder: Pat
     write_training_facts(folder, {**facts, "runs": [*facts["runs"][:EARLIER_RUNS], run]})
 
 
+def make_checkpoint(arm: str, seed: int, run: Path, folder: Path, *options: str) -> None:
+    """Trains an arm in `run`, where a later call goes on, and writes it into `folder`; `options` as of `train`."""
+    train(["--arms", arm, "--seeds", str(seed), "--output", str(run), "--checkpoints", str(run), *options])
+    result = json.loads((run / f"{arm}_seed{seed}.json").read_text())
+    write_checkpoint(load_file(run / f"{arm}_seed{seed}" / "weights.safetensors"), result, folder)
+
+
 if __name__ == "__main__":
-    train(["--arms", ARM, "--seeds", str(SEED), "--output", str(FOLDER), "--checkpoints", str(FOLDER)])
-    trained = load_file(FOLDER / f"{ARM}_seed{SEED}" / "weights.safetensors")
-    write_checkpoint(trained, json.loads((FOLDER / f"{ARM}_seed{SEED}.json").read_text()), EMBEDDED)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="Other options are those of experiments.chains.train."
+    )
+    parser.add_argument(
+        "--arm", default="path", choices=[name for name, arm in ARMS.items() if arm.decodings[0] == "dac"]
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--run", type=Path, default=Path("outputs/chains/embedded"), help="folder of the training")
+    parser.add_argument("--folder", type=Path, default=EMBEDDED, help="where to write the checkpoint")
+    given, others = parser.parse_known_args()
+    make_checkpoint(given.arm, given.seed, given.run, given.folder, *others)

@@ -4,13 +4,9 @@ A path run that is stopped while its learning rate is high. A call that was stop
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from safetensors.torch import load_file
-
-from experiments.chains.embed import write_checkpoint
-from experiments.chains.train import main as train
+from experiments.chains.embed import make_checkpoint
 
 
 ARM, SEED = "path", 0
@@ -19,10 +15,7 @@ SCHEDULE = "--steps 10000 --stop_at 6800 --batch 5 --learning_rate 1e-3 --scenes
 
 def make_start(folder: Path, *options: str) -> None:
     """Trains in `folder / "run"`, where a later call goes on, and writes the checkpoint beside it; `options` as of `train`."""
-    run = folder / "run"
-    train(["--arms", ARM, "--seeds", str(SEED), "--output", str(run), "--checkpoints", str(run), *options])
-    result = json.loads((run / f"{ARM}_seed{SEED}.json").read_text())
-    write_checkpoint(load_file(run / f"{ARM}_seed{SEED}" / "weights.safetensors"), result, folder)
+    make_checkpoint(ARM, SEED, folder / "run", folder, *options)
 
 
 if __name__ == "__main__":
