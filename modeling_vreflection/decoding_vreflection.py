@@ -297,7 +297,9 @@ class ReflectionProgress:
         def gather(kept: dict[int, torch.Tensor], gathered: torch.Tensor) -> torch.Tensor:
             if kept:
                 steps = torch.searchsorted(torch.tensor(list(kept), device=columns.device), columns)
-                gathered[rows, numbers[rows, columns]] = torch.stack(list(kept.values()))[steps, sources]
+                gathered[rows, numbers[rows, columns]] = torch.stack(list(kept.values()))[steps, sources].to(
+                    gathered.dtype
+                )
             return gathered
 
         shape = len(sequences), int(counts.max())

@@ -1,5 +1,6 @@
 """The configuration of `VReflectionGRPOTrainer`: trl's, and the options of V-Reflection."""
 
+import math
 from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg
@@ -15,6 +16,7 @@ from .stages import REWARD_STAGE
 UNSUPPORTED = {
     "label_smoothing_factor": (0.0,),
     "neftune_noise_alpha": (None,),
+    "restore_callback_states_from_checkpoint": (False,),  # they are restored, and the count of tokens goes on
     "router_aux_loss_coef": (None, 0.0),
     "sync_ref_model": (False,),
     "train_sampling_strategy": ("random",),  # trl's is `shuffle_dataset`
@@ -93,17 +95,19 @@ class VReflectionGRPOConfig(RunConfigMixin, GRPOConfig):
             self.latent_noise = self.latent_sigma or 0.0
         super().__post_init__()
         self.check_parsed()
-        every = self.steps_per_generation * self.num_iterations
-        if (
-            self.save_strategy == "steps"
-            and self.save_steps >= 1
-            and self.save_steps * self.gradient_accumulation_steps % every
-        ):
+        every = self.steps_between_rollouts
+        if self.save_strategy == "steps" and every > 1 and self.save_steps % every:
             raise ValueError(
-                f"New answers are sampled every {every} micro-steps (`steps_per_generation` x `num_iterations`), and a "
-                f"checkpoint between can't be resumed exactly: `save_steps` x `gradient_accumulation_steps` must be a multiple "
-                f"of it, got {self.save_steps:g} x {self.gradient_accumulation_steps}."
+                f"New answers are sampled every {every} steps (`steps_per_generation` x `num_iterations` micro-steps, of which a "
+                f"step has `gradient_accumulation_steps`), and a checkpoint between can't be resumed exactly: `save_steps` must "
+                f"be a multiple of it, got {self.save_steps:g}."
             )
+
+    @property
+    def steps_between_rollouts(self) -> int:
+        """The fewest steps after which new answers are sampled at the beginning of the next."""
+        micro_steps = self.steps_per_generation * self.num_iterations
+        return micro_steps // math.gcd(micro_steps, self.gradient_accumulation_steps)
 
     @property
     def trains(self) -> tuple[str, ...]:

@@ -81,7 +81,8 @@ class VReflectionGRPOTrainer(RunMixin, GRPOTrainer):
             if kwargs.get(name):
                 raise ValueError(f"Answers are sampled by `generate`, in one turn, without `{name}`: leave it out.")
         if isinstance(model, (str, Path)):
-            model, loaded_processor = load_model_and_processor(str(model), **(args.model_init_kwargs or {}))
+            options = {"dtype": "float32", **(args.model_init_kwargs or {})}  # as trl loads a model by its name
+            model, loaded_processor = load_model_and_processor(str(model), **options)
             processing_class = processing_class or loaded_processor
             args.model_init_kwargs = None
         if is_peft_model(model):

@@ -74,8 +74,9 @@ def parse(arguments: list[str]) -> tuple[VReflectionScriptArguments, ModelConfig
                 raise InputError(
                     f"`{option.name}` is for adapters: set `use_peft: true`, or leave it out, got {given!r}."
                 )
-    if args.eval_on_start and script.eval_datasets is None:
-        raise InputError("`eval_on_start` needs `eval_datasets`.")
+    for name in ("eval_on_start", "predict_with_generate"):
+        if getattr(args, name, False) and script.eval_datasets is None:
+            raise InputError(f"`{name}` needs `eval_datasets`.")
     if args.model_init_kwargs is not None:
         raise InputError("`model_init_kwargs` would be ignored: set `model_options` instead.")
     launched = int(os.environ.get("WORLD_SIZE", 1))

@@ -48,6 +48,10 @@ class VReflectionScriptArguments:
     def __post_init__(self):
         if (self.dataset_name is None) == (self.datasets is None):
             raise ValueError("Set either `dataset_name` or `datasets`.")
+        if self.datasets is not None and self.dataset_options is not None:
+            raise ValueError(
+                "`dataset_options` are those of `dataset_name`: write them into the entries of `datasets`."
+            )
         for name in ("dataset_options", "datasets", "eval_datasets", "model_options"):
             if isinstance(value := getattr(self, name), str):
                 try:

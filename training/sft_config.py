@@ -26,6 +26,7 @@ UNSUPPORTED = {
     "pad_token": (None,),
     "pad_to_multiple_of": ("auto", None),
     "padding_free": (False,),
+    "restore_callback_states_from_checkpoint": (False,),  # they are restored, and the count of tokens goes on
     "router_aux_loss_coef": (None, 0.0),
     "shuffle_dataset": (False,),
     "trust_remote_code": (False,),
@@ -37,7 +38,11 @@ RULES = (
     (("bernoulli_p",), lambda x: 0 <= x <= 1, "lie in [0, 1]"),
     (("dac_inputs_share",), lambda x: 0 < x <= 1, "lie in (0, 1]"),
     (("attention_temperature", "attention_epsilon"), lambda x: x > 0, "be above 0"),
-    (("max_samples_per_pack", "long_sample_length", "packing_lookahead"), lambda x: x >= 1, "be at least 1"),
+    (
+        ("max_length", "max_samples_per_pack", "long_sample_length", "packing_lookahead"),
+        lambda x: x >= 1,
+        "be at least 1",
+    ),
 )
 
 

@@ -1,12 +1,13 @@
 """The method: what each stage trains, and how its losses add up."""
 
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from trl import SFTTrainer
@@ -16,6 +17,7 @@ from modeling_vreflection import VReflectionProcessor
 from vreflection_hub_card.rows import BadRow
 
 from .collator import NON_MODEL_KEYS, VReflectionDataCollator
+from .data.dataset_views import EndlessStream, number_rows
 from .data.packing import pack_dataset
 from .loading import load_model_and_processor, load_processor
 from .losses import latent_losses
@@ -28,6 +30,8 @@ from .stages import STAGES
 
 
 logger = logging.get_logger(__name__)
+
+MOST_BAD_BATCHES = 1000  # of a stream, one after the other
 
 
 class VReflectionSFTTrainer(RunMixin, SFTTrainer):
@@ -83,7 +87,8 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
         for name, rows in listed.items():
             check_list(rows, name)
         if isinstance(model, (str, Path)):
-            model, loaded_processor = load_model_and_processor(str(model), **(args.model_init_kwargs or {}))
+            options = {"dtype": "float32", **(args.model_init_kwargs or {})}  # as trl loads a model by its name
+            model, loaded_processor = load_model_and_processor(str(model), **options)
             processing_class = processing_class or loaded_processor
             args.model_init_kwargs = None
         check_model(model, args)
@@ -124,8 +129,12 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        self.train_dataset = listed.get("train_dataset", self.train_dataset)
-        self.add_callback(SampleCallback(self, self.train_dataset))
+        rows = listed.get("train_dataset", self.train_dataset)
+        self.add_callback(SampleCallback(self, rows))
+        if isinstance(rows, IterableDataset):
+            rows = EndlessStream(rows)
+        self.train_dataset = number_rows(rows)
+        self.eval_dataset = number_rows(self.eval_dataset)
         if args.predict_with_generate and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(
                 "`predict_with_generate` decodes on each rank by itself, which FSDP and ZeRO-3 don't allow: leave it out, and "
@@ -135,7 +144,7 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
             prepare_adapter(self.model, args)
         if args.sample_packing:
             self.train_dataset, skipped = pack_dataset(
-                self.train_dataset,
+                rows,
                 processing_class,
                 args.packing_rule,
                 reflect=stage.reflects,
@@ -166,7 +175,7 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
             first = self.state.global_step * self.args.world_size + self.args.process_index
             others = (self.data_collator([rows[(first + number) % len(rows)]]) for number in range(len(rows)))
         else:
-            others = epoch_iterator
+            others = islice(epoch_iterator, MOST_BAD_BATCHES)
         for batch in others:
             if batch["sample_ids"]:
                 return batch
@@ -241,6 +250,7 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
             # The engines average gradients over the ranks, while the divisors count all ranks.
             loss = loss * self.accelerator.num_processes
 
+        rows = len(inputs["sample_ids"])
         with torch.no_grad():
             learned = targets != -100
             self.record(
@@ -250,6 +260,8 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
                 entropy=(entropy_from_logits(logits[learned]).sum(), tokens),
                 mean_token_accuracy=((logits.argmax(-1) == targets).sum(), tokens),
                 **{f"loss_{name[2:].lower()}": (term * num_segments, segments) for name, term in terms.items()},
+                # In place of transformers' mean, in which a batch without a good row counts as a loss of 0.
+                **({} if self.model.training else {"loss": (loss * rows, rows)}),
             )
         return (loss, outputs) if return_outputs else loss
 

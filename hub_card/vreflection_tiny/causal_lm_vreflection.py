@@ -4,12 +4,10 @@ from dataclasses import fields
 from inspect import signature
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple, logging
 
-from .compression_vreflection import initialise_queries
 from .decoding_vreflection import ReflectionOptions
 from .outputs_vreflection import VReflectionCausalLMOutputWithPast
 from .processing_vreflection import LATENT_TOKENS
@@ -55,10 +53,6 @@ class ReflectionCausalLMMixin:
             "AutoProcessor": f"processing_vreflection.{cls.processor_class.__name__}",
             **dict.fromkeys(("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"), model),
         }
-
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        initialise_queries(module)
 
     @can_return_tuple
     def forward(

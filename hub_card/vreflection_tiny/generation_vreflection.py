@@ -103,8 +103,15 @@ class ReflectionGenerationMixin:
         prompt = next((prompt for prompt in prompts if prompt is not None), None)
         refuse_other_media(**kwargs)
         self._check_prompt(prompt, kwargs.get("attention_mask"))
+        if isinstance(kwargs.get("custom_generate"), str):
+            raise ValueError(
+                "`custom_generate` of a repository knows no reflections: pass a function, or leave it out."
+            )
         if options.can_start and kwargs.get("assistant_model") is not None:
             raise ValueError(unsupported("assisted decoding (`assistant_model`)", "leave `assistant_model` out"))
+        stops = kwargs.get("stop_strings") or getattr(given_config or self.generation_config, "stop_strings", None)
+        if options.can_start and stops and kwargs.get("tokenizer") is not None:
+            self._check_stop_strings([stops] if isinstance(stops, str) else stops, kwargs["tokenizer"])
         if latents is not None:
             self._check_latents(latents, prompt, options)
         if not 0 <= latent_noise < float("inf"):
@@ -145,6 +152,14 @@ class ReflectionGenerationMixin:
             raise ValueError(
                 f"The prompts {found} hold tokens of a reflection, whose states are gone. The chat template drops past "
                 "reflections; to begin with a new one, pass `reflect=True`."
+            )
+
+    def _check_stop_strings(self, strings: list[str], tokenizer):
+        names = tokenizer.convert_ids_to_tokens(self.config.latent_token_ids)
+        if inside := [string for string in strings if any(string in name for name in names)]:
+            raise ValueError(
+                f"`stop_strings`: {inside[0]!r} is part of a reflection's token ({', '.join(names)}), which would end the "
+                "answer. Choose another, or set `latent_steps=0`."
             )
 
     def _check_latents(self, latents: torch.Tensor, prompt: torch.Tensor | None, options: ReflectionOptions):

@@ -98,7 +98,7 @@ def rendered_reflections(messages: list[dict]) -> list[dict]:
     return [
         part
         for message in answers
-        if message["role"] == "assistant" and not isinstance(message["content"], str)
+        if message["role"] == "assistant" and isinstance(message.get("content"), (list, tuple))
         for part in message["content"]
         if part["type"] == "reflection"
     ]

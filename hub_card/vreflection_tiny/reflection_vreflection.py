@@ -127,11 +127,11 @@ class ReflectionModelMixin(ReplayMixin):
 
     # `generate` reads the parameters' names.
     def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor | None = None, **kwargs):
-        """The stock features, without a graph where the vision encoder is frozen.
+        """The stock features, without a graph where nothing before them learns: no weight of the vision encoder, no pixel.
 
         Gradient checkpointing lets its input require gradients, and would run it once more, forward and backward, for nothing.
         """
-        learns = any(parameter.requires_grad for parameter in self.visual.parameters())
+        learns = any(tensor.requires_grad for tensor in (pixel_values, *self.visual.parameters()))
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             return super().get_image_features(pixel_values, image_grid_thw, **kwargs)
 
@@ -155,7 +155,15 @@ class ReflectionModelMixin(ReplayMixin):
         self, input_ids, position_ids, attention_mask, mm_token_type_ids, image_grid_thw, use_cache
     ) -> torch.LongTensor | None:
         """Positions (4, B, T) of packed rows, given as (B, T): of the text, which keep samples apart, then in three dimensions."""
-        if position_ids is None or position_ids.ndim != 2 or input_ids is None or attention_mask is not None:
+        if position_ids is None or position_ids.ndim != 2 or input_ids is None:
+            return position_ids
+        if attention_mask is not None:
+            seen = attention_mask.bool() if attention_mask.ndim == 2 else None
+            if seen is not None and ((position_ids.diff() < 0) & seen[:, 1:] & seen[:, :-1]).any():
+                raise ValueError(
+                    "Packed rows, which `position_ids` that begin anew mean, need `attention_mask=None`: with a mask "
+                    "samples would see one another."
+                )
             return position_ids
         if mm_token_type_ids is None:
             if (position_ids.diff() < 0).any():

@@ -313,7 +313,7 @@ def lines_of_code(path):
 def test_the_package_is_small():
     assert not [path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"]
     sizes = {path.name: lines_of_code(path) for path in PACKAGE.glob("*.py")}
-    assert sum(sizes.values()) <= 1940, sizes
+    assert sum(sizes.values()) <= 1960, sizes
     assert max(sizes.values()) <= 350, sizes
     # A backbone is named where a backbone's own classes are: its config, model and processor.
     thin = {"configuration_vreflection.py", "modeling_vreflection.py", "processing_vreflection.py"}

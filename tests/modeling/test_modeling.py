@@ -617,3 +617,13 @@ def test_feeding_back_refuses_what_a_cache_cannot_do(model, make_model, processo
         checkpointed(**aligned.inputs, latent_inputs="hidden")
     checkpointed.eval()
     checkpointed(**aligned.inputs, latent_inputs="hidden")
+
+
+def test_gradients_reach_the_pixels_of_a_frozen_vision_encoder(model, mixed):
+    pixels = mixed.inputs["pixel_values"].clone().requires_grad_(True)
+    frozen = model.model.visual.requires_grad_(False)
+    try:
+        model(**{**mixed.inputs, "pixel_values": pixels}, latent_inputs="bcm").logits.sum().backward()
+    finally:
+        frozen.requires_grad_(True)
+    assert pixels.grad.abs().sum() > 0

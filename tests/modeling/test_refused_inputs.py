@@ -167,6 +167,31 @@ def test_weights_that_are_not_finite_are_refused_for_inference(checkpoint, value
         load_checkpoint(checkpoint, "cpu")
 
 
+def test_packed_rows_with_a_mask_are_refused(embedded):
+    model, processor = embedded
+    ids = processor.tokenizer("Which glyph is on the red circle?", return_tensors="pt").input_ids
+    places = torch.arange(ids.shape[1])[None]
+    packed = {"input_ids": torch.cat([ids, ids], 1), "position_ids": torch.cat([places, places], 1)}
+    with pytest.raises(ValueError, match="need `attention_mask=None`"):
+        model(**packed, attention_mask=torch.ones_like(packed["input_ids"]), use_cache=False)
+    # What pads a row on the left begins no sample.
+    padded = {"input_ids": torch.cat([ids[:, :3], ids], 1), "position_ids": torch.cat([places[:, 3:6], places], 1)}
+    mask = torch.ones_like(padded["input_ids"])
+    mask[:, :3] = 0
+    torch.testing.assert_close(
+        model(**padded, attention_mask=mask).logits[:, 3:], model(ids).logits, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_an_answer_may_have_no_content(embedded):
+    _, processor = embedded
+    empty, none = (
+        processor.apply_chat_template([QUESTION, {"role": "assistant", **content}])
+        for content in ({"content": ""}, {"content": None})
+    )
+    assert empty == none
+
+
 def test_prompts_padded_on_the_right_are_refused(embedded):
     model, processor = embedded
     inputs = processor.apply_chat_template([QUESTION], add_generation_prompt=True, **OPTIONS)

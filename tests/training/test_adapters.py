@@ -223,6 +223,9 @@ def test_a_run_resumes_bit_for_bit(make_trainer, bases, tmp_path):
     assert not differing(straight.model, resumed.model)
     losses = [[log["loss"] for log in each.state.log_history if "loss" in log] for each in (straight, resumed)]
     assert len(losses[0]) == 4 and losses[0] == losses[1]
+    other = make_trainer(bases[False], tmp_path / "b", LoraConfig(r=4, lora_alpha=64), **options)
+    with pytest.raises(ValueError, match="`lora_alpha` was 8 and is 64"):
+        other.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
 
 
 @pytest.mark.parametrize("stage", ["path", pytest.param("2", marks=pytest.mark.slow)])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 
 import devices
 import pytest
@@ -246,10 +247,19 @@ def test_a_resumed_run_equals_the_uninterrupted_one(make, model, start, tmp_path
     assert facts["rewards"] == ["length_reward"]
     card = (tmp_path / "b" / "README.md").read_text()
     assert "GRPO, by `length_reward`" in card and "VReflectionSFT" not in card
-    with pytest.raises(
-        ValueError, match="can't be resumed exactly: `save_steps`.* must be a multiple of it, got 1 x 1"
-    ):
-        make(**options, **saving | {"save_steps": 1})
+    for between in (1, 0.3):
+        with pytest.raises(
+            ValueError, match=f"can't be resumed exactly: `save_steps` must be a multiple .* {between}"
+        ):
+            make(**options, **saving | {"save_steps": between})
+
+
+def test_a_signal_waits_for_the_end_of_a_rollout(make, tmp_path):
+    trainer = make(output_dir=str(tmp_path), max_steps=4, num_iterations=2)
+    trainer.preemption.received = signal.SIGTERM
+    trainer.preemption.on_train_begin = lambda *args, **kwargs: None
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.preemption.requested == signal.SIGTERM
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import torch
 from vreflection_hub_card.errors import InputError
 from vreflection_training import cli
 from vreflection_training.recipe import parse
+from vreflection_training.script_arguments import VReflectionScriptArguments
 
 
 GOOD = "from_scratch: qwen2_5_vl\ndataset_name: glyphsearch\nuse_cpu: true\nbf16: false\nreport_to: none\n"
@@ -30,6 +31,9 @@ def parse_recipe(folder, lines: str):
         ("gradient_accumulation_steps: 0", "gradient_accumulation_steps"),
         ("lr_scheduler_kwargs: abc", "lr_scheduler_kwargs"),
         ('dataset_options: "5"', "dataset_options"),
+        ("max_length: -5", "max_length"),
+        ("save_steps: 0", "save_steps"),
+        ("restore_callback_states_from_checkpoint: true", "restore_callback_states_from_checkpoint"),
         ('eval_datasets: "{}"\neval_strategy: steps', "eval_datasets"),
         ("dataset_kwargs: {add_special_tokens: true}", "dataset_kwargs"),
         ("model_init_kwargs: {dtype: float16}", "model_options"),
@@ -44,6 +48,7 @@ def parse_recipe(folder, lines: str):
         ("stage: grpo\nreward_funcs: [answer]", "`reward_funcs` must be some of exact_answer"),
         ("lora_r: 4", "`lora_r` is for adapters"),
         ("eval_on_start: true", "eval_datasets"),
+        ("predict_with_generate: true", "eval_datasets"),
         ("neftune_noise_alpha: -1", "neftune_noise_alpha"),
         ("trust_remote_code: true", "trust_remote_code"),
     ],
@@ -51,6 +56,11 @@ def parse_recipe(folder, lines: str):
 def test_a_value_that_no_training_can_use(tmp_path, lines, named):
     with pytest.raises(InputError, match=named):
         parse_recipe(tmp_path, lines)
+
+
+def test_options_of_no_data_set():
+    with pytest.raises(ValueError, match="entries of `datasets`"):
+        VReflectionScriptArguments(datasets=[{"format": "glyphsearch"}], dataset_options={"count": 3})
 
 
 @pytest.mark.parametrize(

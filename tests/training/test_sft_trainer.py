@@ -277,7 +277,7 @@ def test_a_plain_list_trains_like_a_data_set(make_trainer, model, rows, packing)
     options |= {"optim": "sgd", "weight_decay": 0.0}
     expected = gradients(make_trainer(Rows(stored), **options))
     trainer = make_trainer(listed, trained=other, eval_dataset=listed[:1], **options)
-    assert trainer.eval_dataset[0] is listed[0]
+    assert trainer.eval_dataset[0]["images"] is listed[0]["images"] and trainer.eval_dataset[0]["id"] == "row 0"
     got = gradients(trainer)
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in got)
 

@@ -34,32 +34,40 @@ def run(options: argparse.Namespace) -> int:
     own.add_argument("--histogram", metavar="FILE", help="draw the lengths")
     known, arguments = own.parse_known_args(options.options)
 
-    from ..data.data_report import format_report, report_data
+    from ..data.data_report import DataReport, format_report, report_data
     from ..data.sources import load_rows
     from ..recipe import build_processor, parse
     from ..stages import REWARD_STAGE, STAGES
 
     script, model_args, args = parse([options.recipe, *arguments, "--use_cpu", "true"])  # no model is run
-    try:
-        rows = load_rows(script.sources, streaming=script.streaming, seed=args.seed)
-        report = report_data(
-            rows,
+
+    def read(sources: list[dict], packed: bool, batch_size: int) -> DataReport:
+        return report_data(
+            load_rows(sources, streaming=script.streaming, seed=args.seed),
             build_processor(script, model_args),
             UNPACKED if args.stage == REWARD_STAGE else args.packing_rule,
-            packed=getattr(args, "sample_packing", False),
+            packed=packed,
             reflect=STAGES[args.stage].reflects,
             decode=known.decode,
-            batch_size=args.per_device_train_batch_size,
+            batch_size=batch_size,
             num_proc=getattr(args, "dataset_num_proc", None),
             seed=getattr(args, "packing_seed", None),
         )
+
+    try:
+        report = read(script.sources, getattr(args, "sample_packing", False), args.per_device_train_batch_size)
+        bad_rows = report.bad_rows
+        print(format_report(report))
+        if script.eval_datasets is not None:
+            evaluated = read(script.eval_datasets, False, args.per_device_eval_batch_size)
+            bad_rows += evaluated.bad_rows
+            print(f"\nRows of the evaluation:\n{format_report(evaluated)}")
     except (ValueError, ImportError) as error:
         raise InputError(str(error)) from error
     except OSError:
         raise
     except Exception as error:  # whatever a library makes of a value that it can't use
         raise InputError(f"{options.recipe}: can't be checked ({first_line(error)})") from error
-    print(format_report(report))
     if known.histogram is not None:
         report.save_histogram(known.histogram)
-    return 1 if report.bad_rows and getattr(args, "on_bad_row", "error") == "error" else 0
+    return 1 if bad_rows and getattr(args, "on_bad_row", "error") == "error" else 0

@@ -42,9 +42,11 @@ class ImageFolders:
         self.folders = {name: [path for path in paths if os.path.isdir(path)] for name, paths in candidates.items()}
 
     def stamp(self) -> tuple:
-        """Changes when pictures are added to the folders that are searched, or such a folder appears."""
-        found = sorted({self.root, *(path for paths in self.folders.values() for path in paths)})
-        return tuple((path, os.stat(path).st_mtime_ns) for path in found)
+        """Changes when a file or a folder is added below the root, or taken away."""
+        # A data set's folder may be a link.
+        folders = {self.root, *(path for paths in self.folders.values() for path in paths)}
+        below = {folder for root in folders for folder, *_ in os.walk(root)}
+        return tuple((path, os.stat(path).st_mtime_ns) for path in sorted(below))
 
     def find(self, image: str, dataset: str | None = None) -> str:
         """The path of a picture; where there is none, the path that it should have.

@@ -11,6 +11,7 @@ from modeling_vreflection import VReflectionProcessor
 from modeling_vreflection.parts_vreflection import ReflectionPartError, read_path, rendered_reflections
 from vreflection_hub_card.rows import BadRow, check_past_reflections, row_images, row_messages, row_name
 
+from .dataset_views import named
 from .images import count_image_tokens, image_size, load_image
 
 
@@ -162,10 +163,11 @@ def inspect_rows(
 ) -> Dataset:
     """The [`Inspection`] of each row as a data set's row, with a progress bar; the options are [`inspect_row`]'s."""
     if isinstance(dataset, list):  # of which Arrow would have to encode the pictures
-        found = [_inspection(row, processor, **options) for row in dataset]
+        found = [_inspection(row, number, processor, **options) for number, row in enumerate(dataset)]
         return Dataset.from_list(found, features=INSPECTION_FEATURES)
     inspected = dataset.map(
         partial(_inspection, processor=processor, **options),
+        with_indices=True,
         remove_columns=dataset.column_names,
         features=INSPECTION_FEATURES,
         num_proc=num_proc,
@@ -177,5 +179,5 @@ def inspect_rows(
     return inspected.with_format(None)
 
 
-def _inspection(row: dict[str, Any], processor: VReflectionProcessor, **options) -> dict[str, Any]:
-    return vars(inspect_row(row, processor, **options))
+def _inspection(row: dict[str, Any], number: int, processor: VReflectionProcessor, **options) -> dict[str, Any]:
+    return vars(inspect_row(named(row, number), processor, **options))

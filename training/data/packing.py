@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from modeling_vreflection import VReflectionProcessor
 from vreflection_hub_card.rows import BadRow
 
+from .dataset_views import EndlessStream, NumberedRows, number_rows
 from .inspection import Inspection, inspect_row, inspect_rows
 
 
@@ -79,7 +80,7 @@ def pack_samples(
 class PackedDataset(torch.utils.data.Dataset):
     """Packs of rows that can be asked for by number; an item is a list of rows."""
 
-    rows: Dataset | list[dict[str, Any]]
+    rows: Dataset | NumberedRows
     packs: list[list[int]]
 
     def __len__(self) -> int:
@@ -93,19 +94,16 @@ class PackedDataset(torch.utils.data.Dataset):
 class PackedIterableDataset(torch.utils.data.IterableDataset):
     """Packs of a stream; an item is a list of rows. Every process measures the whole stream, and collates its own packs."""
 
-    rows: IterableDataset
+    rows: IterableDataset | EndlessStream
     inspect: Callable[[dict[str, Any]], Inspection]
     rule: dict[str, int]
-
-    def set_epoch(self, epoch: int):
-        self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         return pack_samples(((row, self.inspect(row).tokens) for row in self.rows), **self.rule)
 
 
 def pack_dataset(
-    rows: Dataset | IterableDataset | list[dict[str, Any]],
+    rows: Dataset | IterableDataset | EndlessStream | list[dict[str, Any]],
     processor: VReflectionProcessor,
     rule: dict[str, int],
     *,
@@ -124,7 +122,7 @@ def pack_dataset(
         BadRow: With `on_bad_row="error"`, a row that can't be read or doesn't fit a pack; no row that can be trained on.
     """
     options = {"reflect": reflect, "stop": on_bad_row == "error", "max_length": rule["max_length"]}
-    if isinstance(rows, IterableDataset):
+    if isinstance(rows, (IterableDataset, EndlessStream)):
         return PackedIterableDataset(rows, partial(inspect_row, processor=processor, **options), rule), []
     # One process measures: a file that only one of them fails to read would give them different packs.
     measured = [None]
@@ -138,4 +136,4 @@ def pack_dataset(
         raise BadRow(f"Of {len(rows)} rows none can be trained on. The first: {' '.join(skipped[:1])}")
     if seed is not None:
         random.Random(seed).shuffle(samples)
-    return PackedDataset(rows, list(pack_samples(samples, **rule))), skipped
+    return PackedDataset(number_rows(rows), list(pack_samples(samples, **rule))), skipped

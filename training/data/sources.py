@@ -121,7 +121,8 @@ def load_rows(
             - for `"messages"` and other trainers' forms arguments of `datasets.load_dataset`, such as `split` (`"train"`, if
               left out), `name` or `data_files`; for GlyphSearch those of its functions.
         streaming (`bool`, *optional*, defaults to `False`): Whether to read rows as they are used. Otherwise they are read
-            once, into the cache of `datasets`, and again when a file or a folder with pictures has changed. Pictures that
+            once, into the cache of `datasets`, and again when a file has changed, or a folder with
+            pictures; a picture that was overwritten by one of another size needs another name. Pictures that
             a data set holds itself are copied there, too.
         seed (`int`, *optional*, defaults to 0): Seed of the mixture, and of the order of a stream.
         shuffle_buffer (`int`, *optional*): Rows of a stream among which the next one is drawn. Left out: in order.
@@ -285,7 +286,7 @@ def _load_stored(source: Source, folder: str | None, streaming: bool) -> Dataset
             "folder": folder,
             "form": source.format,
             "boxes": boxes,
-            "stamps": _code_stamps(),
+            "stamps": (*_code_stamps(), *(ImageFolders(folder).stamp() if folder and boxes == "pixels" else ())),
         },
     )
     return rows.with_format(None)

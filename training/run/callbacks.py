@@ -53,24 +53,32 @@ class RunProgress(TrainerCallback, ExportableState):
 class PreemptionCallback(TrainerCallback):
     """On SIGTERM, which schedulers send before they take a machine, and on Ctrl+C the run writes a checkpoint and ends.
 
-    All ranks stop after the same step, whichever of them got the signal. A second Ctrl+C ends the run at once.
+    All ranks stop after the same step, whichever of them got the signal: one whose number can be divided by `every`. In the
+    last step there is nothing to end, and the run is completed. A second Ctrl+C ends it at once.
+
+    Attributes:
+        requested (`signal.Signals`): What ended the run before its last step.
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, every: int = 1):
         self.accelerator = accelerator
+        self.every = every
+        self.received: signal.Signals | None = None
         self.requested: signal.Signals | None = None
         self._previous = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.requested = None
+        self.received = self.requested = None
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             self._previous = {number: signal.signal(number, self._request) for number in ENDING_SIGNALS}
 
     def on_step_end(self, args, state, control, **kwargs):
-        number = int(sum_over_ranks(torch.tensor(float(self.requested or 0)), self.accelerator))
+        if state.global_step >= state.max_steps or state.global_step % self.every:
+            return
+        number = int(sum_over_ranks(torch.tensor(float(self.received or 0)), self.accelerator))
         if number:
             # Where several ranks got one, the sum is none of them.
-            self.requested = self.requested or (signal.Signals(number) if number in ENDING_SIGNALS else signal.SIGTERM)
+            self.requested = self.received or (signal.Signals(number) if number in ENDING_SIGNALS else signal.SIGTERM)
             control.should_save = control.should_training_stop = True
 
     def restore_handlers(self):
@@ -80,7 +88,7 @@ class PreemptionCallback(TrainerCallback):
         self._previous = {}
 
     def _request(self, signum, frame):
-        self.requested = signal.Signals(signum)
+        self.received = signal.Signals(signum)
         signal.signal(
             signal.SIGINT, self._previous[signal.SIGINT] or signal.SIG_DFL
         )  # the second one is heard at once

@@ -22,6 +22,7 @@ RULES = (
     (("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), lambda x: x >= 0, "not be negative"),
     (("adam_beta1", "adam_beta2"), lambda x: 0 <= x < 1, "lie in [0, 1)"),
     (COUNTS, lambda x: x >= 1, "be at least 1"),
+    (("save_steps",), lambda x: x > 0, "be above 0"),
 )
 
 Rule = tuple[tuple[str, ...], Callable[[Any], bool], str]

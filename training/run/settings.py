@@ -29,6 +29,8 @@ OF_TRL = (
 )  # fmt: skip
 # Of the model's, those that no weight tells.
 MODEL = ("region_pooling", "patch_positions", "dac_queries", "query_position")
+# Of an adapter's, likewise.
+LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
 LOOKED_AT = 16
 
 
@@ -48,6 +50,12 @@ def run_settings(trainer) -> dict[str, Any]:
     pixels = trainer.processing_class.image_processor.size
     settings |= {"min_pixels": pixels["shortest_edge"], "max_pixels": pixels["longest_edge"]}
     settings["adapter"] = is_peft_model(trainer.model)
+    if settings["adapter"]:
+        lora = trainer.model.active_peft_config
+        settings |= {name: getattr(lora, name, None) for name in LORA}
+        targets = getattr(lora, "target_modules", None)
+        settings["target_modules"] = sorted(targets) if isinstance(targets, (set, list)) else targets
+    settings["rewards"] = getattr(trainer, "reward_func_names", None)
     settings["training rows"] = describe_rows(trainer.train_dataset)
     return json.loads(json.dumps(settings, default=str))
 

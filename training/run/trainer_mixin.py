@@ -38,7 +38,7 @@ from .settings import run_settings
 
 logger = logging.get_logger(__name__)
 
-MEANS = ("latent_distance", "teacher_inside_box", "student_inside_box", "reflections", "padding")
+MEANS = ("loss", "latent_distance", "teacher_inside_box", "student_inside_box", "reflections", "padding")
 
 
 class RunMixin:
@@ -71,12 +71,13 @@ class RunMixin:
         self._latents_shape = (model.config.num_latent_tokens, model.config.get_text_config().hidden_size)
         self._spread = LatentSpread(*self._latents_shape)
         self._collapsed = False
+        self._to_push: str | None = None
         # Where DAC doesn't train, the student is as it was drawn.
         self.watched = ("teacher", "student") if "dac" in STAGES[args.stage].trains else ("teacher",)
         self._clock = None  # when tokens were last counted, and how many there were
         super().__init__(model=model, args=args, **kwargs)
         self.progress = RunProgress(args.stage)
-        self.preemption = PreemptionCallback(self.accelerator)
+        self.preemption = PreemptionCallback(self.accelerator, getattr(args, "steps_between_rollouts", 1))
         self.add_callback(self.progress)
         self.add_callback(self.preemption)
 
@@ -201,6 +202,9 @@ class RunMixin:
                 self.accelerator.wait_for_everyone()
         finally:
             self.args.save_total_limit = limit
+        if self._to_push is not None:
+            super()._push_from_checkpoint(self._to_push)
+            self._to_push = None
         if self.args.should_save:
             rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
@@ -208,7 +212,7 @@ class RunMixin:
         if self.is_world_process_zero():  # transformers takes the weights along, and not the code that loads them
             for code in Path(checkpoint_folder).glob("*_vreflection.py"):
                 shutil.copy(code, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
+        self._to_push = checkpoint_folder  # when it is whole
 
     @torch.no_grad()
     def record(self, batch, outputs, **means):
@@ -237,13 +241,17 @@ class RunMixin:
         self.progress.skip(batch["skipped"])
         self._metrics[mode]["num_tokens"] = [self.progress.num_tokens]
 
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._meters["eval"].pop(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
+        return output
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        prefix = "eval_" if mode == "eval" else ""
-        means = self._meters[mode].pop(self.accelerator)
-        logs.update({prefix + name: mean for name, mean in means.items()})
-        if mode == "train" and "loss" in logs:
-            self._log_run(logs)
+        if self.model.training:
+            logs.update(self._meters["train"].pop(self.accelerator))
+            if "loss" in logs:
+                self._log_run(logs)
         super().log(logs, start_time)
 
     def _log_run(self, logs: dict[str, float]):

@@ -156,3 +156,14 @@ def test_dac_is_asked_only_at_steps_with_a_slot(model, processor, prompts, toler
             assert len(calls) == steps
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_latents_are_recorded_under_autocast(model, one, beams):
+    """What DAC sees is bfloat16 there, and what is returned float32, as the embeddings are."""
+    options = {"do_sample": False, "max_new_tokens": 12, "reflect": True, "latent_feedback": "dac", "num_beams": beams}
+    with torch.autocast(devices.DEVICE.type, torch.bfloat16):
+        result = model.generate(**one, **options, return_dict_in_generate=True)
+    plain = model.generate(**one, **options, return_dict_in_generate=True)
+    assert result.latents.dtype == torch.float32 and result.latents.shape == (1, 8, plain.latents.shape[2])
+    torch.testing.assert_close(result.latents[:, 0], plain.latents[:, 0], atol=0.1, rtol=0.1)

@@ -134,6 +134,20 @@ def test_check_fails_on_bad_rows(run, tmp_path, capsys):
     arguments = ["check", "tiny_base", "--dataset_name", "rows.jsonl", "--dataset_options", "{}"]
     assert run(*arguments) == 1 and "nowhere.png" in capsys.readouterr().out
     assert run(*arguments, "--on_bad_row", "skip") == 0
+    evaluated = ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_datasets", '[{"path": "rows.jsonl"}]']
+    assert (
+        run(
+            "check",
+            "tiny_base",
+            "--dataset_name",
+            "glyphsearch",
+            "--dataset_options",
+            '{"split": "train", "count": 2}',
+            *evaluated,
+        )
+        == 1
+    )
+    assert "nowhere.png" in capsys.readouterr().out.split("Rows of the evaluation:")[1]
 
 
 def test_options_of_accelerate_are_told_from_ours(monkeypatch, run):

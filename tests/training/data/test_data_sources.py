@@ -282,6 +282,23 @@ def test_pictures_that_are_added_later_are_found(folder):
     assert load_rows([visual_cot(folder)])[0]["images"][0]["path"] == str(folder / "openimages/train_4/new.png")
 
 
+@pytest.mark.parametrize("stored", ["rows.json", "rows.parquet"])
+def test_boxes_in_pixels_are_read_again_when_their_picture_comes(tmp_path, stored):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cup."}]
+    row = {"id": "one", "image": "images/deep/new.png", "bbox": [0, 0, 4, 3], "conversations": turns}
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    if stored == "rows.json":
+        write(tmp_path / stored, [row])
+    else:
+        Dataset.from_list([row]).to_parquet(tmp_path / stored)
+    source = {"path": str(tmp_path / stored), "format": "llava", "boxes": "pixels"}
+    assert "no such file" in load_rows([source])[0]["error"]
+    time.sleep(0.02)
+    Picture.new("RGB", (8, 6)).save(tmp_path / "images" / "deep" / "new.png")
+    (found,) = load_rows([source])
+    assert found["error"] is None and found["messages"][1]["content"][0]["box"] == [0.0, 0.0, 0.5, 0.5]
+
+
 def test_a_second_load_reads_the_cache(folder, monkeypatch):
     first = load_rows([visual_cot(folder)])
     second = load_rows([visual_cot(folder)])

@@ -12,19 +12,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from run_helpers import Rows, moved, on_both_backbones
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, TrainerCallback
+from trl import SFTTrainer
 
 from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_training import VReflectionSFTConfig, VReflectionSFTTrainer
 from vreflection_training.cli import main_train
+from vreflection_training.recipe import train
 from vreflection_training.run.checkpoint_folders import MARKER, find_checkpoint, whole_checkpoints
 
 
@@ -410,6 +413,60 @@ def test_a_run_can_go_on_after_a_preemption(make_trainer, tmp_path):
     assert trainer.state.global_step == 4 and not trainer.preemption.requested
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_last_step_completes_the_run(make_trainer, tmp_path, number):
+    trainer = make_trainer(**saving(tmp_path, save_strategy="no"))
+    trainer.add_callback(Ended(at_step=4, number=number))
+    assert train(trainer, SimpleNamespace(save_dtype=None))
+    assert trainer.state.global_step == 4 and (tmp_path / "model.safetensors").exists()
+
+
+def test_a_stream_resumes_after_its_first_pass(make_trainer, checkpoint, model, tmp_path):
+    """It begins anew in another order, and a resumed run goes on in the middle of that."""
+    other = copy.deepcopy(model)
+    options = {"max_steps": 6, "per_device_train_batch_size": 4, "train_sampling_strategy": "random"}
+
+    def rows():
+        return IterableDataset.from_generator(lambda: iter(SCENES[:8])).shuffle(seed=3, buffer_size=8)
+
+    def seen(trainer):
+        batches = []
+        record = trainer.record
+        trainer.record = lambda batch, *args, **kwargs: (
+            batches.append(batch["sample_ids"]) or record(batch, *args, **kwargs)
+        )
+        return batches
+
+    straight = make_trainer(rows(), output_dir=str(tmp_path / "a"), **options)
+    all_batches = seen(straight)
+    straight.train()
+    saved = {"output_dir": str(tmp_path / "b"), "save_strategy": "steps", "save_steps": 3}
+    make_trainer(rows(), trained=other, **options, **saved).train()
+    fresh = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    resumed = make_trainer(rows(), trained=fresh, **options, **saved)
+    last_batches = seen(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
+    assert last_batches == all_batches[3:] and not moved(model.state_dict(), fresh.state_dict())
+    passes = [sum(all_batches[start : start + 2], []) for start in (0, 2, 4)]
+    assert [sorted(ids) for ids in passes] == 3 * [sorted(row["id"] for row in SCENES[:8])]
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_a_checkpoint_is_pushed_when_it_is_whole(make_trainer, tmp_path, monkeypatch):
+    pushed = []
+
+    def push(trainer, folder):
+        pushed.append((Path(folder).name, (Path(folder) / MARKER).exists()))
+
+    monkeypatch.setattr(SFTTrainer, "_push_from_checkpoint", push)
+    trainer = make_trainer(**saving(tmp_path))
+    trainer.args.push_to_hub = True
+    trainer.hub_model_id, trainer.push_in_progress = "me/it", None
+    monkeypatch.setattr(SFTTrainer, "_finish_current_push", lambda trainer: None)
+    trainer.train()
+    assert pushed == [("checkpoint-2", False), ("checkpoint-4", False)]
+
+
 class Ended(TrainerCallback):
     """Sends the signal once."""
 
@@ -485,6 +542,31 @@ def test_bad_rows_are_skipped_and_named_at_the_end(make_trainer, tmp_path, caplo
     alone.train()
     assert alone.state.global_step == 6 and len(alone.progress.skipped) == 1
     assert [log["num_tokens"] for log in alone.state.log_history if "loss" in log][1] > 0
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+@pytest.mark.parametrize("packing", [False, True])
+def test_skipped_rows_without_an_id_are_called_by_their_numbers(make_trainer, tmp_path, kind, packing):
+    missing = str(tmp_path / "missing.png")
+    rows = [{"question": "Who?", "answer": str(number)} for number in range(4)]
+    rows[1] |= {"question": "<image>", "image": missing}
+    rows[3] |= {"question": "<image>", "image": missing}
+    rows = [{"image": None, **row} for row in rows]
+    trainer = make_trainer(
+        kind(rows), stage="1", on_bad_row="skip", sample_packing=packing, max_steps=6, train_sampling_strategy="random"
+    )
+    trainer.train()
+    assert sorted(message.split(":")[0] for message in trainer.progress.skipped) == ["Sample row 1", "Sample row 3"]
+
+
+def test_skipped_rows_do_not_count_in_the_evaluation(make_trainer, tmp_path):
+    bad = [{**SCENES[0], "id": name, "images": [str(tmp_path / "missing.png")]} for name in "ab"]
+    options = {"stage": "1", "on_bad_row": "skip", "per_device_eval_batch_size": 1}
+    losses = [
+        make_trainer(eval_dataset={"held_out": Rows(SCENES[:2] + more)}, **options).evaluate() for more in ([], bad)
+    ]
+    assert losses[0]["eval_held_out_loss"] == pytest.approx(losses[1]["eval_held_out_loss"], rel=1e-6)
+    assert losses[0]["eval_held_out_loss_ce"] > 0
 
 
 @pytest.mark.parametrize("packing", [True, False])
