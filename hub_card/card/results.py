@@ -12,6 +12,7 @@ from modeling_vreflection.decoding_vreflection import ReflectionOptions
 
 from ..errors import InputError, reading
 from ..evaluation.benchmarks import BENCHMARKS
+from ..evaluation.dependence import NEGLIGIBLE
 from ..evaluation.interventions import INTERVENTIONS, NEEDED, OWN
 from ..evaluation.report import glyphsearch_table, percent, with_interval
 from .checkpoint import Checkpoint
@@ -177,18 +178,18 @@ def results_text(reports: list[dict]) -> str:
 
 
 def latents_verdict(reports: list[dict]) -> str | None:
-    """Whether the answers need the latents, in words: what replacing them costs on GlyphSearch. Without such results `None`."""
+    """Whether the answers need the latents, in words: what replacing them costs on GlyphSearch. Without right answers `None`."""
     losses = []
     for report in reports:
         for name, measured in report["tasks"].get(GLYPHSEARCH_TASK, {}).get("interventions", {}).items():
             own, other = measured["usual_accuracy_of_the_same"]["overall"], measured["accuracy"]["overall"]
-            if own["count"] and name not in OWN:
-                losses.append(100 * (own["share"] - other["share"]))
+            if own["successes"] and name not in OWN:
+                losses.append(round(100 * (own["share"] - other["share"]), 2))
     if not losses:
         return None
     if min(losses) >= NEEDED:
         verdict = "The answers need the latents."
-    elif max(losses) < NEEDED:
+    elif max(losses) < NEGLIGIBLE:
         verdict = "The answers don't need the latents."
     else:
         verdict = "Some answers need the latents."

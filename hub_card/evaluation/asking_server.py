@@ -1,7 +1,7 @@
 """Asking a server rows of one's own or GlyphSearch's scenes: answers alone, since neither latents nor looks come over HTTP."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from typing import Any
 
 from tqdm import tqdm
@@ -27,7 +27,7 @@ class ServerAsker(KeptAnswers):
         rows (`Sequence[OwnRow]`): What to ask.
         request (`dict`): Arguments of `ChatServer.answer` but the messages.
         in_flight (`int`): Requests at a time.
-        log (`AnswerLog`, *optional*): Where answers are written in the order of the rows; what it holds is not asked again.
+        log (`AnswerLog`, *optional*): Where answers are written as they come; what it holds is not asked again.
     """
 
     def __init__(
@@ -42,15 +42,27 @@ class ServerAsker(KeptAnswers):
         self.server, self.request, self.in_flight = server, request, in_flight
 
     def ask(self) -> None:
-        """Asks all rows; a `BadRow` or an `InputError` at the first that can't be asked, with those before it kept."""
+        """Asks all rows; a `BadRow` or an `InputError` at the first that can't be asked, with all answers that came kept."""
         missing, total = self._missing([USUAL], range(len(self.rows))), len(self.rows)
         with (
             ThreadPoolExecutor(self.in_flight) as pool,
             tqdm(total=total, initial=total - len(missing), desc=USUAL, unit="row") as bar,
         ):
-            for row, answer in zip(missing, pool.map(self._ask_one, missing)):
-                self._keep(USUAL, [row], [answer])
-                bar.update()
+            asked = {pool.submit(self._ask_one, row): row for row in missing}
+            try:
+                for answer in as_completed(asked):
+                    if answer.exception():
+                        break
+                    self._keep(USUAL, [asked.pop(answer)], [answer.result()])
+                    bar.update()
+            finally:
+                in_flight = [answer for answer in asked if not answer.cancel()]
+            wait(in_flight)
+            for answer in in_flight:
+                if not answer.exception():
+                    self._keep(USUAL, [asked[answer]], [answer.result()])
+            for answer in in_flight:  # in the order of the rows
+                answer.result()
 
     def samples(self, task: str, match: Match) -> list[dict[str, Any]]:
         """The rows of `samples.jsonl`, once all are asked."""

@@ -58,6 +58,8 @@ class ChatServer:
             choice = given.choices[0]
             text, reason = choice.message.content, choice.finish_reason
             tokens = given.usage and given.usage.completion_tokens
+        if text is None and reason == "length":  # all of the answer's tokens were thoughts
+            text = ""
         if not isinstance(text, str):
             raise InputError(f"{self.url}: an answer has no text (finish_reason is {reason!r})")
         return {"text": text.split(THINK_TOKENS[1], 1)[-1].strip(), "tokens": tokens, "finish_reason": reason}

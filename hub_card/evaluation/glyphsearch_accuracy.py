@@ -111,7 +111,7 @@ def answer_batch(
 ) -> list[Sample]:
     """Asks a batch of questions in all ways."""
     scenes, questions = zip(*drawn)
-    limit = {"max_new_tokens": options["latent_steps"] + 2 + ANSWER_TOKENS}
+    limit = {"max_new_tokens": (options.get("max_reflections") or 1) * (options["latent_steps"] + 2) + ANSWER_TOKENS}
 
     def encode(scene_rows: list[int], question_rows: list[int]) -> dict:
         pairs = zip(scene_rows, question_rows)

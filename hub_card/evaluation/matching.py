@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Context, Decimal, localcontext
 from typing import Any
 
 from .scorers import score_strict
@@ -68,9 +68,10 @@ class Match:
 
     def verdict(self, text: str, reference: str) -> dict[str, Any]:
         """What was `found` in an answer, as text, and whether it is `correct`."""
-        found, wanted = self.find(text), self.find(reference)
-        correct = found is not None and wanted is not None and self._same(found, wanted)
-        return {"found": None if found is None else str(found), "correct": correct}
+        with localcontext(Context(traps=[])):  # an exponent without measure is a wrong number, and no error
+            found, wanted = self.find(text), self.find(reference)
+            correct = found is not None and wanted is not None and self._same(found, wanted)
+            return {"found": None if found is None else str(found), "correct": correct}
 
     def _same(self, found: str | Decimal, wanted: str | Decimal) -> bool:
         # In decimals, for as floats 0.8 is more than 0.1 away from 0.7.

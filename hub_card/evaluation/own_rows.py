@@ -129,7 +129,10 @@ def image_key(image: Any) -> list:
         image = image["path"] if image.get("bytes") is None else image["bytes"]
     if isinstance(image, PIL.Image.Image):
         image = image.tobytes()
-    if isinstance(image, bytes):
-        return [hashlib.sha256(image).hexdigest()]
-    path = Path(image)
-    return [path.name, path.stat().st_size]
+    if isinstance(image, str) and image.startswith("data:"):
+        image = image.encode()
+    if isinstance(image, (str, Path)):
+        path = Path(image)
+        return [path.name, path.stat().st_size]
+    # Of arrays the content alone, as of opened pictures.
+    return [hashlib.sha256(image if isinstance(image, bytes) else image.tobytes()).hexdigest()]

@@ -98,8 +98,9 @@ def evaluate_thresholds(
         found[NEVER] += judge(batch, tokens)
         begin += entropies_where_answers_begin(model.config, options, tokens, recorder.steps)
     if thresholds is None:
-        thresholds = (0, *(torch.tensor(begin).quantile(torch.tensor(QUANTILES)).tolist() if begin else ()))
-    thresholds = sorted({round(float(threshold), 4) for threshold in thresholds} - {NEVER})
+        quantiles = torch.tensor(begin).quantile(torch.tensor(QUANTILES)).tolist() if begin else ()
+        thresholds = (0, *(round(quantile, 4) for quantile in quantiles))
+    thresholds = sorted({float(threshold) for threshold in thresholds} - {NEVER})
     found = {threshold: [] for threshold in thresholds} | found
     for batch in tqdm(batches, desc="with each threshold", unit="batch"):
         inputs = encode_prompts(processor, [row.conversation() for row in batch], model.device)

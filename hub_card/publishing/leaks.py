@@ -14,7 +14,7 @@ from ..errors import InputError
 PATHS = re.compile(
     rb"(?<![\w.-])/(?:home|Users|root|tmp|mnt|scratch|workspace|var/folders)/[\w.@+-]+|\b[A-Za-z]:[\\/]{1,2}Users[\\/]{1,2}\w+"
 )
-SECRET_NAME = re.compile(r".*(TOKEN|KEY|SECRET|PASSWORD)", re.IGNORECASE)
+SECRET_NAME = re.compile(r".*(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL|_PASS|_PAT)S?", re.IGNORECASE)
 SECRET_LENGTH = 16
 
 

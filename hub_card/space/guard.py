@@ -1,6 +1,7 @@
 """What is looked at in each request before gradio acts on it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from .uploads import Uploads
 # Bytes of a request's body: an upload is one picture and a little around it, anything else is a question.
 MAX_BODY = 2**16
 MAX_UPLOAD_BODY = MAX_BYTES + MAX_BODY
+# The ends of the paths that the page and gradio's client post to. Others leave files outside of the folder that is kept small.
+POSTED_TO = re.compile(r"/(upload|queue/join|cancel|reset|(run|api|call|call/v2)/\w+)/?$")
 
 
 class Page(gr.Blocks):
@@ -55,7 +58,7 @@ def check_plain(value: Any) -> str | float | None:
 
 
 class RequestGuard:
-    """ASGI middleware: bounds what a request brings, notes uploads, and fetches no URL for anybody."""
+    """ASGI middleware: takes the page's own requests, bounds what they bring, notes uploads, and fetches no URL for anybody."""
 
     def __init__(self, app, uploads: Uploads):
         self.app = app
@@ -64,6 +67,8 @@ class RequestGuard:
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "http" and "://" in scope["path"]:  # gradio's `/file=URL` is a proxy
             await PlainTextResponse("This page fetches nothing.", 403)(scope, receive, send)
+        elif scope["type"] == "http" and scope["method"] == "POST" and not POSTED_TO.search(scope["path"]):
+            await PlainTextResponse("This page takes no such request.", 403)(scope, receive, send)
         elif scope["type"] == "http" and scope["method"] == "POST":
             await self.post(scope, receive, send)
         else:

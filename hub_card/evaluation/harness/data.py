@@ -93,9 +93,9 @@ def load_beside_pictures(benchmark: Benchmark, root: Path) -> Dataset:
 
 def check_rows(benchmark: Benchmark, rows: Dataset) -> None:
     """Checks before anything is asked that no item is missing or there twice, and has its pictures: else an `InputError`."""
-    items = [benchmark.item(row) for row in rows]
+    items = [(item.id, item.groups) for item in map(benchmark.item, rows)]  # without their pictures
     subset = next(iter(benchmark.counts))  # of items that don't say theirs: the only one
-    found = Counter(item.groups.get("subset", subset) for item in items)
+    found = Counter(groups.get("subset", subset) for _, groups in items)
     for subset, count in benchmark.counts.items():
         if found[subset] != count:
             where = f"{benchmark.name} {subset}".strip()
@@ -103,5 +103,5 @@ def check_rows(benchmark: Benchmark, rows: Dataset) -> None:
                 f"{where}: {found[subset]} items instead of {count}; load {benchmark.dataset}, split {benchmark.split}, "
                 f"revision {benchmark.revision}, completely"
             )
-    if double := [name for name, count in Counter(item.id for item in items).items() if count > 1]:
+    if double := [name for name, count in Counter(name for name, _ in items).items() if count > 1]:
         raise InputError(f"{benchmark.name}: {len(double)} ids stand for several items, {double[0]} first")

@@ -11,6 +11,7 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from loguru import logger
 
+from ...errors import InputError, reading
 from ...whole_files import replacing
 from ..benchmarks import BENCHMARKS, Benchmark
 from ..comparison import SAMPLES
@@ -57,6 +58,14 @@ def evaluate(
     logger.disable("lmms_eval")
     started = datetime.datetime.now(datetime.UTC)
     benchmarks = [BENCHMARKS[task] for task in dict.fromkeys(tasks)]
+    if (output / RESULTS).exists():
+        with reading(output / RESULTS, "no results of an earlier run"):
+            others = set(json.loads((output / RESULTS).read_text())["tasks"]) - set(tasks)
+        if others:
+            raise InputError(
+                f"{output} holds results of {', '.join(sorted(others))}, which would be lost: name another --output, or "
+                "these tasks, too"
+            )
     configs = [{"task": PREFIX + benchmark.name} for benchmark in benchmarks]
     for config, benchmark in zip(configs, benchmarks):
         if data is not None and benchmark.rows is None:

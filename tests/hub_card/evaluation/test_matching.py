@@ -26,6 +26,8 @@ from vreflection_hub_card.evaluation.matching import Match
         ("number", "1,23", "1", False),
         ("number", "1/2", "1", False),
         ("number", "3.01", "3", False),
+        ("number", "1e9999999", "3", False),
+        ("number", "1e99999999999999999999999", "3", False),
     ],
 )
 def test_rules(rule, answer, reference, correct):

@@ -1,13 +1,17 @@
 """Rows of one's own: what is asked, what is fed instead of the latents, and runs that go on."""
 
+import base64
+import io
 import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from PIL import Image
 
 from modeling_vreflection import VReflectionForConditionalGeneration
 from vreflection_hub_card.errors import InputError
@@ -356,3 +360,16 @@ def test_options_of_rows_need_rows(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["evaluate", "--rows", str(tmp_path / "empty.jsonl")]) == 2
     assert "without torchrun" in capsys.readouterr().err
+
+
+def test_what_is_asked_is_known_by_pictures_of_every_kind(tmp_path):
+    shown = [Image.new("RGB", (30, 30), colour) for colour in ("red", "blue")]
+    hashes = []
+    for picture in shown:
+        file = io.BytesIO()
+        picture.save(file, "png")
+        kinds = (picture, np.asarray(picture), "data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
+        for image in (*kinds, file.getvalue(), {"bytes": file.getvalue(), "path": None}):
+            (row,) = read_own_rows([{"id": "a", "question": "What?", "answer": "A", "image": image}], Match())
+            hashes.append(fingerprint([row]))
+    assert not set(hashes[:5]) & set(hashes[5:])

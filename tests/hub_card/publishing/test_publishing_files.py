@@ -147,9 +147,13 @@ def test_paths_and_secrets_are_found_and_not_repeated(checkpoint, monkeypatch, t
 
 def test_the_own_home_folder_and_secrets_are_found_wherever_they_are(checkpoint, monkeypatch):
     monkeypatch.setenv("HOME", "/srv/people/ann")
-    monkeypatch.setenv("SOME_API_KEY", "abcdefgh12345678")
+    for name in ("SOME_API_KEYS", "DB_PASSWD", "GITHUB_PAT"):
+        monkeypatch.setenv(name, f"abcdefgh12345678{name}")
     card = (checkpoint / "README.md").read_text()
-    for leak, reason in (("/srv/people/ann", "the local path"), ("abcdefgh12345678", "secret of this machine")):
+    for leak, reason in (
+        ("/srv/people/ann", "the local path"),
+        *((f"abcdefgh12345678{name}", "secret") for name in ("SOME_API_KEYS", "DB_PASSWD", "GITHUB_PAT")),
+    ):
         (checkpoint / "README.md").write_text(card + leak)
         with pytest.raises(InputError, match=reason):
             check(checkpoint)

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -252,6 +253,15 @@ def test_the_page_fetches_nothing_for_anybody(page):
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(f"{page[0]}gradio_api/{path}", timeout=5)
         assert error.value.code == 403 and "fetches nothing" in error.value.read().decode()
+
+
+def test_other_paths_take_nothing(page):
+    visitor = RawVisitor(page[0])
+    field = b'--X\r\nContent-Disposition: form-data; name="a"; filename="a"\r\n\r\nabc\r\n--X--\r\n'
+    before = set(os.listdir(tempfile.gettempdir()))
+    for path in ("process_recording", "component_server", "upload/../process_recording"):
+        assert visitor.request(path, field, "multipart/form-data; boundary=X")[0] == 403
+    assert not [name for name in set(os.listdir(tempfile.gettempdir())) - before if name.startswith("tmp")]
 
 
 def test_large_requests_end(page):

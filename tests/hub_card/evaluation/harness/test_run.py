@@ -87,6 +87,15 @@ def test_every_task_from_its_files_to_its_scores(data, scripted, tmp_path):
         assert any(text.endswith(prompt) for text in asked)
 
 
+def test_another_benchmark_does_not_replace_the_results_of_one(data, scripted, tmp_path):
+    scripted(lambda prompt: "A")
+    evaluate("vreflection_tiny", ["mmvp"], tmp_path, data, batch_size=4)
+    with pytest.raises(InputError, match="holds results of mmvp, which would be lost"):
+        evaluate("vreflection_tiny", ["vstar"], tmp_path, data, batch_size=4)
+    both = evaluate("vreflection_tiny", ["mmvp", "vstar"], tmp_path, data, batch_size=4)
+    assert list(both["tasks"]) == ["mmvp", "vstar"]
+
+
 def test_pictures_reach_the_model(data, scripted, tmp_path):
     asked = scripted(lambda prompt: "A")
     evaluate("vreflection_tiny", ["blink"], tmp_path, data, batch_size=4)
