@@ -261,6 +261,15 @@ def test_the_prose_says_what_the_result_files_say():
     assert min(map(min, kinship)) > 88 and "more than 88 %" in page
 
 
+def test_the_prose_on_reflecting_in_doubt_says_what_its_file_says():
+    """Half of the latent steps at a loss of less than a point."""
+    result = json.loads((RESULTS / "thresholds" / "path_then_half.json").read_text())["tasks"]["thresholds"]
+    always, *_ = result["thresholds"]
+    (half,) = [one for one in result["thresholds"] if 3.9 < one["mean_latent_steps"] < 4.1]
+    assert (always["threshold"], always["mean_latent_steps"]) == (0, 8)
+    assert always["accuracy"]["share"] - half["accuracy"]["share"] < 0.01
+
+
 def test_the_prose_on_the_short_schedule_says_what_its_files_say():
     files = {path.stem: json.loads(path.read_text()) for path in (RESULTS / "cpu").glob("*.json")}
     assert len({schedule(result) for result in files.values()}) == 1
@@ -292,18 +301,32 @@ def test_the_prose_on_the_short_schedule_says_what_its_files_say():
     assert all(map(guesses, words)) and abs(ahead[0]) < 8 and 2 < ahead[1] < 10
     plain = shares["path_without_positions_seed0", "dac"]
     assert guesses(plain) and plain["kinship"]["1"] > 35
-    moved, means = (
-        shares["path_jitter_30_seed0", "dac"],
+    asked = [("kinship", hops) for hops in "0123"] + [("spatial", hops) for hops in "012"] + [("relation", "1")]
+    means = {(kind, hops): sum(path[kind][hops] for path in paths) / 3 for kind, hops in asked}
+    for name, least, most in (("path_jitter_10_seed0", 0.6, 0.73), ("path_jitter_30_seed0", 0.4, 0.6)):
+        moved = shares[name, "dac"]
+        assert least < moved["kinship"]["1"] / means["kinship", "1"] < most
+        assert all(0.7 < moved["spatial"][hops] / means["spatial", hops] < 0.85 for hops in "12")
+    parts = [shares[f"path_{part}_seed0", "dac"] for part in (2, 4, 8)]
+    for part in parts:
+        assert all(means[kind, hops] - part[kind][hops] <= (10 if kind == "spatial" else 2) for kind, hops in far)
+    assert [round(edge(part["kinship"]["1"] for part in parts)) for edge in (min, max)] == [23, 57]
+    assert all(guesses(shares[f"sft_{part}_seed0", "text"]) for part in (2, 4, 8))
+    later = shares["path_then_half_seed0", "dac"]
+    assert all(means[kind, hops] - later[kind][hops] < 8 for kind, hops in asked)
+    for kind, hops in far:
+        count = tables["path_then_half_seed0", "dac"]["replaced"]["zeroed"][kind][hops]
+        assert later[kind][hops] - 100 * count[0] / count[1] > 70
+    plain = shares["path_then_half_seed0", "without reflecting"]
+    assert plain["attribute"]["0"] == 100 and plain["kinship"]["0"] > 50 and plain["spatial"]["0"] > 50
+    quarter = shares["path_quarter_seed0", "dac"]
+    assert [round(quarter[kind][hops]) for kind, hops in far] == [75, 62, 89]
+    assert guesses(
         {
-            kind: {hops: sum(path[kind][hops] for path in paths) / 3 for hops in "12"}
-            for kind in ("kinship", "spatial")
-        },
+            kind: {hops: 100 * a / b for hops, (a, b) in counts.items()}
+            for kind, counts in tables["path_quarter_seed0", "dac"]["replaced"]["zeroed"].items()
+        }
     )
-    assert 0.4 < moved["kinship"]["1"] / means["kinship"]["1"] < 0.6
-    assert all(0.7 < moved["spatial"][hops] / means["spatial"][hops] < 0.85 for hops in "12")
-    eighth = shares["path_8_seed0", "dac"]
-    for kind, longest in (("kinship", "0123"), ("spatial", "012"), ("relation", "1")):
-        assert all(sum(path[kind][hops] for path in paths) / 3 - eighth[kind][hops] < 10 for hops in longest)
     one_box = shares["one_box_seed0", "dac"]
     assert all(30 < one_box["spatial"][hops] < 37 for hops in "12") and 45 < one_box["relation"]["1"] < 55
     assert guesses(shares["one_box_seed0", "hidden"])

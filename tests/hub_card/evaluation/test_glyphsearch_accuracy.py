@@ -261,3 +261,20 @@ def test_dac_feedback_without_dac(no_dac_folder, capsys, tmp_path, monkeypatch):
     assert main(["evaluate", str(no_dac_folder), "--limit", "1", "--latent-feedback", "dac"]) == 2
     assert "DAC" in capsys.readouterr().err
     assert main(["evaluate", str(no_dac_folder), "--limit", "2"]) == 0
+
+
+def test_an_answer_may_reflect_as_often_as_the_checkpoint_says(tiny_folder):
+    """Each reflection has room, so that both decodings are of the same length."""
+    model, processor = load_checkpoint(tiny_folder, "cpu")
+    stored = {"reflect": "uncertain", "reflect_threshold": 0.0, "max_reflections": 2}
+    for name, value in stored.items():
+        setattr(model.generation_config, name, value)
+    limits, generate = [], model.generate
+
+    def counted(*args, **kwargs):
+        limits.append(kwargs["max_new_tokens"])
+        return generate(*args, **kwargs)
+
+    model.generate = counted
+    evaluate_glyphsearch(model, processor, limit=1, interventions=())
+    assert set(limits) == {2 * (8 + 2) + 8}
