@@ -3,13 +3,14 @@
 import base64
 import io
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import InferenceClient, get_session
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from modeling_vreflection.processing_vreflection import THINK_TOKENS
 
@@ -18,6 +19,8 @@ from ..publishing.hub_errors import MESSAGE_LENGTH, TransportError
 
 
 HUGGING_FACE = ("huggingface.co", "huggingface.cloud")  # the latter: its Inference Endpoints
+SENT_AGAIN = (429, 500, 502, 503, 504)
+PAUSES = (1, 4)  # seconds
 MODELS_TIMEOUT, ANSWER_TIMEOUT = 30, 600  # seconds
 
 
@@ -52,9 +55,7 @@ class ChatServer:
         """
         sent = chat_messages(messages)
         with self._errors():
-            given = self._client.chat_completion(
-                sent, model=self.model, max_tokens=max_tokens, temperature=0, extra_body=extra_body
-            )
+            given = self._complete(sent, max_tokens=max_tokens, extra_body=extra_body)
             choice = given.choices[0]
             text, reason = choice.message.content, choice.finish_reason
             tokens = given.usage and given.usage.completion_tokens
@@ -63,6 +64,16 @@ class ChatServer:
         if not isinstance(text, str):
             raise InputError(f"{self.url}: an answer has no text (finish_reason is {reason!r})")
         return {"text": text.split(THINK_TOKENS[1], 1)[-1].strip(), "tokens": tokens, "finish_reason": reason}
+
+    def _complete(self, messages: list[dict], **options):
+        """Sends a request, and again after each of `PAUSES` where the server is busy or failed, as OpenAI's client does."""
+        for pause in (*PAUSES, None):
+            try:
+                return self._client.chat_completion(messages, model=self.model, temperature=0, **options)
+            except HfHubHTTPError as error:
+                if pause is None or error.response.status_code not in SENT_AGAIN:
+                    raise
+                time.sleep(pause)
 
     def _only_model(self) -> str:
         with self._errors():

@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 
 from modeling_vreflection.pictures_vreflection import open_picture
+from vreflection_hub_card.evaluation import chat_server
 from vreflection_hub_card.evaluation.chat_server import base_url, find_key
 from vreflection_hub_card.glyphsearch import draw_question
 from vreflection_training.cli import main
@@ -74,6 +75,7 @@ def server(running, monkeypatch):
     """A server that lists one model and repeats the question's last word."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(chat_server, "PAUSES", (0.01, 0.01))
     running.requests, running.at_once, running.most_at_once = [], 0, 0
     running.models = 200, {"data": [{"id": "served"}]}
     running.respond = lambda body: completion(text_of(body).split()[-1])
@@ -209,6 +211,19 @@ def test_answers_that_come_before_a_failure_are_kept(server, evaluate, rows, tmp
     assert evaluate("--rows", rows, "--batch-size", "5") == 2
     kept = [answer["index"] for answer in read_lines(tmp_path / "out" / "answers.rank0.jsonl")[1:]]
     assert sorted(kept) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("status", [429, 500])
+def test_a_busy_server_is_asked_again(server, evaluate, rows, status):
+    usual, said = server.respond, []
+
+    def busy_twice(body):
+        said.append(text_of(body))
+        return (status, b"busy") if said.count(said[-1]) <= 2 else usual(body)
+
+    server.respond = busy_twice
+    assert evaluate("--rows", rows, "--batch-size", "2") == 0
+    assert [said.count(f"Say {word}") for word in ("one", "two", "three", "four", "six")] == [3] * 5
 
 
 def test_an_answer_that_is_all_thoughts_is_cut(server, evaluate, rows, tmp_path, capsys):
