@@ -158,11 +158,10 @@ class ReflectionModelMixin(ReplayMixin):
         if position_ids is None or position_ids.ndim != 2 or input_ids is None:
             return position_ids
         if attention_mask is not None:
-            seen = attention_mask.bool() if attention_mask.ndim == 2 else None
-            if seen is not None and ((position_ids.diff() < 0) & seen[:, 1:] & seen[:, :-1]).any():
+            whole = getattr(attention_mask, "shape", None) == position_ids.shape
+            if whole and ((position_ids.diff() < 0) & (attention_mask[:, 1:] * attention_mask[:, :-1]).bool()).any():
                 raise ValueError(
-                    "Packed rows, which `position_ids` that begin anew mean, need `attention_mask=None`: with a mask "
-                    "samples would see one another."
+                    "Packed rows (`position_ids` that begin anew) need `attention_mask=None`, or samples see one another."
                 )
             return position_ids
         if mm_token_type_ids is None:
@@ -390,7 +389,10 @@ class ReflectionModelMixin(ReplayMixin):
     def _roll_out(
         self, inputs: dict, embeds: torch.Tensor, rows: torch.Tensor, first: torch.Tensor, kwargs: dict
     ) -> BaseModelOutputWithPast:
-        """What decoding does (Sec. 3.4): the prompt into a cache, S single steps that feed each state back, then the rest."""
+        """What decoding does (Sec. 3.4): the prompt into a cache, S single steps that feed each state back, then the rest.
+
+        Without `attentions`, of which each step has as many columns as the cache.
+        """
         if self.training and self.language_model.layers[0].gradient_checkpointing:
             raise ValueError(
                 "Feeding the states back needs a cache, which gradient checkpointing forbids: set "
@@ -409,7 +411,7 @@ class ReflectionModelMixin(ReplayMixin):
         cache = DynamicCache(config=self.config.get_text_config())
         start, length = int(first[0]), embeds.shape[1]
         ends = [start, *range(start + 1, start + 1 + self.config.num_latent_tokens), length]
-        states, begin = [], 0
+        states, layers, begin = [], [], 0
         for end in ends:
             chunk = embeds[:, begin:end]
             if start <= begin < start + self.config.num_latent_tokens:
@@ -421,5 +423,7 @@ class ReflectionModelMixin(ReplayMixin):
                 }
                 outputs = self._run(part, chunk, deepstack_of_columns(kwargs, begin, end), cache, use_cache=True)
                 states.append(outputs.last_hidden_state)
+                layers.append(outputs.hidden_states or ())
             begin = end
-        return BaseModelOutputWithPast(last_hidden_state=torch.cat(states, 1))
+        hidden_states = tuple(torch.cat(layer, 1) for layer in zip(*layers)) or None
+        return BaseModelOutputWithPast(last_hidden_state=torch.cat(states, 1), hidden_states=hidden_states)

@@ -627,3 +627,16 @@ def test_gradients_reach_the_pixels_of_a_frozen_vision_encoder(model, mixed):
     finally:
         frozen.requires_grad_(True)
     assert pixels.grad.abs().sum() > 0
+
+
+def test_hidden_states_are_those_of_all_steps(model, aligned):
+    """Where states are fed back step by step, as where Z_T fills the slots in one pass."""
+    one_pass, steps = (
+        model(**aligned.inputs, latent_inputs=filled, output_hidden_states=True) for filled in ("bcm", "hidden")
+    )
+    assert [layer.shape for layer in steps.hidden_states] == [layer.shape for layer in one_pass.hidden_states]
+    first_slot = int((aligned.inputs["input_ids"] == model.config.latent_token_id).nonzero()[:, 1].min())
+    for layer, expected in zip(steps.hidden_states, one_pass.hidden_states):
+        torch.testing.assert_close(layer[:, :first_slot], expected[:, :first_slot], atol=1e-4, rtol=1e-4)
+    logits = model.lm_head(steps.hidden_states[-1])
+    torch.testing.assert_close(logits, steps.logits, atol=1e-5, rtol=1e-5)

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from modeling_vreflection import VReflectionForConditionalGeneration
+from modeling_vreflection.generation_vreflection import CACHE
 from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.inference.checkpoints import EMBEDDED, load_checkpoint
 
@@ -181,6 +182,12 @@ def test_packed_rows_with_a_mask_are_refused(embedded):
     torch.testing.assert_close(
         model(**padded, attention_mask=mask).logits[:, 3:], model(ids).logits, atol=1e-4, rtol=1e-4
     )
+    # With a cache the mask is longer than the positions.
+    begun = model(ids[:, :-2], use_cache=True)
+    cache = begun[CACHE]
+    rest = {"input_ids": ids[:, -2:], "position_ids": places[:, -2:], "attention_mask": torch.ones_like(ids)}
+    logits = model(**rest, **{CACHE: cache}).logits
+    torch.testing.assert_close(logits, model(ids).logits[:, -2:], atol=1e-4, rtol=1e-4)
 
 
 def test_an_answer_may_have_no_content(embedded):
