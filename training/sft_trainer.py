@@ -17,7 +17,7 @@ from modeling_vreflection import VReflectionProcessor
 from vreflection_hub_card.rows import BadRow
 
 from .collator import NON_MODEL_KEYS, VReflectionDataCollator
-from .data.dataset_views import EndlessStream, number_rows
+from .data.numbered_rows import number_rows
 from .data.packing import pack_dataset
 from .loading import load_model_and_processor, load_processor
 from .losses import latent_losses
@@ -132,7 +132,8 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
         rows = listed.get("train_dataset", self.train_dataset)
         self.add_callback(SampleCallback(self, rows))
         if isinstance(rows, IterableDataset):
-            rows = EndlessStream(rows)
+            # To transformers all steps of a stream are one epoch, of which a resumed run skips the batches that it has seen.
+            rows = rows.repeat(None)
         self.train_dataset = number_rows(rows)
         self.eval_dataset = number_rows(self.eval_dataset)
         if args.predict_with_generate and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
@@ -180,7 +181,9 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
             if batch["sample_ids"]:
                 return batch
             self.progress.skip(batch["skipped"])
-        raise BadRow("No row can be trained on: `vreflection check RECIPE` lists the reasons.")
+        raise BadRow(
+            "No row can be trained on, or of a stream none in 1000 batches: `vreflection check RECIPE` lists the reasons."
+        )
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -260,7 +263,6 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
                 entropy=(entropy_from_logits(logits[learned]).sum(), tokens),
                 mean_token_accuracy=((logits.argmax(-1) == targets).sum(), tokens),
                 **{f"loss_{name[2:].lower()}": (term * num_segments, segments) for name, term in terms.items()},
-                # In place of transformers' mean, in which a batch without a good row counts as a loss of 0.
                 **({} if self.model.training else {"loss": (loss * rows, rows)}),
             )
         return (loss, outputs) if return_outputs else loss

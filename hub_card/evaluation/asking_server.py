@@ -55,12 +55,12 @@ class ServerAsker(KeptAnswers):
                         break
                     self._keep(USUAL, [asked.pop(answer)], [answer.result()])
                     bar.update()
-            finally:
+            finally:  # also after Ctrl+C: what was asked for is kept
                 in_flight = [answer for answer in asked if not answer.cancel()]
-            wait(in_flight)
-            for answer in in_flight:
-                if not answer.exception():
-                    self._keep(USUAL, [asked[answer]], [answer.result()])
+                wait(in_flight)
+                for answer in in_flight:
+                    if not answer.exception():
+                        self._keep(USUAL, [asked[answer]], [answer.result()])
             for answer in in_flight:  # in the order of the rows
                 answer.result()
 

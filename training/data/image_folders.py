@@ -1,6 +1,7 @@
 """Finds the pictures of Visual CoT, in the folders of its own archive or of the data sets that it is made of."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -43,10 +44,12 @@ class ImageFolders:
 
     def stamp(self) -> tuple:
         """Changes when a file or a folder is added below the root, or taken away."""
-        # A data set's folder may be a link.
-        folders = {self.root, *(path for paths in self.folders.values() for path in paths)}
-        below = {folder for root in folders for folder, *_ in os.walk(root)}
-        return tuple((path, os.stat(path).st_mtime_ns) for path in sorted(below))
+        found = {}
+        for top in (self.root, *(path for paths in self.folders.values() for path in paths)):
+            for folder, *_ in () if top in found else os.walk(top):  # a data set's folder may be a link
+                with suppress(FileNotFoundError):  # taken away meanwhile
+                    found[folder] = os.stat(folder).st_mtime_ns
+        return tuple(sorted(found.items()))
 
     def find(self, image: str, dataset: str | None = None) -> str:
         """The path of a picture; where there is none, the path that it should have.

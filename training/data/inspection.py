@@ -11,8 +11,8 @@ from modeling_vreflection import VReflectionProcessor
 from modeling_vreflection.parts_vreflection import ReflectionPartError, read_path, rendered_reflections
 from vreflection_hub_card.rows import BadRow, check_past_reflections, row_images, row_messages, row_name
 
-from .dataset_views import named
 from .images import count_image_tokens, image_size, load_image
+from .numbered_rows import named
 
 
 @dataclass

@@ -16,8 +16,8 @@ from datasets import Dataset, IterableDataset
 from modeling_vreflection import VReflectionProcessor
 from vreflection_hub_card.rows import BadRow
 
-from .dataset_views import EndlessStream, NumberedRows, number_rows
 from .inspection import Inspection, inspect_row, inspect_rows
+from .numbered_rows import NumberedRows, number_rows
 
 
 T = TypeVar("T")
@@ -94,16 +94,19 @@ class PackedDataset(torch.utils.data.Dataset):
 class PackedIterableDataset(torch.utils.data.IterableDataset):
     """Packs of a stream; an item is a list of rows. Every process measures the whole stream, and collates its own packs."""
 
-    rows: IterableDataset | EndlessStream
+    rows: IterableDataset
     inspect: Callable[[dict[str, Any]], Inspection]
     rule: dict[str, int]
+
+    def set_epoch(self, epoch: int):
+        self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         return pack_samples(((row, self.inspect(row).tokens) for row in self.rows), **self.rule)
 
 
 def pack_dataset(
-    rows: Dataset | IterableDataset | EndlessStream | list[dict[str, Any]],
+    rows: Dataset | IterableDataset | list[dict[str, Any]],
     processor: VReflectionProcessor,
     rule: dict[str, int],
     *,
@@ -122,7 +125,7 @@ def pack_dataset(
         BadRow: With `on_bad_row="error"`, a row that can't be read or doesn't fit a pack; no row that can be trained on.
     """
     options = {"reflect": reflect, "stop": on_bad_row == "error", "max_length": rule["max_length"]}
-    if isinstance(rows, (IterableDataset, EndlessStream)):
+    if isinstance(rows, IterableDataset):
         return PackedIterableDataset(rows, partial(inspect_row, processor=processor, **options), rule), []
     # One process measures: a file that only one of them fails to read would give them different packs.
     measured = [None]

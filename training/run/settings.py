@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -72,7 +73,9 @@ def describe_rows(rows) -> str | None:
 def _without_pictures(value: Any) -> Any:
     """What JSON can hold of a row: pictures may lie elsewhere when a run goes on."""
     if isinstance(value, dict):
-        return {key: _without_pictures(one) for key, one in value.items() if key not in ("image", "images")}
+        # A row's number, where it has no `id`, is no content.
+        own = {key: one for key, one in value.items() if key != "id" or not re.fullmatch(r"row \d+", str(one))}
+        return {key: _without_pictures(one) for key, one in own.items() if key not in ("image", "images")}
     if isinstance(value, (list, tuple)):
         return [_without_pictures(one) for one in value]
     return value if isinstance(value, (str, int, float)) else None

@@ -72,6 +72,7 @@ class RunMixin:
         self._spread = LatentSpread(*self._latents_shape)
         self._collapsed = False
         self._to_push: str | None = None
+        self._skipping = 0.0  # batches of an evaluation with skipped rows
         # Where DAC doesn't train, the student is as it was drawn.
         self.watched = ("teacher", "student") if "dac" in STAGES[args.stage].trains else ("teacher",)
         self._clock = None  # when tokens were last counted, and how many there were
@@ -238,12 +239,19 @@ class RunMixin:
             self._meters[mode].add(name, total, count)
         if training:
             self.progress.num_tokens += int(sum_over_ranks(torch.tensor(batch["num_tokens"]), self.accelerator))
+        self._skipping += bool(batch["skipped"])
         self.progress.skip(batch["skipped"])
         self._metrics[mode]["num_tokens"] = [self.progress.num_tokens]
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._skipping = 0.0
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._meters["eval"].pop(self.accelerator)
+        loss = means.pop("loss", None)
+        # In transformers' mean a batch without a good row counts as a loss of 0.
+        if sum_over_ranks(torch.tensor(self._skipping), self.accelerator):
+            means |= {} if loss is None else {"loss": loss}
+            output.metrics.pop(f"{metric_key_prefix}_loss", None)
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         return output
 

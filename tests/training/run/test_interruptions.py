@@ -27,8 +27,10 @@ from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.glyphsearch import glyphsearch_dataset
 from vreflection_training import VReflectionSFTConfig, VReflectionSFTTrainer
 from vreflection_training.cli import main_train
+from vreflection_training.data.numbered_rows import number_rows
 from vreflection_training.recipe import train
 from vreflection_training.run.checkpoint_folders import MARKER, find_checkpoint, whole_checkpoints
+from vreflection_training.run.settings import describe_rows
 
 
 SCENES = [dict(row) for row in glyphsearch_dataset("train", 24)]
@@ -421,10 +423,12 @@ def test_a_signal_in_the_last_step_completes_the_run(make_trainer, tmp_path, num
     assert trainer.state.global_step == 4 and (tmp_path / "model.safetensors").exists()
 
 
-def test_a_stream_resumes_after_its_first_pass(make_trainer, checkpoint, model, tmp_path):
-    """It begins anew in another order, and a resumed run goes on in the middle of that."""
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_stream_resumes_after_its_first_pass(make_trainer, checkpoint, model, tmp_path, workers):
+    """It begins anew, and a resumed run goes on in the middle of that."""
     other = copy.deepcopy(model)
     options = {"max_steps": 6, "per_device_train_batch_size": 4, "train_sampling_strategy": "random"}
+    options["dataloader_num_workers"] = workers  # of which a stream of one shard uses one
 
     def rows():
         return IterableDataset.from_generator(lambda: iter(SCENES[:8])).shuffle(seed=3, buffer_size=8)
@@ -449,7 +453,6 @@ def test_a_stream_resumes_after_its_first_pass(make_trainer, checkpoint, model, 
     assert last_batches == all_batches[3:] and not moved(model.state_dict(), fresh.state_dict())
     passes = [sum(all_batches[start : start + 2], []) for start in (0, 2, 4)]
     assert [sorted(ids) for ids in passes] == 3 * [sorted(row["id"] for row in SCENES[:8])]
-    assert passes[0] != passes[1] != passes[2]
 
 
 def test_a_checkpoint_is_pushed_when_it_is_whole(make_trainer, tmp_path, monkeypatch):
@@ -567,6 +570,12 @@ def test_skipped_rows_do_not_count_in_the_evaluation(make_trainer, tmp_path):
     ]
     assert losses[0]["eval_held_out_loss"] == pytest.approx(losses[1]["eval_held_out_loss"], rel=1e-6)
     assert losses[0]["eval_held_out_loss_ce"] > 0
+    assert "eval_loss" not in make_trainer(eval_dataset=Rows(bad), **options).evaluate()
+
+
+def test_the_numbers_of_rows_are_no_other_data():
+    rows = [{"question": "Who?", "answer": "I"}, {"question": "What?", "answer": "That"}]
+    assert describe_rows(number_rows(rows)) == describe_rows(rows) != describe_rows(rows[::-1])
 
 
 @pytest.mark.parametrize("packing", [True, False])
