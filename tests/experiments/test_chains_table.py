@@ -312,6 +312,8 @@ def test_the_prose_on_the_short_schedule_says_what_its_files_say():
         assert all(means[kind, hops] - part[kind][hops] <= (10 if kind == "spatial" else 2) for kind, hops in far)
     assert [round(edge(part["kinship"]["1"] for part in parts)) for edge in (min, max)] == [23, 57]
     assert all(guesses(shares[f"sft_{part}_seed0", "text"]) for part in (2, 4, 8))
+    fewer = [shares[f"names_{part}_seed0", "text"]["kinship"]["1"] for part in (2, 4, 8)]
+    assert [round(edge(fewer)) for edge in (min, max)] == [35, 40]
     later = shares["path_then_half_seed0", "dac"]
     assert all(means[kind, hops] - later[kind][hops] < 8 for kind, hops in asked)
     for kind, hops in far:
