@@ -76,7 +76,7 @@ def parse(arguments: list[str]) -> tuple[VReflectionScriptArguments, ModelConfig
                 )
     for name in ("eval_on_start", "predict_with_generate"):
         if getattr(args, name, False) and script.eval_datasets is None:
-            raise InputError(f"`{name}` needs `eval_datasets`.")
+            raise InputError(f"`{name}` needs `eval_datasets`: give these, too, or set it to false.")
     if args.model_init_kwargs is not None:
         raise InputError("`model_init_kwargs` would be ignored: set `model_options` instead.")
     launched = int(os.environ.get("WORLD_SIZE", 1))

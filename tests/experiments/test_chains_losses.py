@@ -97,7 +97,7 @@ def test_it_gives_the_trainers_losses(chains, make_run, tmp_path):
 @pytest.mark.parametrize(
     "phases, changes",
     [
-        ("path", {"patch_positions": "none", "whole_path": False}),
+        pytest.param("path", {"patch_positions": "none", "whole_path": False}, marks=pytest.mark.slow),
         pytest.param("path, mixed rows", {}, marks=pytest.mark.slow),
         ("path, then mixed rows", {}),
         pytest.param("stage 1", {}, marks=pytest.mark.slow),

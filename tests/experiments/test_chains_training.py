@@ -29,7 +29,7 @@ def same(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool
     return state.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in state.items())
 
 
-@pytest.mark.parametrize("stop", [3, 5])  # in the first phase and in the second
+@pytest.mark.parametrize("stop", [pytest.param(3, marks=pytest.mark.slow), 5])  # in the first phase and in the second
 def test_a_resumed_run_is_the_uninterrupted_one(make_run, stop):
     arm = ARMS["two_stages"]
     whole = finish(make_run(arm, 8))
