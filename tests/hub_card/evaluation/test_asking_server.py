@@ -198,16 +198,16 @@ def test_a_run_that_failed_goes_on(server, evaluate, rows, tmp_path, capsys):
     assert "model = 'served', not 'another'; choose another output folder" in capsys.readouterr().err
 
 
-def test_answers_that_come_before_a_failure_are_kept(server, evaluate, rows, tmp_path):
+@pytest.mark.parametrize("failing, others", [(0.5, 0), (0, 0.5)], ids=["late", "early"])
+def test_answers_beside_a_failure_are_kept(server, evaluate, rows, tmp_path, failing, others):
     usual = server.respond
 
-    def one_fails_late(body):
-        if text_of(body) != "Say one":
-            return usual(body)
-        time.sleep(0.5)
-        return 500, b"broken"
+    def one_fails(body):
+        fails = text_of(body) == "Say one"
+        time.sleep(failing if fails else others)
+        return (400, b"broken") if fails else usual(body)
 
-    server.respond = one_fails_late
+    server.respond = one_fails
     assert evaluate("--rows", rows, "--batch-size", "5") == 2
     kept = [answer["index"] for answer in read_lines(tmp_path / "out" / "answers.rank0.jsonl")[1:]]
     assert sorted(kept) == [1, 2, 3, 4]

@@ -7,7 +7,9 @@ from generation_helpers import NEW_TOKENS, STARTS, decode, looker, new_tokens_of
 from reference import Row, decode_uncached, encode
 from transformers import LogitsProcessor, StaticCache
 
+from modeling_vreflection import VReflectionForConditionalGeneration, VReflectionProcessor
 from modeling_vreflection.generation_vreflection import CACHE
+from vreflection_hub_card.inference.checkpoints import EMBEDDED
 
 
 def test_dac_feedback_equals_uncached_decoding(model, stock, processor, prompts, ids, eos):
@@ -159,9 +161,11 @@ def test_dac_is_asked_only_at_steps_with_a_slot(model, processor, prompts, toler
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_latents_are_recorded_under_autocast(model, one, beams):
+def test_latents_are_recorded_under_autocast(prompts, beams):
     """What DAC sees is bfloat16 there, and what is returned float32, as the embeddings are."""
-    options = {"do_sample": False, "max_new_tokens": 12, "reflect": True, "latent_feedback": "dac", "num_beams": beams}
+    model = VReflectionForConditionalGeneration.from_pretrained(EMBEDDED, dtype=torch.float32).to(devices.DEVICE)
+    one = encode(VReflectionProcessor.from_pretrained(EMBEDDED), prompts[0])
+    options = {"do_sample": False, "max_new_tokens": 20, "num_beams": beams}
     with torch.autocast(devices.DEVICE.type, torch.bfloat16):
         result = model.generate(**one, **options, return_dict_in_generate=True)
     plain = model.generate(**one, **options, return_dict_in_generate=True)
