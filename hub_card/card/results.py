@@ -12,8 +12,9 @@ from modeling_vreflection.decoding_vreflection import ReflectionOptions
 
 from ..errors import InputError, reading
 from ..evaluation.benchmarks import BENCHMARKS
-from ..evaluation.dependence import NEGLIGIBLE
-from ..evaluation.interventions import INTERVENTIONS, NEEDED, OWN
+from ..evaluation.dependence import latents_sentence
+from ..evaluation.glyphsearch_accuracy import replacements_of
+from ..evaluation.interventions import INTERVENTIONS
 from ..evaluation.report import glyphsearch_table, percent, with_interval
 from .checkpoint import Checkpoint
 
@@ -178,23 +179,16 @@ def results_text(reports: list[dict]) -> str:
 
 
 def latents_verdict(reports: list[dict]) -> str | None:
-    """Whether the answers need the latents, in words: what replacing them costs on GlyphSearch. Without right answers `None`."""
-    losses = []
+    """Whether the answers depend on the latents, a sentence for each report on GlyphSearch where some answers reflect."""
+    sentences = []
     for report in reports:
-        for name, measured in report["tasks"].get(GLYPHSEARCH_TASK, {}).get("interventions", {}).items():
-            own, other = measured["usual_accuracy_of_the_same"]["overall"], measured["accuracy"]["overall"]
-            if own["successes"] and name not in OWN:
-                losses.append(round(100 * (own["share"] - other["share"]), 2))
-    if not losses:
-        return None
-    if min(losses) >= NEEDED:
-        verdict = "The answers need the latents."
-    elif max(losses) < NEGLIGIBLE:
-        verdict = "The answers don't need the latents."
-    else:
-        verdict = "Some answers need the latents."
-    points = " to ".join(f"{loss:.1f}" for loss in dict.fromkeys((min(losses), max(losses))))
-    return f"**{verdict}** Other latents than the model's own cost {points} points of accuracy."
+        result = report["tasks"].get(GLYPHSEARCH_TASK)
+        if result and result["interventions"]:
+            difficulty = result["data"]["difficulty"]
+            sentences.append(
+                f"**{latents_sentence(replacements_of(result))}** (GlyphSearch, `{difficulty}` difficulty.)"
+            )
+    return "\n\n".join(sentences) or None
 
 
 def scorers_of(task: str) -> list[str]:

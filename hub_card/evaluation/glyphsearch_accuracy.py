@@ -16,7 +16,7 @@ from ..glyphsearch import CHAIN_KINDS, GLYPHS, Question, Scene, draw_question, s
 from ..inference.attention_maps import GREEDY, Reflection, generate_and_look, offered_sources
 from ..inference.encoding import answer_texts, encode_prompts, user_turn
 from .interventions import ALWAYS, EXCHANGED, INTERVENTIONS, first_latents, fit_steps, replace_latents
-from .statistics import proportion
+from .statistics import paired_difference, proportion
 
 
 # An answer is a glyph and the end of the turn; a model that hasn't learned to stop isn't followed further.
@@ -231,6 +231,21 @@ def summarise_glyphsearch(samples: list[Sample]) -> dict:
             for way in ways
         },
     }
+
+
+def replacements_of(result: dict) -> dict[str, dict]:
+    """What each intervention of a result cost, as [`latents_sentence`](dependence.py) takes it: read off the paired outcomes."""
+    replacements = {}
+    for way, measured in result["interventions"].items():
+        pairs = zip(result["outcomes"][UNCHANGED], result["outcomes"][way])
+        usual, replaced = zip(*((one == "1", other == "1") for one, other in pairs if other != "-"))
+        replacements[way] = {
+            "accuracy": proportion(replaced),
+            "usual_accuracy_of_the_same": proportion(usual),
+            "changed": measured["changed"],
+            "difference": paired_difference(usual, replaced),
+        }
+    return replacements
 
 
 def accuracy_by_kind(samples: list[Sample], way: str) -> dict[str, dict]:

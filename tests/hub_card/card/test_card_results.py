@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from vreflection_hub_card.card import write_card
 from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS
+from vreflection_hub_card.evaluation.statistics import proportion
 
 
 def entries(folder, task="vstar"):
@@ -122,32 +123,34 @@ def test_gqa_has_one_score_which_gets_into_eval_results(folder, write_result):
 @pytest.mark.parametrize(
     "zeroed, noise, sentence",
     [
-        (10, 60, "**The answers need the latents.** Other latents than the model's own cost 30.0 to 80.0 points of accuracy."),
-        (10, 61, "**Some answers need the latents.** Other latents than the model's own cost 29.0 to 80.0 points of accuracy."),
-        (90, 61, "**Some answers need the latents.** Other latents than the model's own cost 0.0 to 29.0 points of accuracy."),
-        (90, 88, "**The answers don't need the latents.** Other latents than the model's own cost 0.0 to 2.0 points of accuracy."),
-        (50, 50, "**The answers need the latents.** Other latents than the model's own cost 40.0 points of accuracy."),
+        (10, 60, "The answers depend on the latents: −80.0 points when zeroed (95 % interval −"),
+        (10, 61, "The answers depend on the latents in part: −80.0 points when zeroed (95 % interval −"),
+        (90, 61, "The answers depend on the latents in part: 0.0 points when zeroed (95 % interval −"),
+        (90, 88, "The answers do not depend on the latents: 0.0 points when zeroed (95 % interval −"),
     ],
 )  # fmt: skip
-def test_whether_the_answers_need_the_latents_follows_from_what_replacing_them_costs(
+def test_whether_the_answers_depend_on_the_latents_follows_from_what_replacing_them_costs(
     folder, results, tmp_path, zeroed, noise, sentence
 ):
-    """Of 90 right answers of 100; the model's own latents in another order don't count."""
+    """Of 90 right answers of 100, and of 20 more where nothing could be replaced; the model's own latents in another order don't count."""
     report = json.loads(results[0].read_text())
+    result = report["tasks"]["glyphsearch"]
+    result["outcomes"] = {"usual": "1" * 90 + "0" * 10 + "1" * 20}
+    result["interventions"] = {}
 
-    def overall(right):
-        return {"overall": {"successes": right, "count": 100, "share": right / 100, "low": 0, "high": 1}}
+    def intervene(name, right):
+        result["outcomes"][name] = "1" * right + "0" * (100 - right) + "-" * 20
+        accuracy = {"overall": proportion([True] * right + [False] * (100 - right))}
+        result["interventions"][name] = {
+            "accuracy": accuracy,
+            "changed": proportion([False] * right + [True] * (100 - right)),
+        }
 
-    report["tasks"]["glyphsearch"]["interventions"] = {
-        name: {"accuracy": overall(right), "usual_accuracy_of_the_same": overall(90)}
-        for name, right in {"zeroed": zeroed, "noise": noise, "reversed": 89}.items()
-    }
     path = tmp_path / "results.json"
+    intervene("reversed", 89)
     path.write_text(json.dumps(report))
-    assert f"\n{sentence}\n" in write_card(folder, results=[path]).read_text()
-    del (
-        report["tasks"]["glyphsearch"]["interventions"]["zeroed"],
-        report["tasks"]["glyphsearch"]["interventions"]["noise"],
-    )
+    assert "only rearranged" in write_card(folder, results=[path]).read_text()
+    intervene("zeroed", zeroed)
+    intervene("noise", noise)
     path.write_text(json.dumps(report))
-    assert "need the latents" not in write_card(folder, results=[path]).read_text()
+    assert f"\n**{sentence}" in write_card(folder, results=[path]).read_text()
