@@ -82,6 +82,7 @@ def make_run(study, done):
     return lambda output: StudyRun(study, study.forms["quick"], done / "work", output)
 
 
+@pytest.mark.slow
 def test_every_arm_has_its_file(study, done):
     results = read_results(study, done / "results")
     assert list(results) == ["base", "two_stage"]
@@ -94,12 +95,14 @@ def test_every_arm_has_its_file(study, done):
     assert [config["has_dac"] for config in configs] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_called_again_it_trains_and_writes_nothing(done, make_run):
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*")}
     make_run(done / "results")()
     assert before == {path: path.stat().st_mtime_ns for path in done.rglob("*")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"part_steps": 99}, {"base": "0" * 64}])
 def test_results_of_another_definition_or_base_are_not_mixed_in(done, make_run, tmp_path, change):
     result = json.loads((done / "results" / "two_stage.json").read_text())
@@ -134,6 +137,7 @@ def test_a_part_that_fails_names_its_log(study, tmp_path, monkeypatch):
         run.train_base()
 
 
+@pytest.mark.slow
 def test_the_summary_shows_everything(study, done, tmp_path):
     results = read_results(study, done / "results")
     text = summarise(study, study.forms["quick"], results, [("two_stage", 1)], {"main": "Nothing."})

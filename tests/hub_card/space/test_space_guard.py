@@ -317,6 +317,7 @@ def disk_usage(folder):
     return total
 
 
+@pytest.mark.slow
 def test_the_oldest_files_go(small_page):
     address, folder = small_page
     visitor = RawVisitor(address)
