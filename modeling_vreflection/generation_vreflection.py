@@ -109,7 +109,8 @@ class ReflectionGenerationMixin:
             )
         if options.can_start and kwargs.get("assistant_model") is not None:
             raise ValueError(unsupported("assisted decoding (`assistant_model`)", "leave `assistant_model` out"))
-        stops = kwargs.get("stop_strings") or getattr(given_config or self.generation_config, "stop_strings", None)
+        stored = (getattr(one, "stop_strings", None) for one in (given_config, self.generation_config))
+        stops = kwargs.get("stop_strings") or next(filter(None, stored), None)
         if options.can_start and stops and kwargs.get("tokenizer") is not None:
             self._check_stop_strings([stops] if isinstance(stops, str) else stops, kwargs["tokenizer"])
         if latents is not None:
@@ -156,9 +157,11 @@ class ReflectionGenerationMixin:
 
     def _check_stop_strings(self, strings: list[str], tokenizer):
         names = tokenizer.convert_ids_to_tokens(self.config.latent_token_ids)
-        if inside := [string for string in strings if any(string in name for name in names)]:
+        text = names[0] + 2 * names[1] + names[2]
+        beginnings = tuple(text[:end] for end in range(1, len(text)))
+        if inside := [string for string in strings if string in text or string.endswith(beginnings)]:
             raise ValueError(
-                f"`stop_strings`: {inside[0]!r} is part of a reflection's token ({', '.join(names)}), which would end the "
+                f"`stop_strings`: {inside[0]!r} ends within a reflection's tokens ({', '.join(names)}), which would end the "
                 "answer. Choose another, or set `latent_steps=0`."
             )
 

@@ -1,6 +1,5 @@
 """V-Reflection on the sizes of Qwen3-VL that are mixtures of experts."""
 
-from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeModel
 
@@ -14,7 +13,6 @@ from .reflection_vreflection import ReflectionModelMixin
 class VReflectionQwen3VLMoeModel(ReflectionModelMixin, Qwen3VLMoeModel):
     """The Qwen3-VL (mixture of experts) backbone with BCM and DAC."""
 
-    config_class = VReflectionQwen3VLMoeConfig
     config: VReflectionQwen3VLMoeConfig
 
 
@@ -23,16 +21,9 @@ class VReflectionQwen3VLMoeForConditionalGeneration(
 ):
     """Qwen3-VL (mixture of experts) that looks again while it thinks; used as [`VReflectionForConditionalGeneration`] is."""
 
-    config_class = VReflectionQwen3VLMoeConfig
     config: VReflectionQwen3VLMoeConfig
     processor_class = VReflectionQwen3VLProcessor
-
-    def __init__(self, config: VReflectionQwen3VLMoeConfig):
-        # Past the stock class's own constructor, which would build the stock backbone first.
-        super(Qwen3VLMoeForConditionalGeneration, self).__init__(config)
-        self.model = VReflectionQwen3VLMoeModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+    model_class = VReflectionQwen3VLMoeModel
 
 
 VReflectionQwen3VLMoeForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -1,6 +1,5 @@
 """V-Reflection on Qwen3-VL, whose layers get DeepStack's features of the images in every pass."""
 
-from torch import nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 from .causal_lm_vreflection import ReflectionCausalLMMixin
@@ -13,7 +12,6 @@ from .reflection_vreflection import ReflectionModelMixin
 class VReflectionQwen3VLModel(ReflectionModelMixin, Qwen3VLModel):
     """The Qwen3-VL backbone with BCM and DAC."""
 
-    config_class = VReflectionQwen3VLConfig
     config: VReflectionQwen3VLConfig
 
 
@@ -22,16 +20,9 @@ class VReflectionQwen3VLForConditionalGeneration(
 ):
     """Qwen3-VL that looks again while it thinks; used as [`VReflectionForConditionalGeneration`] is."""
 
-    config_class = VReflectionQwen3VLConfig
     config: VReflectionQwen3VLConfig
     processor_class = VReflectionQwen3VLProcessor
-
-    def __init__(self, config: VReflectionQwen3VLConfig):
-        # Past the stock class's own constructor, which would build the stock backbone first.
-        super(Qwen3VLForConditionalGeneration, self).__init__(config)
-        self.model = VReflectionQwen3VLModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+    model_class = VReflectionQwen3VLModel
 
 
 VReflectionQwen3VLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -1,6 +1,5 @@
 """V-Reflection on Qwen2.5-VL: a model that looks again while it thinks, between `<|sovt|>` and `<|eovt|>`."""
 
-from torch import nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
 from .causal_lm_vreflection import ReflectionCausalLMMixin
@@ -13,7 +12,6 @@ from .reflection_vreflection import ReflectionModelMixin
 class VReflectionModel(ReflectionModelMixin, Qwen2_5_VLModel):
     """The Qwen2.5-VL backbone with BCM and DAC."""
 
-    config_class = VReflectionConfig
     config: VReflectionConfig
 
 
@@ -40,7 +38,6 @@ class VReflectionForConditionalGeneration(
     ```
     """
 
-    config_class = VReflectionConfig
     config: VReflectionConfig
     processor_class = VReflectionProcessor
     # transformers renames the keys of older Qwen2.5-VL checkpoints for its own class only, and would take our modules for
@@ -49,13 +46,7 @@ class VReflectionForConditionalGeneration(
         r"^visual": "model.visual",
         r"^model(?!\.(language_model|visual|bcm|dac))": "model.language_model",
     }
-
-    def __init__(self, config: VReflectionConfig):
-        # Past the stock class's own constructor, which would build the stock backbone first.
-        super(Qwen2_5_VLForConditionalGeneration, self).__init__(config)
-        self.model = VReflectionModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+    model_class = VReflectionModel
 
 
 # Which class the checkpoint's code is copied for doesn't matter: `save_pretrained` overwrites `auto_map`.

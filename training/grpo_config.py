@@ -1,6 +1,5 @@
 """The configuration of `VReflectionGRPOTrainer`: trl's, and the options of V-Reflection."""
 
-import math
 from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg
@@ -14,6 +13,7 @@ from .stages import REWARD_STAGE
 
 # Of trl's and transformers' arguments, those that would be ignored, and the values that ask for nothing.
 UNSUPPORTED = {
+    "cast_lm_head_to_fp32": (False,),
     "label_smoothing_factor": (0.0,),
     "neftune_noise_alpha": (None,),
     "restore_callback_states_from_checkpoint": (False,),  # they are restored, and the count of tokens goes on
@@ -95,6 +95,12 @@ class VReflectionGRPOConfig(RunConfigMixin, GRPOConfig):
             self.latent_noise = self.latent_sigma or 0.0
         super().__post_init__()
         self.check_parsed()
+        micro_steps = self.steps_per_generation * self.num_iterations
+        if micro_steps % self.gradient_accumulation_steps and self.gradient_accumulation_steps % micro_steps:
+            raise ValueError(
+                f"`steps_per_generation` x `num_iterations` is {micro_steps}, and `gradient_accumulation_steps` "
+                f"{self.gradient_accumulation_steps}: one must divide the other, or answers are sampled in the middle of a step."
+            )
         every = self.steps_between_rollouts
         if self.save_strategy == "steps" and every > 1 and self.save_steps % every:
             raise ValueError(
@@ -105,9 +111,8 @@ class VReflectionGRPOConfig(RunConfigMixin, GRPOConfig):
 
     @property
     def steps_between_rollouts(self) -> int:
-        """The fewest steps after which new answers are sampled at the beginning of the next."""
-        micro_steps = self.steps_per_generation * self.num_iterations
-        return micro_steps // math.gcd(micro_steps, self.gradient_accumulation_steps)
+        """The steps after which new answers are sampled, at least one."""
+        return max(1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
 
     @property
     def trains(self) -> tuple[str, ...]:

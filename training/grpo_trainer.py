@@ -122,6 +122,12 @@ class VReflectionGRPOTrainer(RunMixin, GRPOTrainer):
         self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = never
         self.generation_config.return_dict_in_generate = True
         self.decoding = model.reflection_options(generation_config=self.generation_config)
+        room = self.decoding.latent_steps + 2
+        if self.decoding.can_start and args.max_completion_length <= room:
+            raise ValueError(
+                f"`max_completion_length={args.max_completion_length}` leaves no room for an answer: a reflection with "
+                f"{self.decoding.latent_steps} latent steps takes {room} tokens. Raise it."
+            )
         self.rollouts: Rollouts | None = None  # the last batch's
         self._latents = None  # of the rows whose log-probabilities are computed
         self._uses_latents = any("latent_use" in inspect.signature(reward).parameters for reward in self.reward_funcs)

@@ -184,6 +184,13 @@ class VReflectionSFTConfig(RunConfigMixin, SFTConfig):
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
         self.check_parsed()
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError("`dispatch_batches` sends batches from rank to rank, and ours hold texts: leave it out.")
+        self.accelerator_config.dispatch_batches = False  # of a stream each rank reads its own share
+        if "exact_match" in (self.metric_for_best_model or "") and not self.predict_with_generate:
+            raise ValueError(
+                f"`metric_for_best_model={self.metric_for_best_model!r}` is measured with `predict_with_generate=True` only: set it."
+            )
         if self.latent_inputs == "hidden" and self.gradient_checkpointing:
             raise ValueError(
                 "`latent_inputs='hidden'` decodes with a cache, which gradient checkpointing forbids: set "

@@ -42,7 +42,8 @@ class VReflectionSFTTrainer(RunMixin, SFTTrainer):
     attention on the box's patches; `latent_spread`, how much the states of different samples differ (see
     [`LatentSpread`](run/latent_metrics.py)); `reflections`, the share of samples that hold one; `padding`, the share of
     positions; and `tokens_per_second`, of all ranks, without padding. Means are exact over accumulation steps, logging
-    steps and ranks. With `predict_with_generate`, each evaluation also has the shares of exact answers.
+    steps and ranks; in an evaluation on several ranks, rows that fill up the last batches count twice, as in transformers'
+    `eval_loss`. With `predict_with_generate`, each evaluation also has the shares of exact answers.
 
     Args:
         model (`str`, `Path` or `VReflectionForConditionalGeneration`): A model, or a checkpoint to load: a folder, a Hub id, or

@@ -37,7 +37,7 @@ ALLOWED = (
 )
 PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 # What git, a download and a training run leave beside the repository's files: passed over.
-BESIDE = re.compile(r"(\.git|\.cache|checkpoint-\d+)(/.*)?|\.lock")
+BESIDE = re.compile(r"(\.git|\.cache|checkpoint-\d+)(/.*)?|samples/step-\d+-row-\d+\.png|\.lock")
 # Why files have no place in a published checkpoint, the worst first: patterns of names, and what to do.
 REFUSED = (
     (

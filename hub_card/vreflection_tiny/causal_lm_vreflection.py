@@ -4,7 +4,7 @@ from dataclasses import fields
 from inspect import signature
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple, logging
 
@@ -29,12 +29,14 @@ class ReflectionCausalLMMixin:
     """A whole model with reflections; comes before the stock class.
 
     Attributes:
+        model_class (`type`): The backbone with BCM and DAC.
         processor_class (`type`): The processor that goes with the model.
         hub_classes (`dict[str, str]`): The `auto_map` of a checkpoint. All of its model classes are the whole model: whoever
             loads `AutoModel` wants to call `generate`.
         stock_key_mapping (`dict[str, str]`): Weights' names in older stock checkpoints, as regular expressions, and in ours.
     """
 
+    model_class: type
     processor_class: type
     stock_key_mapping: dict[str, str] = {}
     # The loss divides by `num_items_in_batch`: exact over accumulation steps.
@@ -53,6 +55,13 @@ class ReflectionCausalLMMixin:
             "AutoProcessor": f"processing_vreflection.{cls.processor_class.__name__}",
             **dict.fromkeys(("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"), model),
         }
+
+    def __init__(self, config):
+        # Past the stock class's own constructor, which would build the stock backbone first.
+        PreTrainedModel.__init__(self, config)
+        self.model = self.model_class(config)
+        self.lm_head = torch.nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -160,6 +169,10 @@ class ReflectionCausalLMMixin:
         processor that goes with it.
         """
         kwargs.setdefault("key_mapping", cls.stock_key_mapping)
+        quantization = kwargs.get("quantization_config")
+        if getattr(quantization, "llm_int8_skip_modules", ()) is None:
+            # bitsandbytes quantises what it reads, and a stock checkpoint has neither of the two modules.
+            quantization.llm_int8_skip_modules = ["lm_head", "model.bcm", "model.dac"]
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # transformers puts fields of the config that the checkpoint's generation config doesn't know there, too.
@@ -254,6 +267,7 @@ class ReflectionCausalLMMixin:
             ValueError: A generation config with values that aren't allowed, or of a checkpoint that would decode by DAC
                 (`latent_feedback`) and has none.
         """
+        self.config.check_reflection()
         ReflectionOptions.resolve(self.config, self.generation_config)
         if getattr(self.generation_config, "latent_feedback", None) == "dac" and not self.config.has_dac:
             raise ValueError(

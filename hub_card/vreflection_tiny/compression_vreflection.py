@@ -61,8 +61,8 @@ class LatentCrossAttention(nn.Module):
             of the heads' softmaxes.
         """
         mask = mask[:, None] if mask.ndim == 2 else mask
-        q = self._split(self.q_proj(queries))
-        scores = (q @ keys.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        q = self._split(self.q_proj(queries)) * keys.shape[-1] ** -0.5
+        scores = (q @ keys.transpose(-1, -2)).float()
         weights = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)  # (G, heads, S, N)
         mixed = (weights.to(values.dtype) @ values).transpose(1, 2).flatten(-2)  # (G, S, D)
         latents, attention = self.norm(self.o_proj(mixed)), weights.mean(1)

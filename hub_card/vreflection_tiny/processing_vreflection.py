@@ -252,7 +252,8 @@ class ReflectionProcessorMixin:
             of_steps = self._boxes_of_steps(texts, boxes)
         inputs = super().__call__(images=open_pictures(images), text=text, **kwargs)
         if of_steps is not None:
-            inputs["boxes"] = torch.tensor(of_steps, dtype=torch.long).reshape(-1, self.num_latent_tokens, 5)
+            of_steps = torch.tensor(of_steps, dtype=torch.long).reshape(-1, self.num_latent_tokens, 5)
+            inputs["boxes"] = of_steps.numpy() if kwargs.get("return_tensors") == "np" else of_steps
         return inputs
 
     def apply_chat_template(self, conversation, *args, processor_kwargs: dict | None = None, **kwargs):

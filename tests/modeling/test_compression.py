@@ -266,3 +266,16 @@ def test_missing_torchvision_says_what_to_install(monkeypatch):
     with pytest.raises(ImportError, match="region_pooling.*pip install torchvision"):
         pool_region(torch.randn(30, 3), quantise_box(BOXES[0]), (5, 6), "roi_align")
     assert len(pool_region(torch.randn(30, 3), quantise_box(BOXES[1]), (5, 6), "patch")) == 30
+
+
+def test_scores_of_large_states_stay_finite_in_half_precision():
+    """Heads as wide as the 7B's."""
+    torch.manual_seed(0)
+    dac = DynamicAutoregressiveCompression(3584, 8, 1)
+    with torch.no_grad():
+        for name in ("q_proj", "k_proj"):
+            getattr(dac, name).weight.copy_(0.02 * torch.randn(3584, 3584))
+        dac.k_proj.weight.copy_(dac.q_proj.weight)
+    features = 10 * torch.randn(1, 2, 3584)
+    latents, attention = dac.half()(1.1 * features[:, :1].half(), features.half(), torch.ones(1, 2, dtype=torch.bool))
+    assert latents.isfinite().all() and attention.isfinite().all()

@@ -11,7 +11,7 @@ from isolation import run_isolated, sha256
 from randomise import randomise
 from reference import ask, encode, picture
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, Qwen2_5_VLConfig
 
 import modeling_vreflection
 from modeling_vreflection import VReflectionConfig, VReflectionForConditionalGeneration, VReflectionProcessor
@@ -192,6 +192,22 @@ def test_an_untied_checkpoint_survives_too(tmp_path):
     assert loaded.model.bcm is None and loaded.model.dac.is_trained
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_a_vocabulary_without_the_latent_tokens_is_not_saved(folder, tmp_path):
+    loaded = VReflectionForConditionalGeneration.from_pretrained(folder)
+    loaded.resize_token_embeddings(loaded.config.latent_start_token_id)
+    with pytest.raises(ValueError, match="latent_start_token_id"):
+        loaded.save_pretrained(tmp_path)
+
+
+def test_a_quantised_stock_checkpoint_keeps_bcm_and_dac_whole(backbone):
+    pytest.importorskip("bitsandbytes")
+    options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    loaded = VReflectionForConditionalGeneration.from_pretrained(backbone, **options)
+    kinds = {type(module).__name__ for name, module in loaded.named_modules() if name.endswith("q_proj")}
+    assert kinds == {"Linear", "Linear8bitLt"}
+    assert all(type(one) is torch.nn.Linear for one in (loaded.model.bcm.q_proj, loaded.model.dac.k_proj))
 
 
 def test_the_modules_of_a_checkpoint_can_be_left_out(model, folder):

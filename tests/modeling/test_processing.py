@@ -270,6 +270,8 @@ def test_boxes_may_come_beside_the_text(processor):
     boxes = [[BOX], [], [{"box": BOX, "image_index": 1}, BOX]]
     found = processor(text=text, images=images, boxes=boxes, padding=True, return_tensors="pt")["boxes"]
     assert found[:, 0, 4].tolist() == [0, 2, 1]
+    as_arrays = processor(text=text, images=images, boxes=boxes, padding=True, return_tensors="np")["boxes"]
+    assert isinstance(as_arrays, np.ndarray) and as_arrays.tolist() == found.tolist()
     one = processor(text=text[0], images=images[:1], boxes=[BOX], return_tensors="pt")["boxes"]
     assert one.tolist() == found[:1].tolist()
 

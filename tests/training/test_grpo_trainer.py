@@ -399,3 +399,9 @@ def test_rows_with_and_without_pictures_go_together(make, model):
 def test_what_latents_leave_no_place_for_is_refused(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_an_answer_has_room_behind_its_reflection(make):
+    with pytest.raises(ValueError, match="`max_completion_length=6` leaves no room .* 4 latent steps takes 6 tokens"):
+        make(max_completion_length=6)
+    make(max_completion_length=6, generation_kwargs={"latent_steps": 0})

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vreflection_hub_card.errors import InputError
-from vreflection_training import cli
+from vreflection_training import VReflectionSFTConfig, cli
 from vreflection_training.recipe import parse
 from vreflection_training.script_arguments import VReflectionScriptArguments
 
@@ -51,11 +51,41 @@ def parse_recipe(folder, lines: str):
         ("predict_with_generate: true", "eval_datasets"),
         ("neftune_noise_alpha: -1", "neftune_noise_alpha"),
         ("trust_remote_code: true", "trust_remote_code"),
+        ("accelerator_config: {dispatch_batches: true}", "dispatch_batches"),
+        ("metric_for_best_model: eval_exact_match", "predict_with_generate=True"),
+        ("stage: grpo\ncast_lm_head_to_fp32: true", "cast_lm_head_to_fp32"),
+        ("stage: grpo\nsteps_per_generation: 3\ngradient_accumulation_steps: 2", "one must divide the other"),
     ],
 )
 def test_a_value_that_no_training_can_use(tmp_path, lines, named):
     with pytest.raises(InputError, match=named):
         parse_recipe(tmp_path, lines)
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("loss", False),
+        ("loss_ce", False),
+        ("eval_loss_feat", False),
+        ("eval_held_out_loss_attn", False),
+        ("latent_distance", False),
+        ("eval_entropy", False),
+        ("student_inside_box", True),
+        ("mean_token_accuracy", True),
+    ],
+)
+def test_the_best_checkpoint_has_the_smallest_loss(tmp_path, metric, greater):
+    args = VReflectionSFTConfig(str(tmp_path), use_cpu=True, metric_for_best_model=metric)
+    assert args.greater_is_better is greater
+    assert VReflectionSFTConfig(
+        str(tmp_path), use_cpu=True, metric_for_best_model=metric, greater_is_better=True
+    ).greater_is_better
+
+
+def test_batches_of_a_stream_are_not_sent_from_rank_to_rank(tmp_path):
+    """They hold texts, which accelerate can't send; trl turns it off for a stream of training rows alone."""
+    assert VReflectionSFTConfig(str(tmp_path), use_cpu=True).accelerator_config.dispatch_batches is False
 
 
 def test_options_of_no_data_set():

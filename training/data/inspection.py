@@ -12,7 +12,7 @@ from modeling_vreflection.parts_vreflection import ReflectionPartError, read_pat
 from vreflection_hub_card.rows import BadRow, check_past_reflections, row_images, row_messages, row_name
 
 from .images import count_image_tokens, image_size, load_image
-from .numbered_rows import named
+from .numbered_rows import UNDECODABLE, named, undecodable
 
 
 @dataclass
@@ -180,4 +180,8 @@ def inspect_rows(
 
 
 def _inspection(row: dict[str, Any], number: int, processor: VReflectionProcessor, **options) -> dict[str, Any]:
+    try:
+        row = {**row}
+    except UNDECODABLE as error:
+        row = undecodable(row, error)
     return vars(inspect_row(named(row, number), processor, **options))

@@ -99,14 +99,20 @@ def remove_incomplete(output_dir: str | Path):
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) -> str | None:
     """The checkpoint that a run is to resume from: `True` means the last one of its output folder that can be used.
 
-    A newer one that is damaged is named in the log. `CheckpointError` if there is none, or the one that was named was never
-    written to the end or is damaged.
+    A newer one that is damaged is named in the log. `CheckpointError` if there is none, if one with fewer steps was written
+    later, by another run, or if the one that was named was never written to the end or is damaged.
     """
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint is True:
-        damages = []
-        for folder in reversed(whole_checkpoints(output_dir)):
+        damages, whole = [], whole_checkpoints(output_dir)
+        newest = max(whole, key=lambda folder: Path(folder, TRAINER_STATE_NAME).stat().st_mtime_ns, default=None)
+        if newest != (whole[-1] if whole else None):
+            raise CheckpointError(
+                f"{newest} was written after {whole[-1]}, which has more steps, so they are of two runs: name the one to go on "
+                "with by `--resume_from_checkpoint FOLDER`, or move the other one away."
+            )
+        for folder in reversed(whole):
             damage = find_damage(folder)
             if damage is None:
                 for line in damages:

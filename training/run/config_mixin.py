@@ -1,6 +1,7 @@
 """What the configurations of all trainers check."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -25,6 +26,9 @@ RULES = (
     (("save_steps",), lambda x: x > 0, "be above 0"),
 )
 
+# Metrics of which less is better; transformers knows those that end with "loss".
+LESS_IS_BETTER = re.compile(r"(^|_)(loss(_(ce|bcm|feat|attn))?|latent_distance|entropy)$")
+
 Rule = tuple[tuple[str, ...], Callable[[Any], bool], str]
 
 
@@ -32,7 +36,7 @@ class RunConfigMixin:
     """Stands before one of trl's configurations among the bases of a configuration of V-Reflection."""
 
     def check_values(self, rules: tuple[Rule, ...], unsupported: dict[str, tuple]) -> None:
-        """Fills `bf16` and `report_to` and checks values, before transformers reads them.
+        """Fills `bf16`, `report_to` and `greater_is_better`, and checks values, before transformers reads them.
 
         Args:
             rules (`tuple`): Names of fields, what must hold of their values, and how it is said, besides `RULES`.
@@ -64,6 +68,8 @@ class RunConfigMixin:
         for name, allowed in unsupported.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"V-Reflection doesn't support `{name}={getattr(self, name)!r}`: leave it out.")
+        if self.greater_is_better is None and LESS_IS_BETTER.search(self.metric_for_best_model or ""):
+            self.greater_is_better = False
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: ids, messages and images of rows are read.")
 

@@ -195,6 +195,9 @@ class RunMixin:
         folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         # An older checkpoint goes only when this one is whole.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        only_model = self.args.save_only_model
+        if self.preemption.requested is not None:  # the run is to go on from here
+            self.args.save_only_model = False
         try:
             self.progress.gather_skipped()
             with marked_incomplete(folder, self.args.should_save):
@@ -202,7 +205,7 @@ class RunMixin:
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit, self.args.save_only_model = limit, only_model
         if self._to_push is not None:
             super()._push_from_checkpoint(self._to_push)
             self._to_push = None

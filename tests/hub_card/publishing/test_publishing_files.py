@@ -81,6 +81,8 @@ def test_what_a_run_leaves_beside_its_checkpoint_is_passed_over(checkpoint):
     (checkpoint / "checkpoint-100").mkdir()
     (checkpoint / "checkpoint-100" / "optimizer.pt").write_bytes(b"x")
     (checkpoint / ".lock").touch()
+    (checkpoint / "samples").mkdir()
+    (checkpoint / "samples" / "step-250-row-1.png").write_bytes(b"x")
     assert set(check(checkpoint)) == names
 
 

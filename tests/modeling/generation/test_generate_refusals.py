@@ -64,14 +64,20 @@ def test_code_of_a_repository_is_refused(model, one):
         model.generate(**one, custom_generate="a/repository")
 
 
-@pytest.mark.parametrize("stops", ["|", ["no", "vrt"]])
+@pytest.mark.parametrize("stops", ["|", ["no", "vrt"], "><", "\n<"])
 def test_stop_strings_that_end_a_reflection_are_refused(model, processor, one, stops):
     names = processor.tokenizer.convert_ids_to_tokens(model.config.latent_token_ids)
     stops = [names[0][2:5], "no"] if isinstance(stops, list) else stops
     options = {"stop_strings": stops, "tokenizer": processor.tokenizer, "max_new_tokens": 12}
     for given in (options, {**options, "stop_strings": None, "generation_config": GenerationConfig(**options)}):
-        with pytest.raises(ValueError, match="is part of a reflection's token"):
+        with pytest.raises(ValueError, match="ends within a reflection's tokens"):
             model.generate(**one, **given)
+    model.generation_config.stop_strings = stops
+    try:
+        with pytest.raises(ValueError, match="ends within a reflection's tokens"):
+            model.generate(**one, **{**options, "stop_strings": None}, generation_config=GenerationConfig())
+    finally:
+        model.generation_config.stop_strings = None
     model.generate(**one, **options, latent_steps=0)
     model.generate(**one, **{**options, "stop_strings": "zzz"})
 

@@ -1,6 +1,7 @@
 """Killed, preempted and out of disk: what is left, and what a resumed run makes of it."""
 
 import copy
+import io
 import json
 import math
 import os
@@ -14,9 +15,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from PIL import Image
 from run_helpers import Rows, moved, on_both_backbones
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, TrainerCallback
@@ -415,6 +418,25 @@ def test_a_run_can_go_on_after_a_preemption(make_trainer, tmp_path):
     assert trainer.state.global_step == 4 and not trainer.preemption.requested
 
 
+def test_a_preempted_run_that_saves_weights_alone_can_go_on(make_trainer, tmp_path):
+    trainer = make_trainer(**saving(tmp_path, save_only_model=True))
+    trainer.add_callback(Ended(at_step=1, number=signal.SIGTERM))
+    trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*") if (folder / "optimizer.pt").exists()] == [
+        "checkpoint-1"
+    ]
+
+
+def test_of_two_runs_in_a_folder_the_checkpoint_to_go_on_with_is_named(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    os.utime(tmp_path / "checkpoint-2" / "trainer_state.json")
+    with pytest.raises(ValueError, match=r"checkpoint-2 was written after .*checkpoint-3.*two runs"):
+        find_checkpoint(str(tmp_path), True)
+    assert find_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-2"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_the_last_step_completes_the_run(make_trainer, tmp_path, number):
     trainer = make_trainer(**saving(tmp_path, save_strategy="no"))
@@ -560,6 +582,24 @@ def test_skipped_rows_without_an_id_are_called_by_their_numbers(make_trainer, tm
     )
     trainer.train()
     assert sorted(message.split(":")[0] for message in trainer.progress.skipped) == ["Sample row 1", "Sample row 3"]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_pictures_that_datasets_cannot_decode_are_skipped_by_name(make_trainer, packing):
+    """Also where a column has `id`s for some rows alone."""
+    whole = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(whole, "PNG")
+    pictures = [whole.getvalue(), whole.getvalue()[:60], b"no picture", whole.getvalue()]
+    columns = {"id": ["a", "b", None, None], "question": ["Who?"] * 4, "answer": list("ABCD")}
+    rows = Dataset.from_dict({**columns, "image": [{"bytes": one, "path": None} for one in pictures]})
+    rows = rows.cast_column("image", datasets.Image())
+    options = {"stage": "1", "sample_packing": packing, "max_steps": 2}
+    trainer = make_trainer(rows, on_bad_row="skip", **options)
+    trainer.train()
+    names = sorted(message.split(":")[0] for message in trainer.progress.skipped)
+    assert names == ["Sample b", "Sample row 2"]
+    with pytest.raises(ValueError, match="Sample (b|row 2): it can't be decoded"):
+        make_trainer(rows, **options).train()
 
 
 def test_skipped_rows_do_not_count_in_the_evaluation(make_trainer, tmp_path):
