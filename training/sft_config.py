@@ -108,7 +108,7 @@ class VReflectionSFTConfig(RunConfigMixin, SFTConfig):
     > GPU has it; `remove_unused_columns` is `False`, since the collator reads raw rows; `logging_nan_inf_filter` is `False`; `report_to` is trackio if that is installed.
     """
 
-    stage: str = HfArg(default="path", help="Training stage.", metadata={"choices": SFT_STAGES})
+    stage: str = HfArg(default="path", help="Training stage.", metadata={"choices": tuple(STAGES)})
     lambda_bcm: float | None = HfArg(default=None, help="Weight of L_BCM (Eq. 2). Defaults to the stage's.")
     lambda_dac: float | None = HfArg(default=None, help="Weight of L_DAC (Eq. 5). Defaults to the stage's.")
     lambda_feat: float | None = HfArg(

@@ -33,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
     if "--accelerate_config" in arguments:
         return launch(arguments)
 
+    from vreflection_hub_card.publishing.hub_errors import TransportError, explain_hub_error
     from vreflection_hub_card.rows import BadRow
 
     from ..recipe import build_trainer, parse, train
@@ -43,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
         trainer = build_trainer(script, model_args, args)
     except (ValueError, ImportError) as error:  # a model, data set or engine that can't be used
         raise InputError(str(error)) from error
+    except TransportError as error:
+        raise InputError(f"{options.recipe}: {explain_hub_error(error)}; nothing was trained") from error
     except OSError:
         raise
     except Exception as error:  # whatever a library makes of a value that it can't use
