@@ -164,7 +164,7 @@ def render_card(
         verdict=latents_verdict(reports),
         study=study,
         hashes=hashes,
-        benchmarks=bool(tasks - {GLYPHSEARCH_TASK}),
+        benchmarks=bool(tasks - {GLYPHSEARCH_TASK, "glyphsearch_answers"}),
     )
 
 

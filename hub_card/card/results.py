@@ -69,6 +69,7 @@ def read_report(path: Path, hashes: dict[str, str]) -> dict[str, Any]:
             condition(report, task)
         model_index([report])
         results_text([report])
+        latents_verdict([report])
     except KeyError as error:
         raise InputError(f"{path}: no result file of `vreflection evaluate`, it has no {error}") from error
     except (TypeError, AttributeError) as error:
@@ -159,7 +160,8 @@ def eval_entries(reports: list[dict], checkpoint: Checkpoint) -> dict[str, EvalR
                 )
             scorer, *others = scorers_of(task)
             authors = [f"by the authors' scorer {result[name]['accuracy']['share']}" for name in others]
-            notes = [f"{scorer} accuracy", *authors, describe_decoding(report).replace("`", "")]
+            sizes = "pictures of {min_pixels} to {max_pixels} pixels".format_map(report["options"])
+            notes = [f"{scorer} accuracy", *authors, describe_decoding(report).replace("`", ""), sizes]
             entries[task] = EvalResultEntry(
                 dataset_id=result["data"]["dataset"],
                 task_id=task,
@@ -184,9 +186,11 @@ def latents_verdict(reports: list[dict]) -> str | None:
     for report in reports:
         result = report["tasks"].get(GLYPHSEARCH_TASK)
         if result and result["interventions"]:
-            difficulty = result["data"]["difficulty"]
+            data, decoding, reflecting = result["data"], result["decoding"], result["reflection_rate"]
             sentences.append(
-                f"**{latents_sentence(replacements_of(result))}** (GlyphSearch, `{difficulty}` difficulty.)"
+                f"**{latents_sentence(replacements_of(result))}** (GlyphSearch, `{data['difficulty']}` difficulty, {data['split']} "
+                f"split, {decoding['latent_steps']} latent steps, `{decoding['latent_feedback']}` fed back; "
+                f"{reflecting['successes']} of {reflecting['count']} answers reflect.)"
             )
     return "\n\n".join(sentences) or None
 
@@ -198,8 +202,9 @@ def scorers_of(task: str) -> list[str]:
 
 def benchmark_table(report: dict) -> str:
     """A run's benchmarks as a Markdown table, and what is to know about them."""
+    heads = dict.fromkeys(scorers_of(task)[0] for task in report["tasks"] if task in BENCHMARKS)
     lines = [
-        f"| {describe_decoding(report)} | items | strict | 95 % interval | authors' scorer | 95 % interval |",
+        f"| {describe_decoding(report)} | items | {' or '.join(heads)} | 95 % interval | authors' scorer | 95 % interval |",
         "|---|---|---|---|---|---|",
     ]
     notes = []

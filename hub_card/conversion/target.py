@@ -62,7 +62,8 @@ def describe(folder: Path, names: Collection[str], inference_only: bool) -> Targ
                     "with --inference-only"
                 )
             config = checkpoint_config(folder)
-            processor = CHECKPOINT_CLASSES[model_type].processor_class.from_pretrained(folder)
+            processor_class = CHECKPOINT_CLASSES[model_type].processor_class
+            processor = processor_class.from_pretrained(folder, trust_remote_code=False)  # no code of its own runs
             first_new_id, stored_vocabulary = None, config.text_config.vocab_size
         elif model_type in MODEL_CLASSES and not get_checkpoint_conversion_mapping(model_type):
             config, processor, first_new_id, stored_vocabulary = from_stock_layout(folder, fields, names)

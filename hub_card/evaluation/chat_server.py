@@ -63,7 +63,10 @@ class ChatServer:
             text = ""
         if not isinstance(text, str):
             raise InputError(f"{self.url}: an answer has no text (finish_reason is {reason!r})")
-        return {"text": text.split(THINK_TOKENS[1], 1)[-1].strip(), "tokens": tokens, "finish_reason": reason}
+        thinks, answers = THINK_TOKENS
+        if text.lstrip().startswith(thinks) and answers not in text:  # cut within its thoughts
+            text = ""
+        return {"text": text.split(answers, 1)[-1].strip(), "tokens": tokens, "finish_reason": reason}
 
     def _complete(self, messages: list[dict], **options):
         """Sends a request, and again after each of `PAUSES` where the server is busy or failed, as OpenAI's client does."""

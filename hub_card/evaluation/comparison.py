@@ -43,7 +43,7 @@ def compare(first: Sequence[dict], second: Sequence[dict], scorer: str) -> dict:
         many items are right in `both`, `only_first`, `only_second` or `neither`; the `p_value`, exact and two-sided.
 
     Raises:
-        ValueError: No items, an item twice, or runs with different items.
+        ValueError: No items, an item twice, or runs with different items, questions or answers.
     """
     runs = {}
     for name, samples in (("first", first), ("second", second)):
@@ -57,6 +57,12 @@ def compare(first: Sequence[dict], second: Sequence[dict], scorer: str) -> dict:
                 f"Only runs on the same items can be compared: {len(missing)} of the {one} are not in the {other}: "
                 f"{some(missing)}."
             )
+    asked = {sample["id"]: sample for sample in first}
+    for sample in second:
+        for field in ("question", "answer"):
+            one, other = asked[sample["id"]].get(field), sample.get(field)
+            if one != other:
+                raise ValueError(f"The item {sample['id']} has another {field} in the second run: {one!r}, {other!r}.")
     pairs = Counter((right, runs["second"][item]) for item, right in runs["first"].items())
     if not pairs:
         raise ValueError("There are no items to compare.")

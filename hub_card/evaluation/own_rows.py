@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Context, localcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ def read_own_row(row: dict[str, Any], match: Match) -> OwnRow:
     reference = "".join(part["text"] for part in last["content"] if part["type"] == "text").strip()
     if not reference:
         raise BadRow(f"{name} has an empty answer: there is nothing to compare with.", "answer")
-    if match.find(reference) is None:
+    with localcontext(Context(traps=[])):  # as for an answer's numbers
+        found = match.find(reference)
+    if found is None:
         wanted = {"letter": "one letter A to E", "number": "one number in digits"}[match.rule]
         raise BadRow(f"{name}: to match by {match.rule!r} its answer must hold {wanted}, got {reference!r}.", "answer")
     if not before or before[-1]["role"] != "user":
@@ -134,5 +137,6 @@ def image_key(image: Any) -> list:
     if isinstance(image, (str, Path)):
         path = Path(image)
         return [path.name, path.stat().st_size]
-    # Of arrays the content alone, as of opened pictures.
-    return [hashlib.sha256(image if isinstance(image, bytes) else image.tobytes()).hexdigest()]
+    if not isinstance(image, bytes):
+        image = image.tobytes() if hasattr(image, "tobytes") else open_picture(image).tobytes()
+    return [hashlib.sha256(image).hexdigest()]  # the content alone

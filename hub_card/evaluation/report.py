@@ -16,7 +16,9 @@ def glyphsearch_table(report: dict) -> str:
     rows["Answers that begin to reflect"] = result["reflection_rate"]
     rows["Accuracy without latents (`latent_steps=0`)"] = result["without_latents"]["accuracy"]["overall"]
     for name, measured in result["interventions"].items():
-        rows[f"Accuracy with {INTERVENTIONS[name]}"] = measured["accuracy"]["overall"]
+        other = measured["accuracy"]["overall"]
+        some = f" (of {other['count']} answers that reflect)" if 0 < other["count"] < data["count"] else ""
+        rows[f"Accuracy with {INTERVENTIONS[name]}{some}"] = other
     for source, pointing in result["pointing"].items():
         rows[f"Largest attention inside the target's box, {source.upper()}"] = pointing
     by_step = result.get("pointing_by_step", {})  # results from before there were paths have none

@@ -70,7 +70,8 @@ def unpunctuated(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """The text without special tokens such as `<|eovt|>`, Markdown's emphasis, and LaTeX around a letter."""
+    """The text behind thoughts in words, without special tokens such as `<|eovt|>`, Markdown's emphasis, LaTeX around a letter."""
+    text = text.rpartition("</think>")[2]
     text = re.sub(r"<\|[^<>|]*\|>", " ", text)
     text = re.sub(r"\\(?:boxed|text|mathrm|mathbf)\b", " ", text)
     return re.sub(r"[*`$_{}]", "", text)

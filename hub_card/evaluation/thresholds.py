@@ -76,6 +76,7 @@ def evaluate_thresholds(
     for threshold in (*(thresholds or ()), NEVER):
         options = model.reflection_options(**given, reflect_threshold=threshold)
     asked = read_own_rows(rows, rule)
+    data = {"count": len(asked), "fingerprint": fingerprint(asked)}
     decoding = asdict(options) | {"max_new_tokens": max_new_tokens}
     del decoding["reflect_threshold"]
     batches = [asked[first : first + batch_size] for first in range(0, len(asked), batch_size)]
@@ -107,7 +108,7 @@ def evaluate_thresholds(
         for threshold in thresholds:
             found[threshold] += judge(batch, ask(inputs, threshold))
     return {
-        "data": {"count": len(asked), "fingerprint": fingerprint(asked)},
+        "data": data,
         "match": {"rule": rule.rule, "tolerance": rule.tolerance},
         "decoding": {"method": "greedy", "batch_size": batch_size, **decoding},
         "entropy_quantiles": {

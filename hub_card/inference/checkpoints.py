@@ -97,7 +97,7 @@ def load_checkpoint(
             output_loading_info=True,
         )
     with reading(folder, "its processor or tokenizer can't be loaded"):
-        processor = model_class.processor_class.from_pretrained(folder)
+        processor = model_class.processor_class.from_pretrained(folder, trust_remote_code=False)
     mismatched = {name for name, *_ in report["mismatched_keys"]}
     if wrong := sorted(mismatched | set(report["missing_keys"])):
         raise InputError(f"{folder}: {len(wrong)} weights are missing or of another shape, {wrong[0]} first")

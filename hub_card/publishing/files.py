@@ -95,9 +95,14 @@ def find_files(folder: Path) -> dict[str, Path]:
     card = found[CARD].read_text(encoding="utf-8", errors="replace") if CARD in found else ""
     if foreign := [name for name in found if not is_allowed(name, card)]:
         raise InputError(f"{folder}: {explain_foreign(foreign)}")
+    # A download's files are links into the cache of their own repository.
+    root, cached = folder.resolve(), folder.resolve().parent
+    roots = (root, cached.parent / "blobs") if cached.name == "snapshots" else (root,)
     for name, path in found.items():
         if not path.is_file():
             raise InputError(f"{folder}: {name} is no file that can be read")
+        if not any(path.resolve().is_relative_to(one) for one in roots):
+            raise InputError(f"{folder}: {name} is a link out of the folder: put a copy in its place, or delete it")
     check_shards(folder, set(found))
     return found
 
@@ -105,7 +110,8 @@ def find_files(folder: Path) -> dict[str, Path]:
 def is_allowed(name: str, card: str) -> bool:
     """Whether a file belongs to a checkpoint by its name, or is a picture that the card shows."""
     if name.endswith(PICTURES):
-        return name in card
+        shown = rf"\]\((?:\./)?{re.escape(name)}[)\s]|src=[\"'](?:\./)?{re.escape(name)}[\"']"
+        return re.search(shown, card) is not None
     return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in ALLOWED)
 
 

@@ -22,16 +22,13 @@ def check_license(folder: Path, api: HfApi) -> None:
         InputError: The Hub refuses the front matter; no license is known; the card's lifts what the base model's forbids.
     """
     card = load_card(folder)
-    base = card.data.get("base_model")
+    bases = card.data.get("base_model") or []
+    bases = [bases] if isinstance(bases, str) else bases
     license, name, _ = (card.data.get(field) for field in FIELDS)
-    theirs = dict.fromkeys(FIELDS)
-    if isinstance(base, str):
-        with hub_errors(base):
-            try:
-                data = api.model_info(base).card_data or {}
-                theirs = {field: data.get(field) for field in FIELDS}
-            except RepositoryNotFoundError:
-                pass  # a base model that isn't public has no license to compare with
+    known = {base: license_of(base, api) for base in bases}
+    # Of several the one that forbids most.
+    base = min(known, key=lambda one: known[one]["license"] in (None, *PERMISSIVE), default=None)
+    theirs = known.get(base, dict.fromkeys(FIELDS))
     base_license, base_name, _ = theirs.values()
     if license is None and base_license is None:
         raise InputError(f"{folder / CARD} names no license, and neither does its base model on the Hub: add one")
@@ -47,3 +44,13 @@ def check_license(folder: Path, api: HfApi) -> None:
         )
     with hub_errors(str(folder / CARD)):
         card.validate()
+
+
+def license_of(base: str, api: HfApi) -> dict[str, str | None]:
+    """The fields of a base model's license, as the Hub has them; one that isn't public has none to compare with."""
+    with hub_errors(base):
+        try:
+            data = api.model_info(base).card_data or {}
+        except RepositoryNotFoundError:
+            data = {}
+    return {field: data.get(field) for field in FIELDS}

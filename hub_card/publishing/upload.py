@@ -278,7 +278,7 @@ def inference_only(folder: Path, repo_id: str) -> Iterator[Path]:
             copy,
             repo_id,
             base_model=card.base_model if isinstance(card.base_model, str) else None,
-            datasets=card.datasets or (),
+            datasets=[card.datasets] if isinstance(card.datasets, str) else card.datasets or (),
             tags=card.tags or (),
             **{field: card.get(field) for field in FIELDS},
         )

@@ -3,11 +3,14 @@
 import argparse
 import datetime
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from vreflection_hub_card.embedded import EMBEDDED_NAME
 from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.evaluation.benchmarks import BENCHMARKS
+from vreflection_hub_card.folder_lock import locked_folder
 from vreflection_hub_card.glyphsearch import DIFFICULTIES
 from vreflection_hub_card.whole_files import replacing
 
@@ -153,9 +156,11 @@ def run_benchmarks(options: argparse.Namespace) -> None:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         batch_size = options.batch_size or 1
-        report = evaluate(
-            options.model, options.tasks, folder, latent_steps=latent_steps, batch_size=batch_size, **fixed
-        )
+        first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+        with locked_folder(folder) if first else nullcontext():
+            report = evaluate(
+                options.model, options.tasks, folder, latent_steps=latent_steps, batch_size=batch_size, **fixed
+            )
         if report is None:  # only the first process speaks
             continue
         for name, result in report["tasks"].items():

@@ -107,7 +107,8 @@ def test_drawn_items_have_one_score_and_stay_out_of_eval_results(folder, write_r
     path = write_result(folder, task="glyphsearch_answers", data={"dataset": "GlyphSearch", "split": "test"})
     card = ModelCard(write_card(folder, results=[path]).read_text())
     (result,) = card.data.eval_results
-    assert "`exact`" in result.metric_name
+    assert "`exact`" in result.metric_name and "| items | exact |" in card.text
+    assert "No score on a public benchmark" in card.text
     line = next(line for line in card.text.splitlines() if line.startswith("| GlyphSearch, answers alone |"))
     assert line.count("|") == 7
     assert not (folder / ".eval_results").exists()
@@ -117,7 +118,7 @@ def test_gqa_has_one_score_which_gets_into_eval_results(folder, write_result):
     write_card(folder, results=[write_result(folder, task="gqa")])
     (entry,) = entries(folder, "gqa")
     assert entry.dataset_id == "lmms-lab/GQA" and entry.value == pytest.approx(STRICT, abs=1e-4)
-    assert entry.notes == "exact_match accuracy; 8 latent steps, dac fed back"
+    assert entry.notes == "exact_match accuracy; 8 latent steps, dac fed back; pictures of 3136 to 12845056 pixels"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,8 @@ def test_whether_the_answers_depend_on_the_latents_follows_from_what_replacing_t
     report = json.loads(results[0].read_text())
     result = report["tasks"]["glyphsearch"]
     result["outcomes"] = {"usual": "1" * 90 + "0" * 10 + "1" * 20}
-    result["interventions"] = {}
+    result["interventions"], result["reflection_rate"] = {}, proportion([True] * 100 + [False] * 20)
+    result["data"]["count"] = 120
 
     def intervene(name, right):
         result["outcomes"][name] = "1" * right + "0" * (100 - right) + "-" * 20
@@ -153,4 +155,10 @@ def test_whether_the_answers_depend_on_the_latents_follows_from_what_replacing_t
     intervene("zeroed", zeroed)
     intervene("noise", noise)
     path.write_text(json.dumps(report))
-    assert f"\n**{sentence}" in write_card(folder, results=[path]).read_text()
+    card = write_card(folder, results=[path]).read_text()
+    assert f"\n**{sentence}" in card and "100 of 120 answers reflect" in card
+    assert "| Accuracy with zeros for latents (of 100 answers that reflect) |" in card
+    del result["outcomes"]
+    path.write_text(json.dumps(report))
+    with pytest.raises(InputError, match="no result file of `vreflection evaluate`, it has no 'outcomes'"):
+        write_card(folder, results=[path])

@@ -183,6 +183,12 @@ def test_answers_are_asked_for_with_a_few_requests_at_a_time(server, evaluate, r
     assert not [path for path in out.iterdir() if KEY in path.read_text()]
 
 
+def test_an_answer_that_was_cut_within_its_thoughts_is_none(server, evaluate, rows, tmp_path):
+    server.respond = lambda body: completion("<think>\nIt may be one.", "length")
+    assert evaluate("--rows", rows) == 0
+    assert {sample["text"] for sample in read_lines(tmp_path / "out" / "samples.jsonl")} == {""}
+
+
 def test_a_run_that_failed_goes_on(server, evaluate, rows, tmp_path, capsys):
     usual = server.respond
     server.respond = lambda body: (503, b"busy") if text_of(body) == "Say three" else usual(body)

@@ -65,6 +65,15 @@ def test_runs_on_different_items():
         compare_strict([], [])
 
 
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_items_of_one_id_that_ask_something_else(field):
+    first, second = ([{**run({"a": 1})[0], "question": "Who?", "answer": "I"}] for _ in range(2))
+    compare_strict(first, second)
+    second[0][field] = "Other"
+    with pytest.raises(ValueError, match=f"The item a has another {field}"):
+        compare_strict(first, second)
+
+
 def test_the_table():
     results = {
         "mmvp": compare_strict(FIRST, SECOND),

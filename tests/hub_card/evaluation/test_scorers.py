@@ -220,3 +220,9 @@ def test_scores_over_items_that_cannot_be_right():
 )
 def test_exact_match_ignores_case_and_punctuation_alone(text, read):
     assert score_exact_match(text, ("t-shirt",)) == read
+
+
+@pytest.mark.parametrize("scorer", ["strict", "exact", "exact_match"])
+def test_thoughts_in_words_do_not_count(scorer):
+    for thoughts in ("<think>\nIt could be A. The answer is A? No.", "\n", "It is A."):
+        assert SCORERS[scorer](f"{thoughts}</think>\n\n<|sovt|><|lvr|><|eovt|>B<|im_end|>", ("A", "B")) in ("B", "b")

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from vreflection_hub_card.conversion.converter import convert
 from vreflection_hub_card.errors import InputError
 from vreflection_hub_card.inference.checkpoint_files import check_whole, find_shards
 from vreflection_hub_card.inference.checkpoints import EMBEDDED, checkpoint_config, load_checkpoint
@@ -81,3 +82,19 @@ def test_a_template_that_is_none(folder):
     (folder / "chat_template.jinja").write_text("{% for")
     with pytest.raises(InputError, match="chat template"):
         load_checkpoint(folder, "cpu")
+
+
+def test_code_that_a_checkpoint_carries_never_runs(folder, tmp_path, monkeypatch):
+    """Not even where somebody would answer transformers' question with yes."""
+    (folder / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import Qwen2VLImageProcessor as Own\n"
+    )
+    path = folder / "processor_config.json"
+    fields = json.loads(path.read_text())
+    fields["image_processor"] |= {"image_processor_type": "Nope", "auto_map": {"AutoImageProcessor": "own.Own"}}
+    path.write_text(json.dumps(fields))
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    for load in (load_checkpoint, lambda folder: convert(folder, tmp_path / "out", inference_only=True)):
+        with pytest.raises(InputError):
+            load(folder)
+    assert not (tmp_path / "ran").exists()

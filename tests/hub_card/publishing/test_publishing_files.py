@@ -86,6 +86,32 @@ def test_what_a_run_leaves_beside_its_checkpoint_is_passed_over(checkpoint):
     assert set(check(checkpoint)) == names
 
 
+@pytest.mark.parametrize("name", ["heatmap.png", "map.png"])
+def test_pictures_that_the_card_only_names_are_refused(checkpoint, name):
+    """Its snippets name files that `vreflection ask` writes into the working folder."""
+    with (checkpoint / "README.md").open("a") as card:
+        card.write("\n`vreflection ask --heatmap heatmap.png`\n")
+    Image.new("RGB", (2, 2)).save(checkpoint / name)
+    with pytest.raises(InputError, match=f"{name}: no part"):
+        check(checkpoint)
+
+
+def test_links_out_of_the_folder_are_refused(checkpoint, tmp_path):
+    (tmp_path / "private").write_text("x")
+    (checkpoint / "LICENSE").symlink_to(tmp_path / "private")
+    with pytest.raises(InputError, match="LICENSE is a link out of the folder"):
+        check(checkpoint)
+
+
+def test_a_download_is_links_into_its_cache(checkpoint, tmp_path):
+    blobs, snapshot = tmp_path / "models--a" / "blobs", tmp_path / "models--a" / "snapshots" / "abc"
+    shutil.copytree(checkpoint, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    assert set(check(snapshot)) == set(check(checkpoint))
+
+
 def test_links_to_nowhere_and_to_folders_are_no_files(checkpoint, tmp_path):
     (checkpoint / "LICENSE").symlink_to(tmp_path / "nothing")
     with pytest.raises(InputError, match="LICENSE is no file"):

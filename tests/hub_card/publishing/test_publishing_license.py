@@ -63,6 +63,20 @@ def test_a_license_that_does_not_fit_is_refused(check, theirs, own, message):
         check(theirs, own)
 
 
+def test_of_several_base_models_the_one_that_forbids_most_counts(check, hub, checkpoint):
+    hub.add_repo("big/free").commit("main", {"README.md": File(b"---\nlicense: mit\n---\n", False)})
+    check(RESEARCH, RESEARCH)
+    card = (checkpoint / "README.md").read_text()
+    card = card.replace(f"base_model: {BASE}", f"base_model:\n- big/free\n- {BASE}")
+    (checkpoint / "README.md").write_text(card)
+    check_license(checkpoint, HfApi())
+    (checkpoint / "README.md").write_text(
+        card.replace("license: other", "license: mit").replace("license_name: research\n", "")
+    )
+    with pytest.raises(InputError, match="big/base is under the license research"):
+        check_license(checkpoint, HfApi())
+
+
 def test_front_matter_that_the_hub_refuses(hub, checkpoint):
     hub.fail("validate-yaml", 400)
     with pytest.raises(InputError, match="README.md: .*told to fail"):
