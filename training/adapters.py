@@ -112,7 +112,7 @@ def load_adapter(adapter: str | Path, **kwargs) -> tuple[PeftModel, VReflectionP
         ValueError: A base whose latent tokens have other ids than the adapter's.
     """
     adapter = str(adapter)
-    config = AutoConfig.from_pretrained(adapter)
+    config = AutoConfig.from_pretrained(adapter, trust_remote_code=False)
     fields = {name: getattr(config, name) for name in REFLECTION_FIELDS}
     peft_config = PeftConfig.from_pretrained(adapter)
     base_name = peft_config.base_model_name_or_path
@@ -129,7 +129,7 @@ def load_adapter(adapter: str | Path, **kwargs) -> tuple[PeftModel, VReflectionP
             f"{base_name!r} has them at {base.config.latent_token_ids}: this is another base than it was trained on."
         )
     base.generation_config = GenerationConfig.from_pretrained(adapter)
-    return PeftModel.from_pretrained(base, adapter), AutoProcessor.from_pretrained(adapter)
+    return PeftModel.from_pretrained(base, adapter), AutoProcessor.from_pretrained(adapter, trust_remote_code=False)
 
 
 def merge_adapter(adapter: str | Path, output_dir: str | Path, **kwargs):

@@ -51,8 +51,10 @@ def load_model_and_processor(
         if stock:
             model, processor = VReflectionForConditionalGeneration.from_backbone(model_name_or_path, **kwargs)
         else:
-            model = AutoModelForImageTextToText.from_pretrained(model_name_or_path, **kwargs)
-            processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision)
+            model = AutoModelForImageTextToText.from_pretrained(
+                model_name_or_path, **{"trust_remote_code": False, **kwargs}
+            )
+            processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=False)
     check_processor(model_name_or_path, processor, model.config)
     # Each of several processes may hold a part of the weights, and a quantized model may answer on a GPU alone.
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not getattr(model, "is_quantized", False):
@@ -94,8 +96,8 @@ def load_processor(model_name_or_path: str, revision: str = "main", **config) ->
             steps = {name: value for name, value in config.items() if name == "num_latent_tokens"}
             processor_class = MODEL_CLASSES[model_type].processor_class
             return processor_class.from_backbone(model_name_or_path, revision=revision, **steps)
-        own = AutoConfig.from_pretrained(model_name_or_path, revision=revision)
-        processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision)
+        own = AutoConfig.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=False)
     check_processor(model_name_or_path, processor, own)
     if config.get("num_latent_tokens", processor.num_latent_tokens) != processor.num_latent_tokens:
         set_num_slots(processor, own, config["num_latent_tokens"])
