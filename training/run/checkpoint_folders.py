@@ -106,8 +106,9 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) 
         return None
     if resume_from_checkpoint is True:
         damages, whole = [], whole_checkpoints(output_dir)
-        newest = max(whole, key=lambda folder: Path(folder, TRAINER_STATE_NAME).stat().st_mtime_ns, default=None)
-        if newest != (whole[-1] if whole else None):
+        # Backwards: of those of one time, as a file system with coarse times has them, the one with the most steps.
+        newest = max(whole[::-1], key=lambda folder: Path(folder, TRAINER_STATE_NAME).stat().st_mtime_ns, default=None)
+        if whole and newest != whole[-1]:
             raise CheckpointError(
                 f"{newest} was written after {whole[-1]}, which has more steps, so they are of two runs: name the one to go on "
                 "with by `--resume_from_checkpoint FOLDER`, or move the other one away."

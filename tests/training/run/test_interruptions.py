@@ -431,6 +431,9 @@ def test_a_preempted_run_that_saves_weights_alone_can_go_on(make_trainer, tmp_pa
 
 def test_of_two_runs_in_a_folder_the_checkpoint_to_go_on_with_is_named(finished_run, tmp_path):
     shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    for state in tmp_path.glob("checkpoint-*/trainer_state.json"):  # as times of whole seconds may be
+        os.utime(state, (1e9, 1e9))
+    assert find_checkpoint(str(tmp_path), True) == str(tmp_path / "checkpoint-3")
     os.utime(tmp_path / "checkpoint-2" / "trainer_state.json")
     with pytest.raises(ValueError, match=r"checkpoint-2 was written after .*checkpoint-3.*two runs"):
         find_checkpoint(str(tmp_path), True)
